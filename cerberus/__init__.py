@@ -1,0 +1,1 @@
+"""Cerberus: card-fraud decisions in real time, in one asyncio process."""

@@ -1,0 +1,243 @@
+"""What happened: one card transaction, its identity, and its form on the wire.
+
+Money is `amount_minor: int` (cents) inside and a decimal with two places outside: sums of binary
+fractions drift and leave an empty window with a balance. Time is `event_ms`, milliseconds since the
+Unix epoch, and RFC 3339 in UTC outside.
+"""
+
+import datetime
+import functools
+import hashlib
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from cerberus import errors
+
+MAX_AMOUNT_MINOR = 10**13
+MAX_USER_ID = 2**63 - 1
+MAX_TEXT = 128
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_MS = datetime.timedelta(milliseconds=1)
+_YEAR_2200_MS = 7_258_118_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """One accepted payment attempt.
+
+    Attributes:
+        transaction_id: The payer's name for it, 1 to 128 characters.
+        user_id: 0 to 2**63 - 1; the Kafka key is its ASCII digits.
+        amount_minor: Cents, not negative.
+        currency: ISO 4217, the one of the deployment.
+        merchant_id: At most 128 characters; empty when unknown.
+        event_ms: When it happened, ms since the Unix epoch.
+    """
+
+    transaction_id: str
+    user_id: int
+    amount_minor: int
+    currency: str
+    merchant_id: str
+    event_ms: int
+
+    @property
+    def id_hash64(self) -> int:
+        """Hash of the identity (user, id, event time); unsigned 64 bits."""
+        return id_hash64(self.user_id, self.transaction_id, self.event_ms)
+
+    @property
+    def merchant_hash32(self) -> int:
+        """Hash of the merchant; unsigned 32 bits, 0 when unknown."""
+        return merchant_hash32(self.merchant_id)
+
+
+def id_hash64(user_id: int, transaction_id: str, event_ms: int) -> int:
+    """Hash an identity to 64 bits.
+
+    The event time belongs to it: retries that were stamped anew would otherwise make a replayed
+    window differ from the live one. Cost: about 1 µs.
+    """
+    digest = hashlib.blake2b(f"{user_id}\0{event_ms}\0{transaction_id}".encode(), digest_size=8)
+    return int.from_bytes(digest.digest(), "big")
+
+
+@functools.lru_cache(maxsize=65_536)
+def merchant_hash32(merchant_id: str) -> int:
+    """Hash a merchant to 32 bits; the empty name is 0."""
+    if not merchant_id:
+        return 0
+    digest = hashlib.blake2b(merchant_id.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
+
+
+def decision_id(user_id: int, transaction_id: str, event_ms: int, door: str) -> uuid.UUID:
+    """Name the decision that `door` takes on an identity: the same name at every replay."""
+    name = f"{door}\0{user_id}\0{event_ms}\0{transaction_id}".encode()
+    return uuid.UUID(bytes=hashlib.blake2b(name, digest_size=16).digest(), version=8)
+
+
+def key(user_id: int) -> bytes:
+    """Return the Kafka key of a user: ASCII digits, so that all of a user is in one partition."""
+    return b"%d" % user_id
+
+
+@functools.lru_cache(maxsize=262_144)
+def partition_of(user_id: int, partitions: int) -> int:
+    """Return the partition where Kafka's default partitioner puts a user (murmur2 of the key)."""
+    return (_murmur2(key(user_id)) & 0x7FFFFFFF) % partitions
+
+
+def _murmur2(data: bytes) -> int:
+    m, mask = 0x5BD1E995, 0xFFFFFFFF
+    h = 0x9747B28C ^ len(data)
+    whole = len(data) & ~3
+    for i in range(0, whole, 4):
+        k = int.from_bytes(data[i : i + 4], "little") * m & mask
+        k = (k ^ (k >> 24)) * m & mask
+        h = (h * m & mask) ^ k
+    if tail := data[whole:]:
+        h = (h ^ int.from_bytes(tail, "little")) * m & mask
+    h = (h ^ (h >> 13)) * m & mask
+    return h ^ (h >> 15)
+
+
+def decode(value: bytes | None, currency: str) -> Transaction:
+    """Read one record of topic `transactions`.
+
+    Raises:
+        InvalidTransaction: naming the field; a record's fate depends on its bytes alone.
+    """
+    if value is None:
+        raise errors.InvalidTransaction("value", "is empty")
+    try:
+        document = orjson.loads(value)
+    except orjson.JSONDecodeError as error:
+        raise errors.InvalidTransaction("value", f"is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise errors.InvalidTransaction("value", "must be a JSON object")
+    return Transaction(
+        transaction_id=parse_text(document, "transaction_id"),
+        user_id=parse_user_id(document),
+        amount_minor=parse_amount(document),
+        currency=parse_currency(document, currency),
+        merchant_id=parse_text(document, "merchant_id", default=""),
+        event_ms=parse_timestamp(document),
+    )
+
+
+def encode(transaction: Transaction) -> bytes:
+    """Write one record of topic `transactions`; `decode` reads back the same transaction."""
+    return orjson.dumps(
+        {
+            "transaction_id": transaction.transaction_id,
+            "user_id": transaction.user_id,
+            "amount": transaction.amount_minor / 100,
+            "currency": transaction.currency,
+            "merchant_id": transaction.merchant_id,
+            "timestamp": format_ms(transaction.event_ms),
+        }
+    )
+
+
+def parse_user_id(document: Mapping[str, Any]) -> int:
+    """Read `user_id`: an integer from 0 to 2**63 - 1.
+
+    Raises:
+        InvalidTransaction: naming the field.
+    """
+    value = document.get("user_id")
+    if type(value) is not int:
+        raise errors.InvalidTransaction("user_id", "must be an integer")
+    if not 0 <= value <= MAX_USER_ID:
+        raise errors.InvalidTransaction("user_id", f"must be between 0 and {MAX_USER_ID}")
+    return value
+
+
+def parse_text(document: Mapping[str, Any], field: str, default: str | None = None) -> str:
+    """Read a text of 1 to 128 characters; `default` when the field is absent or null.
+
+    Raises:
+        InvalidTransaction: naming the field.
+    """
+    value = document.get(field)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, str):
+        raise errors.InvalidTransaction(field, "must be a string")
+    if not 0 < len(value) <= MAX_TEXT and value != default:
+        raise errors.InvalidTransaction(field, f"must have 1 to {MAX_TEXT} characters")
+    # Postgres cannot store it, and it parts the fields of an identity.
+    if "\0" in value:
+        raise errors.InvalidTransaction(field, "must not contain the NUL character")
+    return value
+
+
+def parse_amount(document: Mapping[str, Any]) -> int:
+    """Read `amount`, a number of major units with at most two places, as cents.
+
+    Raises:
+        InvalidTransaction: naming the field.
+    """
+    value = document.get("amount")
+    if type(value) is int:
+        minor = value * 100
+    elif type(value) is float:
+        minor = round(value * 100) if abs(value) < MAX_AMOUNT_MINOR else MAX_AMOUNT_MINOR + 1
+        # The nearest double to a two-place decimal is the quotient of its cents; nothing else is.
+        if abs(minor) <= MAX_AMOUNT_MINOR and minor / 100 != value:
+            raise errors.InvalidTransaction("amount", "must have at most two decimal places")
+    else:
+        raise errors.InvalidTransaction("amount", "must be a number such as 12.50")
+    if not 0 <= minor <= MAX_AMOUNT_MINOR:
+        raise errors.InvalidTransaction(
+            "amount", f"must be between 0 and {MAX_AMOUNT_MINOR // 100}"
+        )
+    return minor
+
+
+def parse_currency(document: Mapping[str, Any], currency: str) -> str:
+    """Read `currency`, which must be the deployment's; absent means that one.
+
+    Raises:
+        InvalidTransaction: naming the field.
+    """
+    value = document.get("currency", currency)
+    if value != currency:
+        raise errors.InvalidTransaction(
+            "currency", f"must be {currency}, the currency of this deployment"
+        )
+    return currency
+
+
+def parse_timestamp(document: Mapping[str, Any]) -> int:
+    """Read `timestamp`, RFC 3339 with an offset, as ms since the Unix epoch (finer is cut off).
+
+    Raises:
+        InvalidTransaction: naming the field.
+    """
+    value = document.get("timestamp")
+    if not isinstance(value, str) or len(value) < 20 or value[10] not in "Tt ":
+        raise errors.InvalidTransaction(
+            "timestamp", "must be RFC 3339 such as 2026-01-31T12:00:00.000Z"
+        )
+    try:
+        moment = datetime.datetime.fromisoformat(value.upper())
+        event_ms = (moment - _EPOCH) // _MS
+    except (ValueError, OverflowError, TypeError) as error:
+        raise errors.InvalidTransaction(
+            "timestamp", "must be RFC 3339 with Z or an offset"
+        ) from error
+    if not 0 <= event_ms < _YEAR_2200_MS:
+        raise errors.InvalidTransaction("timestamp", "must lie between the years 1970 and 2200")
+    return event_ms
+
+
+def format_ms(ms: int) -> str:
+    """Write ms since the Unix epoch as RFC 3339 in UTC with three places."""
+    moment = _EPOCH + datetime.timedelta(milliseconds=ms)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03d}Z"
