@@ -1,0 +1,173 @@
+"""From feature rows to decisions: one model, one calibration, one threshold, for every door.
+
+A score is XGBoost's raw margin; the probability of fraud is its Platt calibration,
+`1 / (1 + exp(−(slope · margin + intercept)))`, 0..1, high means fraud.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import xgboost
+
+from cerberus import errors, features
+
+FRAUD, LEGIT = "FRAUD", "LEGIT"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What stands beside a model file and says what it needs and what it is worth.
+
+    Attributes:
+        features: Input names in column order.
+        dtypes: One a feature, all "float32".
+        spans: The windows that the features describe.
+        calibrator: `{"kind": "platt", "slope": …, "intercept": …}` on the raw margin.
+        threshold: A probability at or above it is FRAUD.
+        threshold_rule: How it was chosen.
+        metrics: On the later part of the data, beside an amount-only baseline.
+        seed: Of the simulation and of the training.
+        data_range: First and last event time, RFC 3339.
+        parameters: Of XGBoost.
+        xgboost_version: That trained it.
+        sha256: Of the model file.
+    """
+
+    features: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    spans: tuple[str, ...]
+    calibrator: dict[str, Any]
+    threshold: float
+    threshold_rule: str
+    metrics: dict[str, Any]
+    seed: int
+    data_range: tuple[str, str]
+    parameters: dict[str, Any]
+    xgboost_version: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do about one feature row.
+
+    Attributes:
+        row: The inputs, as they were.
+        score: Raw margin of the model.
+        probability: Calibrated probability of fraud, 0..1.
+        prediction: FRAUD or LEGIT.
+        model_sha256: Which model said so.
+    """
+
+    row: features.FeatureRow
+    score: float
+    probability: float
+    prediction: str
+    model_sha256: str
+
+
+def manifest_path(model_path: pathlib.Path) -> pathlib.Path:
+    """Return where the manifest of a model file stands."""
+    return model_path.with_suffix(".manifest.json")
+
+
+def calibrate(
+    margin: npt.NDArray[np.float64], slope: float, intercept: float
+) -> npt.NDArray[np.float64]:
+    """Map raw margins to probabilities. Shape: (n,) to (n,), float64."""
+    result: npt.NDArray[np.float64] = 1.0 / (1.0 + np.exp(-(slope * margin + intercept)))
+    return result
+
+
+class Model:
+    """A loaded model; `decide` is the only way from features to a decision.
+
+    Not thread-safe. Cost: about 0.2 ms for a row, 0.3 ms for 32.
+    """
+
+    def __init__(self, booster: xgboost.Booster, manifest: Manifest) -> None:
+        self._booster = booster
+        self.manifest = manifest
+        self._slope = float(manifest.calibrator["slope"])
+        self._intercept = float(manifest.calibrator["intercept"])
+
+    @classmethod
+    def load(cls, path: pathlib.Path, spans: Sequence[str]) -> "Model":
+        """Load a model file and hold it against its manifest and the deployment's windows.
+
+        Raises:
+            ModelMismatch: saying what does not fit and how to mend it.
+        """
+        mend = "train one with `python models/train_model.py` or set CERBERUS_MODEL"
+        try:
+            content = path.read_bytes()
+            document = orjson.loads(manifest_path(path).read_bytes())
+            manifest = Manifest(**{k: _frozen(v) for k, v in document.items()})
+        except OSError as error:
+            raise errors.ModelMismatch(f"cannot read {error.filename}; {mend}") from error
+        except (TypeError, ValueError) as error:
+            raise errors.ModelMismatch(
+                f"{manifest_path(path)} is not a manifest of this version ({error}); {mend}"
+            ) from error
+        for problem in _mismatches(manifest, content, spans):
+            raise errors.ModelMismatch(f"{path}: {problem}; {mend}")
+        booster = xgboost.Booster({"nthread": 1})
+        try:
+            booster.load_model(bytearray(content))
+        except xgboost.core.XGBoostError as error:
+            raise errors.ModelMismatch(f"{path} is not an XGBoost model; {mend}") from error
+        if (booster.feature_names or []) != list(manifest.features):
+            raise errors.ModelMismatch(f"{path}: its inputs are not its manifest's; {mend}")
+        return cls(booster, manifest)
+
+    @property
+    def sha256(self) -> str:
+        """Of the model file, hexadecimal."""
+        return self.manifest.sha256
+
+    def decide(self, rows: Sequence[features.FeatureRow]) -> list[Decision]:
+        """Decide a batch; a row's decision does not depend on the others, to the bit."""
+        if not rows:
+            return []
+        margin = self._booster.inplace_predict(
+            features.matrix(rows, self.manifest.spans),
+            predict_type="margin",
+            missing=np.nan,
+            validate_features=False,
+        ).astype(np.float64)
+        probability = calibrate(margin, self._slope, self._intercept)
+        threshold = self.manifest.threshold
+        return [
+            Decision(row, score, p, FRAUD if p >= threshold else LEGIT, self.sha256)
+            for row, score, p in zip(rows, margin.tolist(), probability.tolist(), strict=True)
+        ]
+
+
+def _mismatches(manifest: Manifest, content: bytes, spans: Sequence[str]) -> list[str]:
+    found = []
+    if hashlib.sha256(content).hexdigest() != manifest.sha256:
+        found.append("its sha256 is not the manifest's")
+    if manifest.spans != tuple(spans):
+        found.append(
+            f"it was trained on windows {','.join(manifest.spans)}, "
+            f"CERBERUS_SPANS says {','.join(spans)}"
+        )
+    if manifest.features != features.names(manifest.spans):
+        found.append(f"its inputs are {manifest.features}, not {features.names(manifest.spans)}")
+    if set(manifest.dtypes) != {"float32"} or len(manifest.dtypes) != len(manifest.features):
+        found.append("its inputs must all be float32")
+    if manifest.calibrator.get("kind") != "platt":
+        found.append("its calibrator must be of kind platt")
+    if not 0 < manifest.threshold < 1:
+        found.append("its threshold must lie between 0 and 1")
+    return found
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

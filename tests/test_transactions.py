@@ -1,0 +1,76 @@
+"""Transactions: what is written is read back; what is wrong is named."""
+
+import orjson
+import pytest
+from aiokafka.partitioner import murmur2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cerberus import errors, transactions
+
+GOOD = {
+    "transaction_id": "t1",
+    "user_id": 1005,
+    "amount": 12.5,
+    "currency": "USD",
+    "merchant_id": "m1",
+    "timestamp": "2026-01-31T12:00:00.123Z",
+}
+texts = st.text(min_size=1, max_size=128).filter(lambda s: "\0" not in s).filter(str.isprintable)
+
+
+@given(
+    st.builds(
+        transactions.Transaction,
+        transaction_id=texts,
+        user_id=st.integers(0, transactions.MAX_USER_ID),
+        amount_minor=st.integers(0, transactions.MAX_AMOUNT_MINOR),
+        currency=st.just("USD"),
+        merchant_id=texts | st.just(""),
+        event_ms=st.integers(0, 7_258_118_399_999),
+    )
+)
+def test_decode_reads_back_what_encode_wrote(transaction):
+    assert transactions.decode(transactions.encode(transaction), "USD") == transaction
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("transaction_id", ""),
+        ("transaction_id", 7),
+        ("transaction_id", "x" * 129),
+        ("transaction_id", "a\0b"),
+        ("user_id", "1005"),
+        ("user_id", True),
+        ("user_id", -1),
+        ("user_id", 2**63),
+        ("amount", "12.50"),
+        ("amount", 12.505),
+        ("amount", -0.01),
+        ("amount", 1e300),
+        ("amount", True),
+        ("currency", "EUR"),
+        ("merchant_id", 5),
+        ("timestamp", 1738324800),
+        ("timestamp", "2026-01-31T12:00:00"),
+        ("timestamp", "2026-02-30T12:00:00Z"),
+        ("timestamp", "1969-12-31T23:59:59Z"),
+    ],
+)
+def test_a_wrong_field_is_named(field, value):
+    with pytest.raises(errors.InvalidTransaction) as caught:
+        transactions.decode(orjson.dumps(GOOD | {field: value}), "USD")
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("value", [None, b"", b"[1]", b"{", b"\xff"])
+def test_what_is_not_a_json_object_is_refused(value):
+    with pytest.raises(errors.InvalidTransaction, match="value"):
+        transactions.decode(value, "USD")
+
+
+@given(st.integers(0, transactions.MAX_USER_ID), st.integers(1, 200))
+def test_a_user_is_where_kafkas_default_partitioner_puts_the_key(user_id, partitions):
+    digest = murmur2(str(user_id).encode()) & 0x7FFFFFFF
+    assert transactions.partition_of(user_id, partitions) == digest % partitions

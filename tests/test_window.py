@@ -1,0 +1,178 @@
+"""The laws of windows, against an oracle that shares no code with them."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cerberus import features, transactions, window
+
+SPANS = window.Spans(names=("20s", "1m"), allowed_lateness_ms=3_000, max_future_skew_ms=2_000)
+KEEP_MS = 65_000
+START_MS = 1_700_000_000_000
+
+events = st.builds(
+    transactions.Transaction,
+    transaction_id=st.sampled_from([f"t{i}" for i in range(12)]),
+    user_id=st.integers(1, 3),
+    amount_minor=st.integers(0, 10**6),
+    currency=st.just("USD"),
+    merchant_id=st.sampled_from(["", "m1", "m2"]),
+    event_ms=st.integers(0, 30).map(lambda i: START_MS + i * 7_001)
+    | st.integers(0, 200_000).map(lambda ms: START_MS + ms),
+)
+logs = st.lists(events, max_size=60)
+
+
+class Oracle:
+    """Brute force over the whole log: a list, no order, no eviction."""
+
+    def __init__(self):
+        self.kept = []
+        self.frontier = 0
+
+    def observe(self, t):
+        self.frontier = max(self.frontier, t.event_ms)
+        if t.event_ms <= self.frontier - KEEP_MS:
+            return "expired"
+        for other in self.kept:
+            if (other.user_id, other.transaction_id, other.event_ms) == (
+                t.user_id,
+                t.transaction_id,
+                t.event_ms,
+            ):
+                return "duplicate" if other.amount_minor == t.amount_minor else "conflict"
+        self.kept.append(t)
+        return "accepted"
+
+    def stats(self, user_id, as_of_ms, span_ms):
+        inside = [
+            t.amount_minor
+            for t in self.kept
+            if t.user_id == user_id and as_of_ms - span_ms < t.event_ms <= as_of_ms
+        ]
+        return len(inside), sum(inside)
+
+
+def summary(stats):
+    return [(s.count, s.total_minor) for s in stats]
+
+
+@settings(max_examples=500, deadline=None)
+@given(logs)
+def test_every_prefix_equals_brute_force_for_every_user_and_every_answerable_moment(log):
+    windows, oracle = window.PartitionWindows(SPANS), Oracle()
+    for t in log:
+        assert windows.observe(t).value == oracle.observe(t)
+        assert windows.frontier_ms == oracle.frontier
+        for user_id in (1, 2, 3):
+            for back_ms in (0, 1, 999, 5_000):
+                as_of_ms = oracle.frontier - back_ms
+                assert summary(windows.stats(user_id, as_of_ms)) == [
+                    oracle.stats(user_id, as_of_ms, 20_000),
+                    oracle.stats(user_id, as_of_ms, 60_000),
+                ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(logs, st.data())
+def test_a_replay_from_anywhere_before_what_is_kept_gives_the_uninterrupted_state(log, data):
+    cut = data.draw(st.integers(0, len(log)))
+    whole = window.PartitionWindows(SPANS)
+    for t in log[:cut]:
+        whole.observe(t)
+    bound = whole.frontier_ms - KEEP_MS
+    needed = next((i for i, t in enumerate(log[:cut]) if t.event_ms > bound), cut)
+    replayed = window.PartitionWindows(SPANS)
+    for t in log[data.draw(st.integers(0, needed)) : cut]:
+        replayed.observe(t)
+    for t in log[cut:]:
+        assert replayed.observe(t) == whole.observe(t)
+    for user_id in (1, 2, 3):
+        as_of_ms = whole.frontier_ms
+        assert replayed.stats(user_id, as_of_ms) == whole.stats(user_id, as_of_ms)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(events, max_size=30, unique_by=lambda t: t.id_hash64), st.randoms())
+def test_any_order_inside_the_slack_gives_the_same_window(log, rng):
+    log = [t for t in log if t.event_ms > START_MS + 200_000 - KEEP_MS]
+    shuffled = rng.sample(log, len(log))
+    left, right = window.PartitionWindows(SPANS), window.PartitionWindows(SPANS)
+    for a, b in zip(log, shuffled, strict=True):
+        left.observe(a)
+        right.observe(b)
+    for user_id in (1, 2, 3):
+        a, b = left.user(user_id), right.user(user_id)
+        assert (list(a.events()) if a else []) == (list(b.events()) if b else [])
+
+
+@settings(max_examples=300, deadline=None)
+@given(logs, st.integers(1, 3), st.integers(0, 5_000), st.booleans())
+def test_the_packed_window_answers_as_the_window_and_counts_the_one_in_hand_once(
+    log, user_id, back_ms, streamed
+):
+    windows, oracle = window.PartitionWindows(SPANS), Oracle()
+    for t in log:
+        windows.observe(t)
+        oracle.observe(t)
+    as_of_ms = max(windows.frontier_ms, START_MS) - back_ms
+    in_hand = transactions.Transaction("in-hand", user_id, 12_345, "USD", "", as_of_ms)
+    if streamed:
+        windows.observe(in_hand)
+    else:
+        oracle.observe(in_hand)
+    user = windows.user(user_id)
+    fence = features.Fence(1, len(log), windows.frontier_ms)
+    recent = None
+    if user:
+        packed = features.pack(user, fence, 3, windows.lower_ms, SPANS)
+        recent = features.unpack(packed, SPANS)
+        assert (recent.fence, recent.partition, recent.complete) == (fence, 3, True)
+    state = features.PartitionState(1, len(log), "live", as_of_ms)
+    row = features.as_of(
+        features.OnlineRow(user_id, recent, 700, 3, state),
+        as_of_ms,
+        in_hand,
+        now_ms=as_of_ms,
+        max_staleness_ms=60_000,
+        spans=SPANS,
+    )
+    if streamed:
+        oracle.observe(in_hand)
+    assert row.degraded == ()
+    assert summary(row.stats) == [
+        oracle.stats(user_id, as_of_ms, 20_000),
+        oracle.stats(user_id, as_of_ms, 60_000),
+    ]
+
+
+def test_users_with_nothing_left_vanish_when_the_frontier_moves_on():
+    windows = window.PartitionWindows(SPANS)
+    rng = random.Random(1)
+    for i in range(5_000):
+        event_ms = START_MS + i * 100 - rng.randrange(3_000)
+        windows.observe(transactions.Transaction(f"t{i}", i, 100, "USD", "", event_ms))
+    assert len(windows) <= (KEEP_MS + 4_000) / 100
+
+
+def test_above_256_events_only_the_edge_tile_is_inexact_and_says_so():
+    windows = window.PartitionWindows(SPANS)
+    for i in range(2_000):
+        windows.observe(transactions.Transaction(f"t{i}", 1, 100, "USD", "", START_MS + i * 30))
+    fence = features.Fence(1, 2_000, windows.frontier_ms)
+    packed = features.pack(windows.user(1), fence, 0, windows.lower_ms, SPANS)
+    recent = features.unpack(packed, SPANS)
+    exact = windows.stats(1, windows.frontier_ms)[0]
+    after_ms = windows.frontier_ms - 20_000
+    stats, approximate, _ = recent.stats(after_ms, windows.frontier_ms)
+    edge = features.tile_ms(SPANS) // 30 + 1
+    assert 0 <= stats.count - exact.count <= edge
+    assert approximate == (stats != exact) or approximate
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x02" + b"\0" * 60, b"\x01" + b"\0" * 20])
+def test_bytes_of_another_format_are_refused(damage):
+    with pytest.raises(ValueError, match="recent"):
+        features.unpack(damage, SPANS)
