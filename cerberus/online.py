@@ -1,0 +1,291 @@
+"""The online store: Redis in Feast's own layout, plus the service's keys under `cerberus:`.
+
+A user is one hash that all views share, so one HMGET reads all; a batch is one pipelined round
+trip. Rows are taken only when their fence is not older than the stored one, in one atomic step.
+Commands are those of Redis 6.2.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis.asyncio
+import redis.exceptions
+
+from cerberus import errors, feast_layout, features, settings, transactions, window
+
+STATS_VIEW, WINDOW_VIEW, CREDIT_VIEW = "user_transaction_stats", "user_window", "user_credit"
+MATERIALIZED = "cerberus:materialized"
+
+# KEYS[1] the user's hash. ARGV: the field of `recent`, epoch, offset, as_of_ms, partition, the
+# age in ms beyond which a row of another partition is dead, then field and value pairs.
+# Returns 1 taken, 0 an older fence, -1 a split user.
+_WRITE_ROW = """
+local stored = redis.call('HGET', KEYS[1], ARGV[1])
+if stored and #stored > 25 then
+  local at = 2  -- behind the tag stands the length, seven bits a byte
+  while string.byte(stored, at) > 127 do at = at + 1 end
+  local _, epoch, offset, as_of, partition = struct.unpack('>I1I4i8i8I4', stored, at + 1)
+  local e, o, t = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+  if epoch > e then return 0 end
+  if epoch == e then
+    if partition ~= tonumber(ARGV[5]) then
+      if as_of > t - tonumber(ARGV[6]) then return -1 end
+    elseif offset > o or (offset == o and as_of > t) then return 0 end
+  end
+end
+redis.call('HSET', KEYS[1], unpack(ARGV, 7))
+return 1
+"""
+
+# KEYS[1] the topic's hash of partitions. ARGV: partition, epoch, offset, state as JSON.
+_WRITE_STATE = """
+local stored = redis.call('HGET', KEYS[1], ARGV[1])
+if stored then
+  local s = cjson.decode(stored)
+  local e, o = tonumber(ARGV[2]), tonumber(ARGV[3])
+  if s.epoch > e or (s.epoch == e and s.offset > o) then return 0 end
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[4])
+return 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRow:
+    """One user's row to write: the packed window and its aggregates as of the fence."""
+
+    user_id: int
+    recent: bytes
+    stats: tuple[window.WindowStats, ...]
+    fence: features.Fence
+    partition: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """How many rows the store did not take, and why."""
+
+    older: int = 0
+    split: int = 0
+
+
+def connect(config: settings.Settings) -> "redis.asyncio.Redis":
+    """Make the shared pool; nothing is sent yet. Every command has a deadline of 2 s."""
+    options: dict[str, Any] = {
+        "socket_timeout": 2.0,
+        "socket_connect_timeout": 2.0,
+        "health_check_interval": 15,
+    }
+    if config.redis_url.startswith("rediss://") and not config.redis_tls_verify:
+        options |= {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}
+    return redis.asyncio.Redis.from_url(config.redis_url, **options)
+
+
+class OnlineStore:
+    """Reads and writes the rows that decisions are made from.
+
+    Args:
+        client: The shared pool.
+        plan: What Feast's registry says of views, types and TTLs.
+        spans: The window definition.
+        topic: Whose partitions are followed.
+    """
+
+    def __init__(
+        self,
+        client: "redis.asyncio.Redis",
+        plan: feast_layout.Plan,
+        spans: window.Spans,
+        topic: str,
+    ) -> None:
+        self._client = client
+        self._plan = plan
+        self._spans = spans
+        self._partitions_key = f"cerberus:partitions:{topic}"
+        self._recent = feast_layout.field(WINDOW_VIEW, "recent")
+        self._credit = feast_layout.field(CREDIT_VIEW, "credit_score")
+        self._ts = {v: feast_layout.ts_field(v) for v in (STATS_VIEW, WINDOW_VIEW, CREDIT_VIEW)}
+        self._read_fields = (
+            self._recent,
+            self._ts[WINDOW_VIEW],
+            self._credit,
+            self._ts[CREDIT_VIEW],
+        )
+        self._stat_fields = [
+            (
+                feast_layout.field(STATS_VIEW, f"transaction_count_{span}"),
+                feast_layout.field(STATS_VIEW, f"total_amount_{span}"),
+            )
+            for span in spans.names
+        ]
+        self._write_row = client.register_script(_WRITE_ROW)
+        self._write_state = client.register_script(_WRITE_STATE)
+
+    async def read(
+        self, user_ids: Sequence[int], now_ms: int, timeout_s: float
+    ) -> list[features.OnlineRow]:
+        """Read users and the state of their partitions in one round trip.
+
+        Deadline: `timeout_s`. Idempotent: yes.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer in time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                pipe = self._client.pipeline(transaction=False)
+                pipe.hgetall(self._partitions_key)
+                for user_id in user_ids:
+                    pipe.hmget(self._key(user_id), self._read_fields)
+                found, *hashes = await pipe.execute()
+        except (TimeoutError, OSError, redis.exceptions.RedisError) as error:
+            raise errors.FeaturesUnavailable(f"Redis did not answer: {error!r}") from error
+        states = _states(found)
+        count = int(found.get(b"count", 0))
+        rows = []
+        for user_id, values in zip(user_ids, hashes, strict=True):
+            partition = transactions.partition_of(user_id, count) if count else 0
+            rows.append(
+                features.OnlineRow(
+                    user_id=user_id,
+                    recent=self._alive_window(values, now_ms),
+                    credit_score=self._alive_credit(values, now_ms),
+                    partition=partition,
+                    state=states.get(partition),
+                )
+            )
+        return rows
+
+    async def credit_scores(self, user_ids: Sequence[int], now_ms: int) -> dict[int, int | None]:
+        """Read the credit scores of distinct users in one round trip.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer within 2 s.
+        """
+        pipe = self._client.pipeline(transaction=False)
+        for user_id in user_ids:
+            pipe.hmget(self._key(user_id), (self._credit, self._ts[CREDIT_VIEW]))
+        values = await self._execute(pipe)
+        return {
+            user_id: self._alive_credit((None, None, *pair), now_ms)
+            for user_id, pair in zip(user_ids, values, strict=True)
+        }
+
+    async def write(self, rows: Sequence[StreamRow]) -> Refused:
+        """Store rows whose fence is not older than what is there. Idempotent: yes.
+
+        Raises:
+            FeaturesUnavailable: not all was acknowledged within 2 s; write again.
+        """
+        pipe = self._client.pipeline(transaction=False)
+        for row in rows:
+            await self._write_row(
+                keys=[self._key(row.user_id)], args=self._row_arguments(row), client=pipe
+            )
+        answers = await self._execute(pipe)
+        return Refused(older=answers.count(0), split=answers.count(-1))
+
+    async def write_states(self, count: int, states: Mapping[int, features.PartitionState]) -> None:
+        """Say who is live: the state of owned partitions and how many there are, fenced.
+
+        Raises:
+            FeaturesUnavailable: not acknowledged within 2 s.
+        """
+        pipe = self._client.pipeline(transaction=False)
+        pipe.hset(self._partitions_key, "count", str(count))
+        for partition, state in states.items():
+            await self._write_state(
+                keys=[self._partitions_key],
+                args=[partition, state.epoch, state.offset, state.pack()],
+                client=pipe,
+            )
+        await self._execute(pipe)
+
+    async def states(self) -> dict[int, features.PartitionState]:
+        """Read what the owners say of all partitions.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer within 2 s.
+        """
+        pipe = self._client.pipeline(transaction=False)
+        pipe.hgetall(self._partitions_key)
+        return _states((await self._execute(pipe))[0])
+
+    async def materialized_ms(self) -> int | None:
+        """Return when the batch views were last loaded; None when Redis has lost them."""
+        pipe = self._client.pipeline(transaction=False)
+        pipe.get(MATERIALIZED)
+        value = (await self._execute(pipe))[0]
+        return None if value is None else int(value)
+
+    async def check_policy(self) -> str | None:
+        """Return a sentence when Redis may evict rows by itself, else None."""
+        try:
+            found = await self._client.config_get("maxmemory*")
+        except (OSError, redis.exceptions.RedisError):
+            return None  # managed services often forbid CONFIG
+        if found.get("maxmemory", "0") in ("0", 0) or found["maxmemory-policy"] == "noeviction":
+            return None
+        return (
+            f"Redis evicts rows (maxmemory-policy {found['maxmemory-policy']}): "
+            "set it to noeviction, or users will look new"
+        )
+
+    async def close(self) -> None:
+        """Close the pool."""
+        await self._client.aclose()
+
+    def _key(self, user_id: int) -> bytes:
+        return feast_layout.entity_key(user_id, self._plan.project)
+
+    def _alive_window(self, values: Sequence[bytes | None], now_ms: int) -> features.Recent | None:
+        value, stamp = values[0], values[1]
+        if not value or not stamp or not self._plan.alive(WINDOW_VIEW, stamp, now_ms):
+            return None
+        packed = feast_layout.decode(value)
+        return features.unpack(packed, self._spans) if isinstance(packed, bytes) else None
+
+    def _alive_credit(self, values: Sequence[bytes | None], now_ms: int) -> int | None:
+        value, stamp = values[2], values[3]
+        if not value or not stamp or not self._plan.alive(CREDIT_VIEW, stamp, now_ms):
+            return None
+        score = feast_layout.decode(value)
+        return score if isinstance(score, int) else None
+
+    def _row_arguments(self, row: StreamRow) -> list[bytes | int]:
+        stamp = feast_layout.encode_timestamp(row.fence.as_of_ms * 1000)
+        pairs: list[bytes | int] = [
+            self._recent,
+            *row.fence,
+            row.partition,
+            self._spans.keep_ms,
+            self._recent,
+            feast_layout.encode_bytes(row.recent),
+            self._ts[WINDOW_VIEW],
+            stamp,
+            self._ts[STATS_VIEW],
+            stamp,
+        ]
+        for (count_field, total_field), stats in zip(self._stat_fields, row.stats, strict=True):
+            pairs += (count_field, feast_layout.encode_int64(stats.count))
+            pairs += (total_field, feast_layout.encode_double(stats.total_minor / 100))
+        return pairs
+
+    async def _execute(self, pipe: Any) -> list[Any]:
+        try:
+            async with asyncio.timeout(2.0):
+                answers: list[Any] = await pipe.execute()
+        except (TimeoutError, OSError, redis.exceptions.RedisError) as error:
+            raise errors.FeaturesUnavailable(f"Redis did not answer: {error!r}") from error
+        return answers
+
+
+def _states(found: Mapping[bytes, bytes]) -> dict[int, features.PartitionState]:
+    return {
+        int(field): features.PartitionState.unpack(value)
+        for field, value in found.items()
+        if field != b"count"
+    }
