@@ -136,7 +136,7 @@ class OnlineStore:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                pipe = self._client.pipeline(transaction=False)
+                pipe: Any = self._client.pipeline(transaction=False)  # typed for str keys only
                 pipe.hgetall(self._partitions_key)
                 for user_id in user_ids:
                     pipe.hmget(self._key(user_id), self._read_fields)
@@ -165,7 +165,7 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.
         """
-        pipe = self._client.pipeline(transaction=False)
+        pipe: Any = self._client.pipeline(transaction=False)  # typed for str keys only
         for user_id in user_ids:
             pipe.hmget(self._key(user_id), (self._credit, self._ts[CREDIT_VIEW]))
         values = await self._execute(pipe)

@@ -1,0 +1,33 @@
+# Every target works on a bare machine: a python ≥ 3.11 with venv, and a package index.
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3.14 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help check test fmt clean
+
+help: ## Show what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+.venv/.installed: requirements-dev.txt
+	@test -n "$(PYTHON)" || { echo "No python >= 3.11 with venv is on PATH: install one, or say make PYTHON=/path/to/python3"; exit 1; }
+	@echo "environment  .venv with $$($(PYTHON) --version) ($(PYTHON)), about a minute"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@touch $@
+
+check: .venv/.installed ## Format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+test: check ## Everything that must hold
+	$(BIN)/python -m pytest
+
+fmt: .venv/.installed ## Format in place
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove the environment and all local data
+	rm -rf .venv .cerberus

@@ -1,0 +1,315 @@
+"""All settings of a process: read once from the environment, every mistake named."""
+
+import ipaddress
+import pathlib
+import re
+import ssl
+import tempfile
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from cerberus import errors
+
+TASKS = ("api", "consumer", "producer", "materializer")
+MODEL_PATH = pathlib.Path(__file__).parent.parent / "models" / "fraud_model.json"
+AUTO_RATE = 2.0
+
+
+class Variable(NamedTuple):
+    """One line of the configuration table: name, default as text, meaning with its unit."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable("KAFKA_BROKER", "required", "`host:port`, comma separated; or `KAFKA_URL`"),
+    Variable("KAFKA_URL", "", "`kafka://` or `kafka+ssl://` addresses, comma separated"),
+    Variable("KAFKA_PREFIX", "", "put before the names of topics and of the group"),
+    Variable("KAFKA_TRUSTED_CERT", "", "PEM text of the CA, for `kafka+ssl://`"),
+    Variable("KAFKA_CLIENT_CERT", "", "PEM text of the client's certificate"),
+    Variable("KAFKA_CLIENT_CERT_KEY", "", "PEM text of its key"),
+    Variable("REDIS_URL", "required", "`redis://` or `rediss://`; `REDIS_TLS_URL` is preferred"),
+    Variable("REDIS_TLS_URL", "", "as `REDIS_URL`, where a platform sets both"),
+    Variable("REDIS_TLS_VERIFY", "1", "0 accepts a self-signed certificate"),
+    Variable("DATABASE_URL", "required", "`postgres://` or `postgresql://`"),
+    Variable("CERBERUS_API_KEY", "", "comma separated; empty: only direct loopback callers"),
+    Variable("CERBERUS_TASKS", ",".join(TASKS), "which parts this process runs"),
+    Variable(
+        "CERBERUS_RATE", "auto", "synthetic transactions/s; auto: 2 on loopback brokers, else 0"
+    ),
+    Variable("CERBERUS_SEED", "7", "of the synthetic population"),
+    Variable("CERBERUS_USERS", "1000", "size of the synthetic population"),
+    Variable("CERBERUS_FIRST_USER_ID", "1000", "its lowest user id"),
+    Variable("CERBERUS_CURRENCY", "USD", "ISO 4217; one a deployment"),
+    Variable("CERBERUS_PARTITIONS", "6", "of the topics that are created"),
+    Variable("CERBERUS_REPLICATION", "-1", "of the topics that are created; -1: the broker's"),
+    Variable("CERBERUS_SPANS", "10m", "window lengths, increasing: `10m,1h,24h`"),
+    Variable("CERBERUS_ALLOWED_LATENESS_S", "60", "how late an event may come, s"),
+    Variable("CERBERUS_MAX_FUTURE_SKEW_S", "60", "how far ahead an event may be stamped, s"),
+    Variable("CERBERUS_MAX_STALENESS_S", "60", "older streamed values are null, s"),
+    Variable("CERBERUS_SESSION_TIMEOUT_S", "15", "of the consumer group, s"),
+    Variable("CERBERUS_MATERIALIZE_S", "300", "between loads of the batch views, s"),
+    Variable("CERBERUS_RESEND_S", "300", "between full writes of the live rows, s"),
+    Variable("CERBERUS_MAX_IN_FLIGHT", "512", "requests above it get 503"),
+    Variable("CERBERUS_READ_TIMEOUT_MS", "250", "deadline of the feature read, ms"),
+    Variable("CERBERUS_MODEL", "models/fraud_model.json", "the model file"),
+    Variable("CERBERUS_LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR"),
+)
+_DEFAULTS = {v.name: v.default for v in VARIABLES}
+
+
+@dataclass(frozen=True, slots=True)
+class Kafka:
+    """How to reach the brokers.
+
+    Attributes:
+        bootstrap: "host:port" each.
+        prefix: Put before the names of topics and of the group, dot included.
+        tls: Whether to speak TLS.
+        ca_pem: The CA's certificate; empty trusts the system's.
+        client_pem: Certificate and key of the client; empty strings when there are none.
+    """
+
+    bootstrap: tuple[str, ...]
+    prefix: str = ""
+    tls: bool = False
+    ca_pem: str = ""
+    client_pem: tuple[str, str] = ("", "")
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether every broker is on this machine."""
+        return all(_loopback(address.rpartition(":")[0]) for address in self.bootstrap)
+
+    def topic(self, name: str) -> str:
+        """Return the full name of a topic or group."""
+        return self.prefix + name
+
+    def client_options(self) -> dict[str, Any]:
+        """Return what every Kafka client is built with.
+
+        Raises:
+            ConfigError: The certificates cannot be read.
+        """
+        options: dict[str, Any] = {"bootstrap_servers": list(self.bootstrap)}
+        if self.tls:
+            options |= {"security_protocol": "SSL", "ssl_context": self._ssl_context()}
+        return options
+
+    def _ssl_context(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cadata=self.ca_pem or None)
+            # A platform's own CA signs certificates that carry no host name.
+            context.check_hostname = not self.ca_pem
+            if all(self.client_pem):
+                with tempfile.NamedTemporaryFile("w") as file:  # created with mode 0600
+                    file.write("\n".join(self.client_pem))
+                    file.flush()
+                    context.load_cert_chain(file.name)
+        except (ssl.SSLError, ValueError) as error:
+            raise errors.ConfigError(
+                f"KAFKA_TRUSTED_CERT, KAFKA_CLIENT_CERT or KAFKA_CLIENT_CERT_KEY: {error}"
+            ) from error
+        return context
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that a process is told; `VARIABLES` gives names, units and defaults."""
+
+    kafka: Kafka
+    redis_url: str
+    redis_tls_verify: bool
+    database_url: str
+    api_keys: tuple[str, ...]
+    tasks: frozenset[str]
+    rate: float
+    rate_reason: str
+    seed: int
+    users: int
+    first_user_id: int
+    currency: str
+    partitions: int
+    replication: int
+    spans: tuple[str, ...]
+    allowed_lateness_ms: int
+    max_future_skew_ms: int
+    max_staleness_ms: int
+    session_timeout_ms: int
+    materialize_s: float
+    resend_s: float
+    max_in_flight: int
+    read_timeout_ms: int
+    model_path: pathlib.Path
+    log_level: str
+
+    def __repr__(self) -> str:
+        """Show the settings without secrets."""
+        secret = {"kafka", "redis_url", "database_url", "api_keys"}
+        shown = (
+            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in secret
+        )
+        return f"Settings({', '.join(shown)})"
+
+
+class _Reader:
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+
+    def text(self, name: str) -> str:
+        default = _DEFAULTS[name]
+        value = self._environ.get(name, "").strip()
+        return value or ("" if default == "required" else default)
+
+    def number(self, name: str, low: float, high: float) -> float:
+        text = self.text(name)
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise errors.ConfigError(
+                f"{name} must be a number from {low:g} to {high:g}, not {text!r}"
+            )
+        return value
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        value = self.number(name, low, high)
+        if value != int(value):
+            raise errors.ConfigError(f"{name} must be a whole number, not {self.text(name)!r}")
+        return int(value)
+
+    def ms(self, name: str, low_s: float, high_s: float) -> int:
+        return round(self.number(name, low_s, high_s) * 1000)
+
+    def words(self, name: str) -> tuple[str, ...]:
+        return tuple(word for part in self.text(name).split(",") if (word := part.strip()))
+
+    def matching(self, name: str, pattern: str, meaning: str) -> str:
+        value = self.text(name)
+        if not re.fullmatch(pattern, value):
+            raise errors.ConfigError(f"{name} must be {meaning}, not {value!r}")
+        return value
+
+
+def load(environ: Mapping[str, str]) -> Settings:
+    """Read all settings.
+
+    Raises:
+        ConfigError: naming the variable that is missing or wrong.
+    """
+    read = _Reader(environ)
+    kafka = _kafka(read)
+    rate, rate_reason = _rate(read, kafka)
+    return Settings(
+        kafka=kafka,
+        redis_url=_url(
+            read, "REDIS_TLS_URL" if read.text("REDIS_TLS_URL") else "REDIS_URL", "redis", "rediss"
+        ),
+        redis_tls_verify=read.matching("REDIS_TLS_VERIFY", "[01]", "0 or 1") == "1",
+        database_url=_url(read, "DATABASE_URL", "postgres", "postgresql"),
+        api_keys=read.words("CERBERUS_API_KEY"),
+        tasks=_tasks(read),
+        rate=rate,
+        rate_reason=rate_reason,
+        seed=read.integer("CERBERUS_SEED", 0, 2**31),
+        users=read.integer("CERBERUS_USERS", 1, 10_000_000),
+        first_user_id=read.integer("CERBERUS_FIRST_USER_ID", 0, 2**53),
+        currency=read.matching("CERBERUS_CURRENCY", "[A-Z]{3}", "three capital letters"),
+        partitions=read.integer("CERBERUS_PARTITIONS", 1, 1000),
+        replication=read.integer("CERBERUS_REPLICATION", -1, 10),
+        spans=_spans(read),
+        allowed_lateness_ms=read.ms("CERBERUS_ALLOWED_LATENESS_S", 0, 86_400),
+        max_future_skew_ms=read.ms("CERBERUS_MAX_FUTURE_SKEW_S", 0, 3_600),
+        max_staleness_ms=read.ms("CERBERUS_MAX_STALENESS_S", 1, 86_400),
+        session_timeout_ms=read.ms("CERBERUS_SESSION_TIMEOUT_S", 6, 300),
+        materialize_s=read.number("CERBERUS_MATERIALIZE_S", 1, 86_400),
+        resend_s=read.number("CERBERUS_RESEND_S", 1, 86_400),
+        max_in_flight=read.integer("CERBERUS_MAX_IN_FLIGHT", 1, 100_000),
+        read_timeout_ms=read.integer("CERBERUS_READ_TIMEOUT_MS", 1, 60_000),
+        model_path=pathlib.Path(environ.get("CERBERUS_MODEL") or MODEL_PATH),
+        log_level=read.matching(
+            "CERBERUS_LOG_LEVEL", "DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR"
+        ),
+    )
+
+
+def _kafka(read: _Reader) -> Kafka:
+    name = "KAFKA_BROKER" if read.text("KAFKA_BROKER") else "KAFKA_URL"
+    addresses = read.words(name)
+    if not addresses:
+        raise errors.ConfigError("KAFKA_BROKER is not set: give host:port of a Kafka broker")
+    bootstrap, schemes = [], set()
+    for address in addresses:
+        url = urllib.parse.urlsplit(address if "://" in address else f"kafka://{address}")
+        try:
+            host, port = url.hostname, url.port or 9092
+        except ValueError:
+            host, port = None, 0
+        if not host or url.scheme not in ("kafka", "kafka+ssl"):
+            raise errors.ConfigError(
+                f"{name}: {address!r} is not host:port or kafka+ssl://host:port"
+            )
+        bootstrap.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        schemes.add(url.scheme)
+    if len(schemes) > 1:
+        raise errors.ConfigError(f"{name} mixes kafka:// and kafka+ssl://; use one of them")
+    return Kafka(
+        bootstrap=tuple(bootstrap),
+        prefix=read.text("KAFKA_PREFIX"),
+        tls=schemes == {"kafka+ssl"},
+        ca_pem=read.text("KAFKA_TRUSTED_CERT"),
+        client_pem=(read.text("KAFKA_CLIENT_CERT"), read.text("KAFKA_CLIENT_CERT_KEY")),
+    )
+
+
+def _url(read: _Reader, name: str, *schemes: str) -> str:
+    value = read.text(name)
+    wanted = " or ".join(f"{scheme}://" for scheme in schemes)
+    if not value:
+        raise errors.ConfigError(f"{name} is not set: give a {wanted} address")
+    try:
+        url = urllib.parse.urlsplit(value)
+        _ = url.port  # asking for it judges it
+    except ValueError as error:
+        raise errors.ConfigError(f"{name}: {error}") from error
+    if url.scheme not in schemes:
+        raise errors.ConfigError(f"{name} must begin with {wanted}")
+    return value
+
+
+def _rate(read: _Reader, kafka: Kafka) -> tuple[float, str]:
+    if read.text("CERBERUS_RATE") != "auto":
+        return read.number("CERBERUS_RATE", 0, 100_000), "CERBERUS_RATE sets it"
+    if kafka.on_loopback:
+        return AUTO_RATE, "every broker is on loopback; CERBERUS_RATE sets another rate"
+    return 0.0, "the brokers are remote; CERBERUS_RATE above 0 wakes it"
+
+
+def _tasks(read: _Reader) -> frozenset[str]:
+    tasks = frozenset(read.words("CERBERUS_TASKS"))
+    if not tasks or tasks - set(TASKS):
+        raise errors.ConfigError(f"CERBERUS_TASKS must name some of {', '.join(TASKS)}")
+    return tasks
+
+
+def _spans(read: _Reader) -> tuple[str, ...]:
+    names = read.words("CERBERUS_SPANS")
+    units_s = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+    good = all(re.fullmatch(r"[1-9]\d{0,4}[smhd]", name) for name in names)
+    lengths = [units_s[name[-1]] * int(name[:-1]) for name in names] if good else []
+    if not lengths or sorted(set(lengths)) != lengths:
+        raise errors.ConfigError("CERBERUS_SPANS must be increasing lengths such as 10m,1h,24h")
+    return names
+
+
+def _loopback(host: str) -> bool:
+    host = host.strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,73 @@
+import pytest
+
+from cerberus import errors, settings
+
+BASE = {
+    "KAFKA_BROKER": "127.0.0.1:9092",
+    "REDIS_URL": "redis://127.0.0.1:6379",
+    "DATABASE_URL": "postgres://u:p@db:5432/x",
+}
+
+
+def test_the_three_addresses_are_all_that_is_needed():
+    config = settings.load(BASE)
+    assert config.kafka.bootstrap == ("127.0.0.1:9092",)
+    assert (config.rate, config.spans, config.tasks) == (2.0, ("10m",), set(settings.TASKS))
+
+
+@pytest.mark.parametrize("missing", sorted(BASE))
+def test_a_missing_address_is_named(missing):
+    with pytest.raises(errors.ConfigError, match=missing):
+        settings.load({k: v for k, v in BASE.items() if k != missing})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("KAFKA_BROKER", "http://x"),
+        ("KAFKA_BROKER", "h:99999"),
+        ("REDIS_URL", "http://x"),
+        ("REDIS_URL", "redis://h:port"),
+        ("REDIS_TLS_VERIFY", "no"),
+        ("DATABASE_URL", "mysql://x"),
+        ("CERBERUS_TASKS", "api,cook"),
+        ("CERBERUS_RATE", "fast"),
+        ("CERBERUS_RATE", "nan"),
+        ("CERBERUS_SPANS", "1h,10m"),
+        ("CERBERUS_SPANS", "10"),
+        ("CERBERUS_PARTITIONS", "1.5"),
+        ("CERBERUS_CURRENCY", "usd"),
+        ("CERBERUS_LOG_LEVEL", "LOUD"),
+    ],
+)
+def test_a_wrong_value_is_named(name, value):
+    with pytest.raises(errors.ConfigError, match=name):
+        settings.load({**BASE, name: value})
+
+
+def test_a_platform_s_addresses_are_understood():
+    environ = {k: v for k, v in BASE.items() if k != "KAFKA_BROKER"} | {
+        "KAFKA_URL": "kafka+ssl://a.example:9096,kafka+ssl://b.example:9096",
+        "KAFKA_PREFIX": "north-1.",
+        "REDIS_TLS_URL": "rediss://:p@r:6380",
+        "REDIS_TLS_VERIFY": "0",
+    }
+    config = settings.load(environ)
+    assert config.kafka.bootstrap == ("a.example:9096", "b.example:9096")
+    assert config.kafka.tls
+    assert config.kafka.topic("transactions") == "north-1.transactions"
+    assert config.redis_url == "rediss://:p@r:6380"
+    assert config.rate == 0
+    assert "CERBERUS_RATE" in config.rate_reason
+
+
+def test_a_broken_certificate_is_a_setting_s_fault():
+    config = settings.load(BASE | {"KAFKA_BROKER": "kafka+ssl://h:1", "KAFKA_TRUSTED_CERT": "x"})
+    with pytest.raises(errors.ConfigError, match="KAFKA_TRUSTED_CERT"):
+        config.kafka.client_options()
+
+
+def test_secrets_do_not_show():
+    config = settings.load(BASE | {"CERBERUS_API_KEY": "sesame"})
+    assert "sesame" not in repr(config)
+    assert "u:p" not in repr(config)
