@@ -1,22 +1,23 @@
 """Named eternal tasks that are restarted, watched, and given up on; knows no domain.
 
 A task that dies in a lifespan's task group does not stop uvicorn, which goes on answering with no
-worker behind it. So no exception reaches the group: each task is restarted after a full-jitter
-wait, `uniform(0, min(cap, base · 2^(failures − 1)))`; the return of an eternal task is a fault; too
-many failures, or one that a restart cannot mend, end the process.
+worker behind it. So no exception reaches the group. What ends a run is a fault, be it an error, a
+return, a cancellation that was not ours or silence while work waits, and is followed by a
+full-jitter wait, `uniform(0, min(cap, base · 2^(attempt − 1)))`, and a new run.
+
+A fault that only waiting mends (a store is away) is waited out for ever. Too many other faults, or
+one that no restart mends, are given up on: the process drains and ends, for the platform to start
+it anew.
 """
 
 import asyncio
 import contextvars
 import logging
-import os
 import random
-import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio
 import anyio.abc
@@ -26,39 +27,67 @@ from cerberus import errors
 log = logging.getLogger(__name__)
 
 current_task: contextvars.ContextVar[str] = contextvars.ContextVar("current_task", default="main")
+
+# No TypeError, AttributeError or AssertionError: client libraries raise them while a connection
+# breaks, and one that is a bug of ours has used up its restarts within seconds.
 FATAL = (
-    TypeError,
-    AttributeError,
     NameError,
     ImportError,
-    AssertionError,
+    SystemExit,
+    KeyboardInterrupt,
     errors.ConfigError,
     errors.ModelMismatch,
 )
-EXIT_STATUS = 70
+AWAY = (errors.StoreUnavailable, errors.FeaturesUnavailable)
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How patient the supervisor is; all in seconds but `max_failures`."""
+    """How patient the supervisor is; all in seconds but `max_failures`.
+
+    Attributes:
+        backoff_base_s: Ceiling of the first wait; it doubles with each fault in a row.
+        backoff_cap_s: Greatest ceiling.
+        healthy_s: A run of this length ends the row.
+        max_failures: How many faults within `failure_window_s` are borne.
+        failure_window_s: See above.
+        watch_s: Between two looks at a task.
+        stall_s: How long a task that lags may be silent.
+        clean_up_s: How long a stalled task may clean up after it was cancelled.
+        stop_s: For all tasks together to stop, from the first to the last.
+        cut_s: How long a task that did not stop in time may clean up.
+    """
 
     backoff_base_s: float = 0.5
     backoff_cap_s: float = 30.0
     healthy_s: float = 60.0
     max_failures: int = 5
     failure_window_s: float = 600.0
-    stall_s: float = 30.0
-    stop_s: float = 8.0
     watch_s: float = 1.0
+    stall_s: float = 30.0
+    clean_up_s: float = 15.0
+    stop_s: float = 16.0
+    cut_s: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class TaskStatus:
-    """One task as others see it: state is running, backing_off, stopped or failed."""
+    """One task as others see it.
+
+    Attributes:
+        state: running, backing_off, stopped or failed.
+        since_s: How long it has been in that state.
+        restarts: How often it was started anew.
+        sound: Whether it runs and, after a restart, has made progress or lasted: a task that dies
+            at each start is not sound between two deaths.
+        last_error: What ended its latest run that failed.
+        last_progress_s: How long ago it made progress or was started.
+    """
 
     state: str
     since_s: float
     restarts: int
+    sound: bool
     last_error: str | None
     last_progress_s: float
 
@@ -70,38 +99,54 @@ class Progress:
         stopping: Set when the task should finish its work and return.
     """
 
-    def __init__(self, name: str, clock: Callable[[], float]) -> None:
-        self.name = name
+    def __init__(self, clock: Callable[[], float]) -> None:
         self.stopping = asyncio.Event()
         self._clock = clock
-        self.last_s = clock()
-        self.behind = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the run before; for the supervisor."""
+        self.last_s = self._clock()
+        self.behind = self.beaten = False
 
     def beat(self) -> None:
         """Say that progress was made."""
         self.last_s = self._clock()
+        self.beaten = True
 
     def lagging(self, behind: bool) -> None:
         """Say whether work waits; only then is silence a fault."""
         if behind and not self.behind:
-            self.beat()
+            self.last_s = self._clock()
         self.behind = behind
 
+    async def wait(self, seconds: float) -> None:
+        """Wait that long, or until told to stop."""
+        with anyio.move_on_after(seconds):
+            await self.stopping.wait()
 
+
+@dataclass(slots=True)
 class _Task:
-    def __init__(
-        self, name: str, run: Callable[[Progress], Awaitable[None]], clock: Callable[[], float]
-    ) -> None:
-        self.name = name
-        self.run = run
-        self.progress = Progress(name, clock)
-        self.state = "stopped"
-        self.since_s = clock()
-        self.restarts = 0
-        self.last_error: str | None = None
-        self.failures: deque[float] = deque()
-        self.scope: anyio.CancelScope | None = None
-        self.done = asyncio.Event()
+    name: str
+    run: Callable[[Progress], Awaitable[None]]
+    progress: Progress
+    since_s: float
+    state: str = "stopped"
+    restarts: int = 0
+    attempt: int = 0
+    last_error: str | None = None
+    failures: deque[float] = field(default_factory=deque)
+    scope: anyio.CancelScope | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    reason: str
+    error: BaseException | None
+    lived_s: float
+    fatal: bool
 
 
 class Supervisor:
@@ -112,8 +157,10 @@ class Supervisor:
         on_restart: Called with a task's name at each restart.
         policy: Waits and bounds.
         clock: Monotonic seconds.
-        sleep: Waits that many seconds.
         rng: For the jitter.
+
+    Attributes:
+        gave_up: Which task was given up on and why; None while all are kept alive.
     """
 
     def __init__(
@@ -123,50 +170,71 @@ class Supervisor:
         on_restart: Callable[[str], None] = lambda name: None,
         policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
         rng: random.Random | None = None,
     ) -> None:
         self._on_give_up = on_give_up
         self._on_restart = on_restart
         self._policy = policy or Policy()
         self._clock = clock
-        self._sleep = sleep
         self._rng = rng or random.SystemRandom()
         self._tasks: dict[str, _Task] = {}
         self.gave_up: str | None = None
 
     def add(self, name: str, run: Callable[[Progress], Awaitable[None]]) -> None:
-        """Name an eternal task; `run` may return only after `progress.stopping` was set."""
-        self._tasks[name] = _Task(name, run, self._clock)
+        """Name an eternal task.
+
+        Args:
+            name: Also the `task` of all that it logs.
+            run: Called anew at each restart; may return only after `progress.stopping` was set.
+
+        Raises:
+            ValueError: There is a task of that name.
+        """
+        if name in self._tasks:
+            raise ValueError(f"there is a task named {name!r} already; give each its own name")
+        self._tasks[name] = task = _Task(name, run, Progress(self._clock), self._clock())
+        task.ended.set()
 
     def start(self, group: anyio.abc.TaskGroup) -> None:
-        """Start all tasks, and the watch over them, in `group`."""
+        """Start all tasks in `group`, which cannot end before they were stopped."""
         for task in self._tasks.values():
+            task.ended.clear()
             group.start_soon(self._keep_alive, task, name=task.name)
-        group.start_soon(self._watch, name="watch")
 
-    async def stop(self, order: Sequence[str]) -> None:
-        """Stop tasks one after the other: each may finish within `stop_s`, then is cancelled."""
-        for name in order:
-            if (task := self._tasks.get(name)) is None:
-                continue
+    async def stop(self, order: Sequence[str] = ()) -> None:
+        """Stop one task after the other, all within `stop_s`; again is harmless.
+
+        Each may use an equal share of the time that is left to finish by itself; then it is
+        cancelled, and left behind when it does not hear.
+
+        Args:
+            order: Names; one that does not run here is passed over, and those not named follow.
+        """
+        rest = [task for name, task in self._tasks.items() if name not in order]
+        tasks = [self._tasks[name] for name in order if name in self._tasks] + rest
+        ends_s = anyio.current_time() + self._policy.stop_s
+        for done, task in enumerate(tasks):
             task.progress.stopping.set()
-            if task.state == "backing_off" and task.scope is not None:
+            share_s = (ends_s - anyio.current_time()) / (len(tasks) - done)
+            with anyio.move_on_after(share_s - self._policy.cut_s):
+                await task.ended.wait()
+            if not task.ended.is_set() and task.scope is not None:
+                log.warning("%s did not stop in time", task.name, extra={"action": "task_cut"})
                 task.scope.cancel()
-            with anyio.move_on_after(self._policy.stop_s):
-                await task.done.wait()
-            if not task.done.is_set() and task.scope is not None:
-                log.warning("not stopped in time", extra={"action": "task_cut", "stopped": name})
-                task.scope.cancel()
-                with anyio.move_on_after(2.0):
-                    await task.done.wait()
+                await task.ended.wait()  # `cut_s` at most
 
     def status(self) -> dict[str, TaskStatus]:
         """Say how each task is."""
-        now = self._clock()
+        now, healthy_s = self._clock(), self._policy.healthy_s
         return {
             t.name: TaskStatus(
-                t.state, now - t.since_s, t.restarts, t.last_error, now - t.progress.last_s
+                state=t.state,
+                since_s=now - t.since_s,
+                restarts=t.restarts,
+                sound=t.state == "running"
+                and (t.restarts == 0 or t.progress.beaten or now - t.since_s >= healthy_s),
+                last_error=t.last_error,
+                last_progress_s=now - t.progress.last_s,
             )
             for t in self._tasks.values()
         }
@@ -177,93 +245,129 @@ class Supervisor:
     async def _keep_alive(self, task: _Task) -> None:
         current_task.set(task.name)
         try:
-            while not task.progress.stopping.is_set() and task.state != "failed":
-                with anyio.CancelScope() as task.scope:
-                    await self._run_once(task)
+            with anyio.CancelScope() as task.scope:
+                while (fault := await self._run(task)) is not None:
+                    if self._bearable(task, fault):
+                        await self._back_off(task, fault)
+                    else:
+                        self._give_up(task, fault)
+                        break
         finally:
             if task.state != "failed":
                 self._enter(task, "stopped")
-            task.done.set()
+                log.info("stopped", extra={"action": "task_stopped"})
+            task.ended.set()
 
-    async def _run_once(self, task: _Task) -> None:
-        self._enter(task, "running")
-        task.progress.beat()
-        task.progress.behind = False
-        started_s = self._clock()
-        try:
-            with anyio.CancelScope() as scope:
-                task.scope = scope
-                await task.run(task.progress)
-        except Exception as error:
-            fault: Exception | None = error
-        else:
-            fault = None
+    async def _run(self, task: _Task) -> _Fault | None:
+        """Run the task to its end; None when it was told to stop."""
         if task.progress.stopping.is_set():
-            if fault is not None:
-                log.error("failed while stopping", exc_info=fault, extra={"action": "task_failed"})
-            return
-        if scope.cancelled_caught:
-            reason = f"made no progress for {self._policy.stall_s:g} s"
-        elif fault is None:
+            return None
+        self._enter(task, "running")
+        task.progress.begin()
+        # A task of its own, so that it is cancelled once and can then await its clean-up, and so
+        # that a cancellation by anybody else is told apart from ours.
+        child = asyncio.create_task(_contained(task), name=task.name)
+        try:
+            stalled = await self._watch(task, child)
+        except asyncio.CancelledError:
+            child.cancel()
+            with anyio.move_on_after(self._policy.cut_s, shield=True):
+                await asyncio.wait({child})
+            if not child.done():
+                log.error("left behind: it ignores cancellation", extra={"action": "task_left"})
+            raise
+        fault = self._judge(task, child, stalled)
+        if not task.progress.stopping.is_set():
+            return fault
+        if fault.error is not None:
+            log.error(
+                "failed while stopping", exc_info=fault.error, extra={"action": "task_failed"}
+            )
+        return None
+
+    async def _watch(self, task: _Task, child: asyncio.Task[BaseException | None]) -> bool:
+        """Wait for the end of the run; True when it had to be cancelled for silence."""
+        policy, progress = self._policy, task.progress
+        while not child.done():
+            looked_s = self._clock()
+            await asyncio.wait({child}, timeout=policy.watch_s)
+            now = self._clock()
+            if now - looked_s > policy.watch_s + policy.stall_s:
+                progress.last_s = now  # the whole process stood still: nobody could progress
+            silent = progress.behind and now - progress.last_s > policy.stall_s
+            if silent and not child.done() and not progress.stopping.is_set():
+                child.cancel()
+                await asyncio.wait({child}, timeout=policy.clean_up_s)
+                return True
+        return False
+
+    def _judge(
+        self, task: _Task, child: asyncio.Task[BaseException | None], stalled: bool
+    ) -> _Fault:
+        error = child.result() if child.done() and not child.cancelled() else None
+        # Two runs side by side would do everything twice.
+        deaf = not child.done()
+        if stalled:
+            reason = f"made no progress for {self._policy.stall_s:g} s" + (
+                " and ignored its cancellation" if deaf else ""
+            )
+        elif child.cancelled():
+            reason = "was cancelled, though not by its supervisor"
+        elif error is None:
             reason = "returned, though it is eternal"
         else:
-            reason = f"{type(fault).__name__}: {fault}"
-        await self._after_fault(task, reason, fault, started_s)
+            reason = f"{type(error).__name__}: {error}"
+        ended_s = task.progress.last_s if stalled else self._clock()
+        fatal = deaf or (error is not None and _group(error).subgroup(FATAL) is not None)
+        return _Fault(reason, error, ended_s - task.since_s, fatal)
 
-    async def _after_fault(
-        self, task: _Task, reason: str, fault: Exception | None, started_s: float
-    ) -> None:
-        now, policy = self._clock(), self._policy
-        if now - started_s >= policy.healthy_s:
-            task.failures.clear()
+    def _bearable(self, task: _Task, fault: _Fault) -> bool:
+        task.last_error = fault.reason
+        log.error("failed: %s", fault.reason, exc_info=fault.error, extra={"action": "task_failed"})
+        if fault.error is not None and _group(fault.error).split(AWAY)[1] is None:
+            return True
+        now = self._clock()
         task.failures.append(now)
-        while task.failures[0] <= now - policy.failure_window_s:
+        while task.failures[0] <= now - self._policy.failure_window_s:
             task.failures.popleft()
-        task.last_error = reason
-        log.error("task failed: %s", reason, exc_info=fault, extra={"action": "task_failed"})
-        if isinstance(fault, FATAL) or len(task.failures) > policy.max_failures:
-            self._enter(task, "failed")
-            if self.gave_up is None:
-                self.gave_up = f"{task.name} {reason}"
-                self._on_give_up(self.gave_up)
-            return
+        return not fault.fatal and len(task.failures) <= self._policy.max_failures
+
+    async def _back_off(self, task: _Task, fault: _Fault) -> None:
+        policy = self._policy
+        task.attempt = 1 if fault.lived_s >= policy.healthy_s else task.attempt + 1
+        # The exponent is bounded too: an outage of hours would leave the range of floats.
+        ceiling_s = min(
+            policy.backoff_cap_s, policy.backoff_base_s * 2 ** min(task.attempt - 1, 64)
+        )
         self._enter(task, "backing_off")
-        task.restarts += 1
-        self._on_restart(task.name)
-        ceiling = policy.backoff_base_s * 2 ** (len(task.failures) - 1)
-        with anyio.CancelScope() as task.scope:
-            await self._sleep(self._rng.uniform(0, min(policy.backoff_cap_s, ceiling)))
+        await task.progress.wait(self._rng.uniform(0, ceiling_s))
+        if not task.progress.stopping.is_set():
+            task.restarts += 1
+            _tell(self._on_restart, task.name)
 
-    async def _watch(self) -> None:
-        """Cancel tasks that lag in silence; ends when every task has ended."""
-        while not all(task.done.is_set() for task in self._tasks.values()):
-            await anyio.sleep(self._policy.watch_s)
-            for task in self._tasks.values():
-                silent_s = self._clock() - task.progress.last_s
-                stalled = task.progress.behind and silent_s > self._policy.stall_s
-                if task.state == "running" and stalled and task.scope is not None:
-                    task.scope.cancel()
+    def _give_up(self, task: _Task, fault: _Fault) -> None:
+        self._enter(task, "failed")
+        if self.gave_up is None:
+            self.gave_up = f"{task.name}: {fault.reason}"
+            _tell(self._on_give_up, self.gave_up)
 
 
-class Exit:
-    """Ends the process with status 70 after a clean teardown, under any uvicorn."""
+async def _contained(task: _Task) -> BaseException | None:
+    try:
+        await task.run(task.progress)
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # an exit or interrupt that escapes a task breaks the loop
+        return error
+    return None
 
-    def __init__(self) -> None:
-        self.reason: str | None = None
 
-    def request(self, reason: str) -> None:
-        """Ask uvicorn to shut down as on SIGTERM."""
-        self.reason = reason
-        log.critical("giving up: %s", reason, extra={"action": "give_up"})
-        signal.raise_signal(signal.SIGTERM)
+def _group(error: BaseException) -> BaseExceptionGroup[BaseException]:
+    return BaseExceptionGroup("fault", [error])
 
-    def finish(self) -> None:
-        """End the process if that was asked for; the last statement of the lifespan.
 
-        uvicorn would end with the signal's status, which service managers take for a clean stop.
-        """
-        if self.reason is not None:
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(EXIT_STATUS)
+def _tell(hook: Callable[[str], None], text: str) -> None:
+    try:
+        hook(text)
+    except Exception:
+        log.exception("a hook of the supervisor failed", extra={"action": "hook_failed"})

@@ -1,0 +1,71 @@
+"""One JSON object a line on stderr for every log record of the process, uvicorn's included."""
+
+import datetime
+import logging
+
+import orjson
+
+from cerberus import supervision
+
+_OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
+_UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.access")
+
+
+class JsonLines(logging.Formatter):
+    """Formats a record as one line.
+
+    Its fields: `time` (RFC 3339, UTC, ms), `level`, `logger`, `task` (who was at work), `message`,
+    then whatever was given through `extra`, such as `action`, a stable name for machines, and
+    `traceback` or `stack` where there is one.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, without its end."""
+        moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line = {
+            "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "task": supervision.current_task.get(),
+            "message": record.getMessage(),
+        }
+        line |= {k: v for k, v in vars(record).items() if k not in _OWN and k not in line}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            line["stack"] = record.stack_info
+        try:
+            return orjson.dumps(line, default=repr).decode()
+        except TypeError:  # a lone surrogate, an integer above 64 bits: no line is lost for it
+            return orjson.dumps({k: _encodable(v) for k, v in line.items()}, default=repr).decode()
+
+
+def _encodable(value: object) -> object:
+    try:
+        orjson.dumps(value, default=repr)
+    except TypeError:
+        return str(value).encode(errors="backslashreplace").decode()
+    return value
+
+
+def configure(level: str) -> None:
+    """Send all records to stderr, one line each; call it where the app is imported.
+
+    uvicorn has set up its own loggers by then. They keep their level where that is the stricter
+    one, and `--no-access-log` stays in force.
+
+    Args:
+        level: DEBUG, INFO, WARNING or ERROR.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    root = logging.getLogger()
+    root.handlers = [h for h in root.handlers if not isinstance(h.formatter, JsonLines)]
+    root.addHandler(handler)
+    root.setLevel(level)
+    logging.captureWarnings(True)
+    for name in _UVICORN:
+        logger = logging.getLogger(name)
+        logger.propagate = logger.propagate or bool(logger.handlers)
+        logger.handlers.clear()
+        logger.setLevel(max(logger.level, root.level))

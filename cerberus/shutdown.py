@@ -1,0 +1,112 @@
+"""The end of the process: in time whatever hangs, and with a status that says how it ended."""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+EXIT_STATUS = 70
+_FLUSH_S = 1.0
+
+
+class Exit:
+    """Ends the process in time after SIGTERM or SIGINT, and with status 70 after a give-up.
+
+    uvicorn lets the lifespan end only when all connections are closed, by default without bound,
+    so that one client could hold up the drain. Therefore the signal itself sets `asked`, beside
+    uvicorn's own handler, and a thread ends the process `deadline_s` later, even if its loop is
+    blocked; then the status is 128 + signal, as a shell would say it.
+
+    Under plain uvicorn the process that gave up ends with 70: by itself uvicorn would end with the
+    signal's status, which service managers take for a clean stop. Under `--workers` the worker
+    ends with 70, and uvicorn's parent replaces it at once while the others serve on. The parent
+    does not end by it, and would do so with 0: there, `/health` is what a platform has to watch.
+
+    Args:
+        deadline_s: From the first signal to the end of the process, whatever hangs.
+
+    Attributes:
+        asked: Set when the process is to end; set it to stop without a signal.
+        reason: Why it was given up; None otherwise.
+    """
+
+    def __init__(self, deadline_s: float = 19.0) -> None:
+        self.asked = asyncio.Event()
+        self.reason: str | None = None
+        self._deadline_s = deadline_s
+        self._heard: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put may be interrupted
+        self._before: dict[int, Any] = {}
+
+    def watch(self) -> None:
+        """Listen to the signals; the first statement of the lifespan.
+
+        Only the main thread can: in another one, as in tests, nothing is heard.
+        """
+        if threading.current_thread() is threading.main_thread():
+            threading.Thread(target=self._bound, name="exit", daemon=True).start()
+            hear = functools.partial(self._hear, asyncio.get_running_loop())
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.getsignal(number)
+                signal.signal(number, hear)
+
+    def request(self, reason: str) -> None:
+        """Ask uvicorn to shut down as on SIGTERM; `finish` then ends it with status 70."""
+        self.reason = reason
+        log.critical("giving up: %s", reason, extra={"action": "give_up"})
+        self.asked.set()
+        signal.raise_signal(signal.SIGTERM)
+
+    def finish(self) -> None:
+        """End the process if it gave up; the last statement of the lifespan, in a `finally`.
+
+        uvicorn has sent all responses by then.
+        """
+        if self.reason is not None:
+            if sys.exc_info()[0] is not None:
+                log.exception("the teardown failed", extra={"action": "give_up"})
+            _end(EXIT_STATUS)
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        self._heard.put(0)
+
+    def _hear(self, loop: asyncio.AbstractEventLoop, number: int, frame: FrameType | None) -> None:
+        self._heard.put(number)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(self.asked.set)
+        if callable(before := self._before[number]):
+            before(number, frame)
+
+    def _bound(self) -> None:
+        if number := self._heard.get():
+            time.sleep(self._deadline_s)
+            _end(
+                128 + number if self.reason is None else EXIT_STATUS,
+                f"not stopped after {self._deadline_s:g} s, ending at once: a client holds its "
+                "connection, or something ignores its cancellation or blocks the loop",
+            )
+
+
+def _end(status: int, complaint: str = "") -> None:
+    """End the process now; a log that nobody reads delays it by a second only."""
+
+    def flush() -> None:
+        if complaint:
+            log.critical(complaint, extra={"action": "exit_forced"})
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    thread.join(_FLUSH_S)
+    os._exit(status)
