@@ -48,9 +48,13 @@ VARIABLES = (
     Variable("CERBERUS_PARTITIONS", "6", "of the topics that are created"),
     Variable("CERBERUS_REPLICATION", "-1", "of the topics that are created; -1: the broker's"),
     Variable("CERBERUS_SPANS", "10m", "window lengths, increasing: `10m,1h,24h`"),
+    Variable("CERBERUS_REPLAY_SPAN_S", "3600", "longer windows are seeded from Postgres, s"),
     Variable("CERBERUS_ALLOWED_LATENESS_S", "60", "how late an event may come, s"),
     Variable("CERBERUS_MAX_FUTURE_SKEW_S", "60", "how far ahead an event may be stamped, s"),
     Variable("CERBERUS_MAX_STALENESS_S", "60", "older streamed values are null, s"),
+    Variable(
+        "CERBERUS_MAX_REJECTED_SHARE", "0.05", "of a minute's records; above it consuming stops"
+    ),
     Variable("CERBERUS_SESSION_TIMEOUT_S", "15", "of the consumer group, s"),
     Variable("CERBERUS_MATERIALIZE_S", "300", "between loads of the batch views, s"),
     Variable("CERBERUS_RESEND_S", "300", "between full writes of the live rows, s"),
@@ -136,9 +140,11 @@ class Settings:
     partitions: int
     replication: int
     spans: tuple[str, ...]
+    replay_span_ms: int
     allowed_lateness_ms: int
     max_future_skew_ms: int
     max_staleness_ms: int
+    max_rejected_share: float
     session_timeout_ms: int
     materialize_s: float
     resend_s: float
@@ -146,6 +152,11 @@ class Settings:
     read_timeout_ms: int
     model_path: pathlib.Path
     log_level: str
+
+    @property
+    def plan_path(self) -> pathlib.Path:
+        """Where the feature plan stands: beside the model."""
+        return self.model_path.with_name("feature_plan.json")
 
     def __repr__(self) -> str:
         """Show the settings without secrets."""
@@ -223,9 +234,11 @@ def load(environ: Mapping[str, str]) -> Settings:
         partitions=read.integer("CERBERUS_PARTITIONS", 1, 1000),
         replication=read.integer("CERBERUS_REPLICATION", -1, 10),
         spans=_spans(read),
+        replay_span_ms=read.ms("CERBERUS_REPLAY_SPAN_S", 1, 86_400),
         allowed_lateness_ms=read.ms("CERBERUS_ALLOWED_LATENESS_S", 0, 86_400),
         max_future_skew_ms=read.ms("CERBERUS_MAX_FUTURE_SKEW_S", 0, 3_600),
         max_staleness_ms=read.ms("CERBERUS_MAX_STALENESS_S", 1, 86_400),
+        max_rejected_share=read.number("CERBERUS_MAX_REJECTED_SHARE", 0, 1),
         session_timeout_ms=read.ms("CERBERUS_SESSION_TIMEOUT_S", 6, 300),
         materialize_s=read.number("CERBERUS_MATERIALIZE_S", 1, 86_400),
         resend_s=read.number("CERBERUS_RESEND_S", 1, 86_400),

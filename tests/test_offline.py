@@ -1,0 +1,206 @@
+"""Postgres: writes are idempotent, the right row wins, one instance holds a singleton."""
+
+import asyncio
+import datetime
+import random
+import uuid
+
+import pytest
+
+from cerberus import errors, features, offline, scoring, settings, transactions, window
+
+pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+NOW_MS = 1_790_000_000_000
+TOPIC = "transactions"
+
+
+@pytest.fixture
+async def pool(environ):
+    async with offline.connect(settings.load(environ)) as pool:
+        yield pool
+
+
+@pytest.fixture
+async def store(pool):
+    store = offline.OfflineStore(pool, ("10m",))
+    await store.migrate()
+    return store
+
+
+def transaction(i, user_id=1, amount=100, at=NOW_MS):
+    return transactions.Transaction(f"t{i}", user_id, amount, "USD", "m", at)
+
+
+def fact(txn, offset, epoch=1):
+    return offline.TransactionFact(txn, epoch, 0, offset)
+
+
+def stats(count, offset, epoch=1, user_id=1, at=NOW_MS):
+    return offline.StatsFact(
+        user_id,
+        at * 1000,
+        (window.WindowStats(count, count * 150),),
+        features.Fence(epoch, offset, at),
+    )
+
+
+def decision(i, probability=0.5, epoch=1):
+    row = features.FeatureRow(
+        user_id=1,
+        as_of_ms=NOW_MS + i,
+        stats=(window.WindowStats(2, 1999),),
+        credit_score=None,
+        amount_minor=1250,
+        fence=features.Fence(epoch, i, NOW_MS),
+        degraded=("warming", "stale"),
+    )
+    decided = scoring.Decision(row, -1.5, probability, scoring.LEGIT, "ab")
+    return offline.DecisionFact(uuid.UUID(int=i), f"t{i}", "stream", decided)
+
+
+async def test_migrations_apply_once_however_many_start_together(pool):
+    stores = [offline.OfflineStore(pool, ("10m", "1h")) for _ in range(4)]
+    applied = await asyncio.gather(*(store.migrate() for store in stores))
+    assert sorted(len(names) for names in applied) == [0, 0, 0, len(max(applied))]
+    columns = await pool.fetch(
+        "SELECT column_name FROM information_schema.columns "
+        "WHERE table_name = 'user_transaction_stats'"
+    )
+    assert {"transaction_count_1h", "total_amount_10m"} <= {c["column_name"] for c in columns}
+
+
+async def test_a_new_window_is_added_to_tables_that_hold_data(pool, store):
+    await store.write(TOPIC, [], [stats(3, 7)], [])
+    await offline.OfflineStore(pool, ("10m", "24h")).migrate()
+    row = await pool.fetchrow("SELECT * FROM user_transaction_stats")
+    assert (row["transaction_count_10m"], row["transaction_count_24h"]) == (3, None)
+
+
+async def test_months_have_partitions_and_other_times_are_kept_all_the_same(pool, store):
+    await store.migrate(datetime.datetime(2026, 11, 5, tzinfo=datetime.UTC))
+    december = 1_796_100_000_000
+    for i, at in enumerate((december, 1_000, 7_000_000_000_000)):
+        await store.write(TOPIC, [fact(transaction(i, at=at), i)], [], [])
+    where = await pool.fetch("SELECT event_ms, tableoid::regclass::text AS t FROM transactions")
+    assert {r["event_ms"]: r["t"] for r in where} == {
+        december: "transactions_2026_12",
+        1_000: "transactions_default",
+        7_000_000_000_000: "transactions_default",
+    }
+
+
+async def test_any_order_and_any_repetition_of_writes_ends_in_the_same_rows(pool, store):
+    rng = random.Random(5)
+    facts = [
+        fact(transaction(i % 4, amount=100 + offset), offset, epoch)
+        for offset, (i, epoch) in enumerate((i, e) for e in (1, 2) for i in range(10))
+    ]
+    history = [stats(f.log_offset % 5, f.log_offset, f.epoch) for f in facts]
+    seen = set()
+    for _ in range(8):
+        await pool.execute("TRUNCATE transactions, user_transaction_stats, log_positions")
+        work = [*zip(facts, history, strict=True)] * 2
+        rng.shuffle(work)
+        while work:
+            some, work = work[: (n := rng.randint(1, 9))], work[n:]
+            # One batch is a stretch of one log, in its order.
+            some.sort(key=lambda pair: (pair[0].epoch, pair[0].log_offset))
+            for epoch in (1, 2):
+                mine = [pair for pair in some if pair[0].epoch == epoch]
+                await store.write(TOPIC, [f for f, _ in mine], [s for _, s in mine], [])
+        rows = await pool.fetch(
+            "SELECT transaction_id, amount_minor, epoch, log_offset FROM transactions ORDER BY 1"
+        )
+        assert [(r["epoch"], r["log_offset"]) for r in rows] == [(2, o) for o in range(10, 14)]
+        kept = await pool.fetch(
+            "SELECT epoch, log_offset, transaction_count_10m FROM user_transaction_stats"
+        )
+        assert [tuple(r) for r in kept] == [(2, 19, 4)]
+        ends = await pool.fetch("SELECT epoch, log_offset FROM log_positions ORDER BY 1")
+        assert [tuple(r) for r in ends] == [(1, 10), (2, 20)]
+        seen.add(tuple(map(tuple, rows)))
+    assert len(seen) == 1
+
+
+async def test_a_row_s_created_time_stays_when_a_greater_fence_wins(pool, store):
+    await store.write(TOPIC, [], [stats(1, 5)], [])
+    created = await pool.fetchval("SELECT created_timestamp FROM user_transaction_stats")
+    await store.write(TOPIC, [], [stats(2, 6)], [])
+    row = await pool.fetchrow("SELECT * FROM user_transaction_stats")
+    assert (row["transaction_count_10m"], row["created_timestamp"]) == (2, created)
+
+
+async def test_a_decision_is_kept_as_it_was_first_taken_in_its_epoch(pool, store):
+    await store.write(TOPIC, [], [], [decision(1, 0.25), decision(2)])
+    await store.write(TOPIC, [], [], [decision(1, 0.75)])
+    row = await pool.fetchrow("SELECT * FROM decisions ORDER BY as_of_ms")
+    assert row["probability"] == 0.25
+    assert row["degraded"] == ["warming", "stale"]
+    assert row["features"] == (
+        '{"credit_score": null, "txn_count_10m": 2, "total_amount_10m": 19.99}'
+    )
+    await store.write(TOPIC, [], [], [decision(1, 0.75, epoch=2)])
+    assert await pool.fetchval("SELECT probability FROM decisions ORDER BY as_of_ms") == 0.75
+
+
+async def test_the_epoch_rises_with_the_cluster_the_count_and_once_for_an_ended_life(store):
+    first = await store.epoch("c1", TOPIC, 6)
+    assert await store.epoch("c1", TOPIC, 6) == first
+    second = await store.epoch("c1", TOPIC, 7)
+    third = await store.epoch("c2", TOPIC, 7)
+    assert first < second < third
+    risen = [await store.epoch("c2", TOPIC, 7, ended=third) for _ in range(3)]
+    assert risen[0] > third
+    assert set(risen) == {risen[0]}
+
+
+async def test_stored_effects_are_known_by_epoch_and_partition(store):
+    await store.write(TOPIC, [fact(transaction(1), 3)], [], [])
+    assert await store.has_rows(TOPIC, 1, 0)
+    assert not await store.has_rows(TOPIC, 2, 0)
+    assert not await store.has_rows(TOPIC, 1, 1)
+
+
+async def test_a_seed_holds_only_the_log_before_the_fence(store):
+    facts = [fact(transaction(i, user_id=i % 2, at=NOW_MS + i), i) for i in range(10)]
+    await store.write(TOPIC, facts, [], [])
+    past = await store.seed(TOPIC, features.Fence(1, 7, 0), 0, NOW_MS + 1, {1})
+    assert sorted(t.transaction_id for t in past) == ["t3", "t5"]
+    everyone = await store.seed(TOPIC, features.Fence(1, 7, 0), 0, NOW_MS + 1)
+    assert len(everyone) == 5
+
+
+async def test_one_holds_a_singleton_until_it_lets_go_or_its_connection_dies(pool, store):
+    async with store.singleton("producer") as held:
+        await held()
+        async with store.singleton("producer") as other, store.singleton("else") as different:
+            assert other is None
+            assert different is not None
+    async with store.singleton("producer") as held:
+        assert held is not None
+        await pool.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+        )
+        with pytest.raises(errors.StoreUnavailable):
+            await held()
+        async with store.singleton("producer") as taken:
+            assert taken is not None
+
+
+async def test_an_unreachable_store_says_so_and_a_refusing_one_names_the_setting(environ):
+    away = settings.load(environ | {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x"})
+    async with offline.connect(away) as pool:
+        with pytest.raises(errors.StoreUnavailable):
+            await offline.OfflineStore(pool, ("10m",)).check()
+    base = environ["DATABASE_URL"].rpartition("/")[0]
+    wrong = settings.load(environ | {"DATABASE_URL": f"{base}/no_such_database"})
+    async with offline.connect(wrong) as pool:
+        with pytest.raises(errors.ConfigError, match="DATABASE_URL"):
+            await offline.OfflineStore(pool, ("10m",)).check()
+
+
+async def test_credit_scores_are_seeded_once(pool, store):
+    at = datetime.datetime(2026, 11, 2, tzinfo=datetime.UTC)
+    for score in (700, 800):
+        await store.seed_credit_scores([(1, score)], at)
+    assert [r["credit_score"] for r in await pool.fetch("SELECT * FROM credit_scores")] == [700]
