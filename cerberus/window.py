@@ -210,6 +210,10 @@ class PartitionWindows:
             self._sweep()
         elif event_ms <= self.lower_ms:
             return Outcome.EXPIRED
+        return self._insert(transaction)
+
+    def _insert(self, transaction: transactions.Transaction) -> Outcome:
+        event_ms = transaction.event_ms
         user = self._users.get(transaction.user_id)
         if user is None:
             user = self._users[transaction.user_id] = UserWindow()
@@ -220,6 +224,11 @@ class PartitionWindows:
             event_ms, transaction.amount_minor, transaction.id_hash64, transaction.merchant_hash32
         )
         return user.insert(event)
+
+    def seed(self, transaction: transactions.Transaction) -> None:
+        """Put in a transaction from before where reading began; moves no frontier."""
+        if transaction.event_ms > self.lower_ms:
+            self._insert(transaction)
 
     def stats(self, user_id: int, as_of_ms: int) -> tuple[WindowStats, ...]:
         """Summarise one user's transactions in `(as_of − span, as_of]`, one entry a span.

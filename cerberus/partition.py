@@ -1,0 +1,218 @@
+"""One partition's life: from records of the log to what must be stored, in the log's order.
+
+Pure: a record's fate depends on the prefix before it and on its own bytes and timestamp.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from cerberus import errors, features, transactions, window
+
+
+class Record(Protocol):
+    """What is read of a Kafka record."""
+
+    @property
+    def offset(self) -> int:
+        """Its place in the log."""
+
+    @property
+    def timestamp(self) -> int:
+        """Its own time, ms."""
+
+    @property
+    def value(self) -> bytes | None:
+        """Its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A valid transaction, and what it was to the windows.
+
+    Attributes:
+        transaction: As decoded.
+        outcome: What the windows made of it.
+        fence: The prefix that ends with it.
+        rank: How many kept events the user had in the same millisecond before it.
+        row: Features as of its own event time; None unless it was accepted.
+    """
+
+    transaction: transactions.Transaction
+    outcome: window.Outcome
+    fence: features.Fence
+    rank: int
+    row: features.FeatureRow | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A record for the dead-letter topic, and the reason."""
+
+    offset: int
+    reason: str
+
+
+def judge(
+    record: Record, currency: str, spans: window.Spans
+) -> transactions.Transaction | Rejected:
+    """Read a record; what is refused is refused at every replay."""
+    try:
+        transaction = transactions.decode(record.value, currency)
+    except errors.InvalidTransaction as error:
+        return Rejected(record.offset, str(error))
+    ahead_ms = transaction.event_ms - record.timestamp
+    if ahead_ms > spans.max_future_skew_ms:
+        return Rejected(record.offset, f"timestamp: lies {ahead_ms} ms ahead of the record's own")
+    return transaction
+
+
+class Partition:
+    """The windows of one partition at one prefix, and how far its effects are stored.
+
+    Args:
+        number: Of the partition.
+        spans: The window definition.
+        epoch: Which life of the topic.
+        begin: Where reading starts.
+        commit: Effects of offsets below it are stored already; replayed in silence.
+        known_from_ms: Events at or before it may be missing, because the log begins later.
+        seeded_until_ms: Users may have events up to it, from before `begin`, which the log's
+            replay does not reach; 0 when it reaches all.
+        rebuilding: Whether a new epoch is being read from the log's start.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        spans: window.Spans,
+        epoch: int,
+        begin: int,
+        commit: int,
+        *,
+        known_from_ms: int = 0,
+        seeded_until_ms: int = 0,
+        rebuilding: bool = False,
+    ) -> None:
+        self.number = number
+        self.epoch = epoch
+        self.begin = begin
+        self.offset = begin
+        self.commit = commit
+        self.known_from_ms = known_from_ms
+        self.rebuilding = rebuilding
+        self.restoring = False
+        self.caught_up_ms = 0
+        self.windows = window.PartitionWindows(spans)
+        self.touched: set[int] = set()
+        self._origin = features.Fence(epoch, begin, seeded_until_ms)
+        self._seeded: set[int] = set()
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the prefix is still shorter than what was stored."""
+        return self.offset < self.commit
+
+    @property
+    def fence(self) -> features.Fence:
+        """Return the fence of the present prefix."""
+        return features.Fence(self.epoch, self.offset, self.windows.frontier_ms)
+
+    @property
+    def origin(self) -> features.Fence:
+        """Return the prefix where reading began; events from before it are seeded."""
+        return self._origin
+
+    @property
+    def seeds(self) -> bool:
+        """Whether events from before `origin` may still matter."""
+        return self.windows.lower_ms < self._origin.as_of_ms
+
+    def unseeded(self, user_ids: Iterable[int]) -> set[int]:
+        """Return which of the users may have events that only the store can tell of."""
+        return set(user_ids) - self._seeded if self.seeds else set()
+
+    def seed(self, user_ids: Iterable[int], past: Iterable[transactions.Transaction]) -> None:
+        """Take in what these users did before `origin`."""
+        for transaction in past:
+            self.windows.seed(transaction)
+            self._seeded.add(transaction.user_id)
+        self._seeded.update(user_ids)
+
+    def replay(self, offset: int, verdict: transactions.Transaction | Rejected) -> None:
+        """Let a record take effect whose effects are stored already."""
+        self.offset = offset + 1
+        if isinstance(verdict, Rejected):
+            return
+        if self.windows.observe(verdict) is window.Outcome.ACCEPTED:
+            self.touched.add(verdict.user_id)
+
+    def observe(self, record: Record, currency: str) -> Observed | Rejected:
+        """Let the next record of the log take effect."""
+        verdict = judge(record, currency, self.windows.spans)
+        if isinstance(verdict, Rejected):
+            self.offset = record.offset + 1
+            return verdict
+        return self.accept(verdict, record.offset)
+
+    def accept(self, transaction: transactions.Transaction, offset: int) -> Observed:
+        """Let the valid transaction at `offset` take effect."""
+        self.offset = offset + 1
+        rank = self.windows.rank(transaction.user_id, transaction.event_ms)
+        outcome = self.windows.observe(transaction)
+        row = None
+        if outcome is window.Outcome.ACCEPTED:
+            self.touched.add(transaction.user_id)
+            row = self._row(transaction)
+        return Observed(transaction, outcome, self.fence, rank, row)
+
+    def _row(self, transaction: transactions.Transaction) -> features.FeatureRow:
+        as_of_ms, user_id = transaction.event_ms, transaction.user_id
+        after_ms = as_of_ms - self.windows.spans.longest_ms
+        degraded: tuple[str, ...] = ()
+        if after_ms < self.known_from_ms:
+            degraded = ("warming",)
+        elif after_ms < self.windows.lower_ms:
+            degraded = ("as_of_too_old",)
+        return features.FeatureRow(
+            user_id=user_id,
+            as_of_ms=as_of_ms,
+            stats=self.windows.stats(user_id, as_of_ms),
+            credit_score=None,
+            amount_minor=transaction.amount_minor,
+            fence=self.fence,
+            degraded=degraded,
+        )
+
+    def rows(
+        self, user_ids: Iterable[int]
+    ) -> Iterator[tuple[int, bytes, tuple[window.WindowStats, ...]]]:
+        """Yield (user id, packed window, aggregates) as of the fence, of those with any event."""
+        windows, fence = self.windows, self.fence
+        lower_ms = max(windows.lower_ms, self.known_from_ms)
+        for user_id in user_ids:
+            if (user := windows.user(user_id)) is not None:
+                packed = features.pack(user, fence, self.number, lower_ms, windows.spans)
+                yield user_id, packed, windows.stats(user_id, fence.as_of_ms)
+
+    def state(self) -> features.PartitionState:
+        """Say how the partition is, for those who read its rows.
+
+        While it replays, the offset is the commit: the rows of that prefix are stored.
+        """
+        done = self.offset - self.begin
+        state = "live"
+        if self.replaying:
+            state = "replaying"
+        elif self.rebuilding:
+            state = "rebuilding"
+        elif self.restoring:
+            state = "restoring"
+        return features.PartitionState(
+            epoch=self.epoch,
+            offset=max(self.offset, self.commit),
+            state=state,
+            caught_up_ms=self.caught_up_ms,
+            known_from_ms=self.known_from_ms,
+            progress=done / (self.commit - self.begin) if self.replaying else 1.0,
+        )

@@ -1,0 +1,11 @@
+"""Train the fraud model: `python models/train_model.py --help`."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from cerberus import training
+
+if __name__ == "__main__":
+    sys.exit(training.main(sys.argv[1:]))
