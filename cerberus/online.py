@@ -40,9 +40,11 @@ redis.call('HSET', KEYS[1], unpack(ARGV, 7))
 return 1
 """
 
-# KEYS[1] the topic's hash of partitions. ARGV: partition, epoch, offset, state as JSON.
+# KEYS[1] the topic's hash of partitions. ARGV: partition, epoch, offset, state as JSON, whether
+# to make what is not there. Returns 1 taken, 0 an older fence, -1 not there.
 _WRITE_STATE = """
 local stored = redis.call('HGET', KEYS[1], ARGV[1])
+if not stored and ARGV[5] == '0' then return -1 end
 if stored then
   local s = cjson.decode(stored)
   local e, o = tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -78,6 +80,7 @@ def connect(config: settings.Settings) -> "redis.asyncio.Redis":
         "socket_timeout": 2.0,
         "socket_connect_timeout": 2.0,
         "health_check_interval": 15,
+        "driver_info": None,  # else each connection reads files, then sends what 6.2 has not
     }
     if config.redis_url.startswith("rediss://") and not config.redis_tls_verify:
         options |= {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}
@@ -92,6 +95,9 @@ class OnlineStore:
         plan: What Feast's registry says of views, types and TTLs.
         spans: The window definition.
         topic: Whose partitions are followed.
+
+    Raises:
+        ModelMismatch: The plan was compiled for other windows.
     """
 
     def __init__(
@@ -101,6 +107,16 @@ class OnlineStore:
         spans: window.Spans,
         topic: str,
     ) -> None:
+        streamed = set(features.names(spans.names)[: 2 * len(spans.names)])
+        if (
+            plan.schema.get(STATS_VIEW, {}).keys() != streamed
+            or plan.ttl_ms.get(WINDOW_VIEW) != spans.keep_ms
+        ):
+            raise errors.ModelMismatch(
+                "the feature plan beside the model is not for windows "
+                f"{','.join(spans.names)} kept for {spans.keep_ms} ms: run `python -m cerberus "
+                "features apply`, then `python -m cerberus features compile`"
+            )
         self._client = client
         self._plan = plan
         self._spans = spans
@@ -188,21 +204,32 @@ class OnlineStore:
         answers = await self._execute(pipe)
         return Refused(older=answers.count(0), split=answers.count(-1))
 
-    async def write_states(self, count: int, states: Mapping[int, features.PartitionState]) -> None:
+    async def write_states(
+        self,
+        count: int,
+        states: Mapping[int, features.PartitionState],
+        *,
+        create: bool = False,
+    ) -> set[int]:
         """Say who is live: the state of owned partitions and how many there are, fenced.
+
+        Returns:
+            The partitions that Redis does not know, whose rows it has lost; only `create` makes
+            their state.
 
         Raises:
             FeaturesUnavailable: not acknowledged within 2 s.
         """
         pipe = self._client.pipeline(transaction=False)
-        pipe.hset(self._partitions_key, "count", str(count))
         for partition, state in states.items():
             await self._write_state(
                 keys=[self._partitions_key],
-                args=[partition, state.epoch, state.offset, state.pack()],
+                args=[partition, state.epoch, state.offset, state.pack(), int(create)],
                 client=pipe,
             )
-        await self._execute(pipe)
+        pipe.hset(self._partitions_key, "count", str(count))
+        answers = await self._execute(pipe)
+        return {p for p, answer in zip(states, answers, strict=False) if answer == -1}
 
     async def states(self) -> dict[int, features.PartitionState]:
         """Read what the owners say of all partitions.
@@ -221,7 +248,7 @@ class OnlineStore:
         value = (await self._execute(pipe))[0]
         return None if value is None else int(value)
 
-    async def check_policy(self) -> str | None:
+    async def advise_policy(self) -> str | None:
         """Return a sentence when Redis may evict rows by itself, else None."""
         try:
             found = await self._client.config_get("maxmemory*")

@@ -76,9 +76,12 @@ def merchant_hash32(merchant_id: str) -> int:
 
 
 def decision_id(user_id: int, transaction_id: str, event_ms: int, door: str) -> uuid.UUID:
-    """Name the decision that `door` takes on an identity: the same name at every replay."""
+    """Name the decision that `door` takes on an identity: the same UUIDv8 at every replay."""
     name = f"{door}\0{user_id}\0{event_ms}\0{transaction_id}".encode()
-    return uuid.UUID(bytes=hashlib.blake2b(name, digest_size=16).digest(), version=8)
+    value = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "big")
+    # Python takes version=8 only from 3.14 on.
+    value = value & ~(0xF << 76) | 0x8 << 76
+    return uuid.UUID(int=value & ~(0x3 << 62) | 0x2 << 62)
 
 
 def key(user_id: int) -> bytes:

@@ -1,5 +1,7 @@
 """Transactions: what is written is read back; what is wrong is named."""
 
+import uuid
+
 import orjson
 import pytest
 from aiokafka.partitioner import murmur2
@@ -74,3 +76,11 @@ def test_what_is_not_a_json_object_is_refused(value):
 def test_a_user_is_where_kafkas_default_partitioner_puts_the_key(user_id, partitions):
     digest = murmur2(str(user_id).encode()) & 0x7FFFFFFF
     assert transactions.partition_of(user_id, partitions) == digest % partitions
+
+
+@given(st.integers(0, transactions.MAX_USER_ID), texts, st.integers(0, 10**13))
+def test_a_decision_has_one_name_a_door(user_id, transaction_id, event_ms):
+    name = transactions.decision_id(user_id, transaction_id, event_ms, "stream")
+    assert name == transactions.decision_id(user_id, transaction_id, event_ms, "stream")
+    assert name != transactions.decision_id(user_id, transaction_id, event_ms, "predict")
+    assert (name.version, name.variant) == (8, uuid.RFC_4122)

@@ -1,0 +1,453 @@
+"""From the log to the stores: poll, observe, store, commit, in that order, for ever.
+
+The log is the state. On assignment a partition's windows are replayed in silence up to the group's
+commit; then every effect is stored before the next commit. Delivery is at least once, effects are
+idempotent, so a crash or a rebalance at any point ends in the same values.
+"""
+
+import asyncio
+import collections
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import aiokafka
+from aiokafka.errors import (
+    IllegalStateError,
+    KafkaConnectionError,
+    KafkaError,
+    OffsetOutOfRangeError,
+)
+
+from cerberus import (
+    assignment,
+    errors,
+    features,
+    kafka,
+    offline,
+    online,
+    partition,
+    scoring,
+    settings,
+    sink,
+    supervision,
+    transactions,
+    window,
+)
+
+log = logging.getLogger(__name__)
+
+_POLL_MS, _POLL_RECORDS, _YIELD_RECORDS = 200, 1000, 50
+_BREAK_RECORDS, _BREAK_S = 200, 60.0
+_TELL_S, _MARK_MS = 1.0, 2_000
+_COMMIT_S, _RETRY_MS, _PAUSE_S = 5.0, 500, 1.0
+_SPLIT = (
+    "records of one user are in several partitions: key every record with user_id as ASCII digits "
+    "and the default (murmur2) partitioner"
+)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Consumer:
+    """The windowing task: one group member that owns some partitions.
+
+    Args:
+        config: Settings.
+        spans: The window definition.
+        model: Decides.
+        online_store: Takes the rows.
+        offline_store: Takes the facts.
+
+    Attributes:
+        problems: What is wrong now, a sentence each, by name.
+        counts: Records since the start, by what became of them.
+    """
+
+    def __init__(
+        self,
+        config: settings.Settings,
+        spans: window.Spans,
+        model: scoring.Model,
+        online_store: online.OnlineStore,
+        offline_store: offline.OfflineStore,
+    ) -> None:
+        self._config = config
+        self._spans = spans
+        self._online = online_store
+        self._offline = offline_store
+        self._sink = sink.Sink(config, spans, model, online_store, offline_store)
+        self._resolver = assignment.Resolver(config, spans, offline_store)
+        self._topic = config.kafka.topic(kafka.TRANSACTIONS)
+        self._client: Any = None
+        self._generation = 0
+        self._count = 0
+        self._fresh: set[aiokafka.TopicPartition] = set()
+        self._parts: dict[aiokafka.TopicPartition, partition.Partition] = {}
+        self._parked: dict[aiokafka.TopicPartition, partition.Partition] = {}
+        self._committed: dict[aiokafka.TopicPartition, int] = {}
+        self._marks: dict[aiokafka.TopicPartition, tuple[int, int]] = {}
+        self._judged: collections.deque[tuple[float, int, int]] = collections.deque()
+        self._told_s = self._resent_s = 0.0
+        self.problems: dict[str, str] = {}
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def states(self) -> Mapping[int, features.PartitionState]:
+        """Return the state of each owned partition."""
+        return {part.number: part.state() for part in self._parts.values()}
+
+    def lag(self) -> Mapping[int, int]:
+        """Return how many offsets each owned partition was behind when that was last asked."""
+        marks = {tp: end for tp, (end, _) in self._marks.items() if tp in self._parts}
+        return {tp.partition: max(0, end - self._parts[tp].offset) for tp, end in marks.items()}
+
+    async def run(self, progress: supervision.Progress) -> None:
+        """Consume until told to stop; a new client is built at each call."""
+        self._parts.clear()
+        self._parked.clear()
+        self._fresh.clear()
+        try:
+            if not await self._connect(progress):
+                return
+            while not progress.stopping.is_set():
+                await self._turn(progress)
+        finally:
+            if self._client is not None:
+                await kafka.stop(self._client)
+            await self._sink.close()
+
+    async def _connect(self, progress: supervision.Progress) -> bool:
+        """Join the group, however long the brokers are away; False when told to stop."""
+        while not progress.stopping.is_set():
+            self._client = kafka.consumer(self._config)
+            self._client.subscribe([self._topic], listener=_Listener(self))
+            try:
+                await self._offline.migrate()
+                await kafka.create_topics(self._config)
+                async with asyncio.timeout(60):
+                    await self._client.start()
+                await self._advise()
+            except (TimeoutError, KafkaConnectionError, errors.StoreUnavailable) as error:
+                self._trouble("start", f"cannot start consuming: {error}")
+                await kafka.stop(self._client)
+                await progress.wait(_PAUSE_S)
+            else:
+                self.problems.pop("start", None)
+                return True
+        return False
+
+    async def _advise(self) -> None:
+        for name, advice in (
+            ("retention", await kafka.advise_retention(self._config, self._spans.keep_ms)),
+            ("eviction", await self._online.advise_policy()),
+        ):
+            self.problems.pop(name, None)
+            if advice is not None:
+                self._trouble(name, advice)
+
+    async def _turn(self, progress: supervision.Progress) -> None:
+        generation = self._generation
+        if self._fresh and "schema" not in self.problems:
+            await self._resolve(generation, progress)
+        polled = await self._poll(_POLL_MS)
+        if "schema" in self.problems:
+            progress.beat()
+            return
+        batch = await self._observe(polled, generation, progress)
+        if batch is None or self._schema_broken(batch):
+            return
+        touched = [part for part in self._parts.values() if part.touched and not part.replaying]
+
+        async def store() -> None:
+            split = await self._sink.store(batch, touched, progress.beat)
+            if split:
+                self.counts["split_user"] += split
+                self._trouble("split_user", _SPLIT)
+
+        if await self._insist(store, generation, progress):
+            await self._commit(generation)
+            if polled:
+                progress.beat()
+            await self._tell(generation, progress, now=bool(polled))
+
+    async def _poll(self, timeout_ms: int) -> Mapping[Any, Sequence[aiokafka.ConsumerRecord]]:
+        try:
+            polled: Mapping[Any, Sequence[aiokafka.ConsumerRecord]] = await self._client.getmany(
+                timeout_ms=timeout_ms, max_records=_POLL_RECORDS
+            )
+        except OffsetOutOfRangeError as error:
+            self._hold(set(error.args[0]) & self._client.assignment())
+            return {}
+        return polled
+
+    async def _resolve(self, generation: int, progress: supervision.Progress) -> None:
+        """Find where each new partition starts, seek there, and let it flow."""
+        fresh = set(self._fresh)
+        try:
+            resolved = await self._resolver.resolve(self._client, fresh, self._parked)
+        except (TimeoutError, KafkaError, errors.StoreUnavailable) as error:
+            self._trouble("resolve", f"cannot find where to start: {error!r}")
+            progress.beat()
+            await progress.wait(_PAUSE_S)
+            return
+        if generation != self._generation:
+            return
+        self.problems.pop("resolve", None)
+        self._count = resolved.count
+        for tp, part in resolved.parts.items():
+            self._parts[tp] = part
+            self._client.seek(tp, part.offset)
+            log.info(
+                "partition %d: epoch %d, reads from %d, silent below %d",
+                part.number,
+                part.epoch,
+                part.offset,
+                part.commit,
+                extra={"action": "partition_assigned"},
+            )
+        self._parked.clear()
+        self._client.resume(*fresh)
+        self._fresh -= fresh
+
+    async def _observe(
+        self,
+        polled: Mapping[Any, Sequence[aiokafka.ConsumerRecord]],
+        generation: int,
+        progress: supervision.Progress,
+    ) -> sink.Batch | None:
+        """Let the records take effect on the windows; None when they are no longer ours."""
+        batch = sink.Batch()
+        for tp, records in polled.items():
+            if (part := self._parts.get(tp)) is None:
+                continue  # held since: it will be sought to where it starts
+            verdicts = [
+                partition.judge(record, self._config.currency, self._spans) for record in records
+            ]
+            if not await self._seed(part, verdicts, generation, progress):
+                return None
+            for i, (record, verdict) in enumerate(zip(records, verdicts, strict=True)):
+                if i % _YIELD_RECORDS == 0:
+                    await asyncio.sleep(0)
+                if generation != self._generation:
+                    return None
+                self._observe_one(part, record, verdict, batch)
+        for tp, part in self._parts.items():
+            # Passes transaction markers, which are no records.
+            position = await self._client.position(tp)
+            if generation != self._generation:
+                return None
+            part.offset = max(part.offset, position)
+        return batch
+
+    def _observe_one(
+        self,
+        part: partition.Partition,
+        record: aiokafka.ConsumerRecord,
+        verdict: transactions.Transaction | partition.Rejected,
+        batch: sink.Batch,
+    ) -> None:
+        if part.known_from_ms < 0:
+            # What the log no longer holds may be later than its first record by the slack.
+            part.known_from_ms = record.timestamp + self._spans.slack_ms
+        if part.replaying:
+            part.replay(record.offset, verdict)
+            self.counts["replayed"] += 1
+        elif isinstance(verdict, partition.Rejected):
+            part.offset = record.offset + 1
+            batch.rejected.append((record, verdict.reason))
+            self.counts["rejected"] += 1
+        else:
+            seen = part.accept(verdict, record.offset)
+            batch.observed.append((part.number, seen))
+            self.counts[seen.outcome.value] += 1
+
+    async def _seed(
+        self,
+        part: partition.Partition,
+        verdicts: Sequence[transactions.Transaction | partition.Rejected],
+        generation: int,
+        progress: supervision.Progress,
+    ) -> bool:
+        """Fetch what the users did before the replay's reach; False when no longer ours."""
+        users = {v.user_id for v in verdicts if isinstance(v, transactions.Transaction)}
+        users = part.unseeded(users)
+
+        async def fetch() -> None:
+            after_ms = part.windows.lower_ms
+            past = await self._offline.seed(self._topic, part.origin, part.number, after_ms, users)
+            part.seed(users, past)
+
+        return not users or await self._insist(fetch, generation, progress)
+
+    async def _insist(
+        self,
+        call: Callable[[], Awaitable[None]],
+        generation: int,
+        progress: supervision.Progress,
+    ) -> bool:
+        """Repeat a call until the stores acknowledge it; False when its work is no longer ours."""
+        paused: set[aiokafka.TopicPartition] = set()
+        while generation == self._generation:
+            try:
+                await call()
+            except (errors.StoreUnavailable, errors.FeaturesUnavailable) as error:
+                self._trouble("store", f"a store is down, retrying: {error}")
+            else:
+                self.problems.pop("store", None)
+                if generation == self._generation:
+                    self._client.resume(*(paused - self._fresh))
+                    return True
+                break
+            if progress.stopping.is_set():
+                break
+            # The poll loop stays alive, or the group would take the partitions away.
+            paused |= self._client.assignment() - self._client.paused()
+            self._client.pause(*paused)
+            await self._poll(_RETRY_MS)
+            progress.beat()
+        return False
+
+    def _schema_broken(self, batch: sink.Batch) -> bool:
+        """Stop consuming when so much is refused that the writer, not a record, is at fault."""
+        now_s, rejected = time.monotonic(), len(batch.rejected)
+        if rejected or batch.observed:
+            self._judged.append((now_s, rejected + len(batch.observed), rejected))
+        while self._judged and self._judged[0][0] < now_s - _BREAK_S:
+            self._judged.popleft()
+        seen = sum(entry[1] for entry in self._judged)
+        refused = sum(entry[2] for entry in self._judged)
+        if seen < _BREAK_RECORDS or refused <= seen * self._config.max_rejected_share:
+            return False
+        self._trouble(
+            "schema",
+            f"{refused} of {seen} records in a minute were refused, the last because "
+            f"{batch.rejected[-1][1] if rejected else 'of its form'}: consuming has stopped; mend "
+            "the topic's writer, then restart with CERBERUS_MAX_REJECTED_SHARE=1 to set them aside",
+        )
+        self._hold(self._client.assignment())
+        return True
+
+    async def _commit(self, generation: int) -> None:
+        due = {
+            tp: (part.offset, str(part.windows.frontier_ms))
+            for tp, part in self._parts.items()
+            if not part.replaying and part.offset != self._committed.get(tp)
+        }
+        if not due or generation != self._generation:
+            return
+        try:
+            async with asyncio.timeout(_COMMIT_S):
+                await self._client.commit(due)
+        except (TimeoutError, KafkaError, IllegalStateError) as error:
+            # Nothing is lost: what was stored is stored again, to the same values.
+            log.warning("commit failed: %r", error, extra={"action": "commit_failed"})
+            return
+        if generation == self._generation:
+            for tp, (offset, _) in due.items():
+                self._committed[tp] = self._parts[tp].commit = offset
+
+    async def _tell(self, generation: int, progress: supervision.Progress, *, now: bool) -> None:
+        """Say who is live, and send again the rows that Redis has lost."""
+        elapsed_s = time.monotonic() - self._told_s
+        if not now and elapsed_s < _TELL_S:
+            return
+        if elapsed_s >= _TELL_S:
+            await self._mark()
+            progress.lagging(any(self.lag().values()))
+        for tp, part in self._parts.items():
+            end, asked_ms = self._marks.get(tp, (part.offset + 1, 0))
+            if part.offset >= end and _now_ms() - asked_ms < _MARK_MS:
+                part.caught_up_ms, part.rebuilding = asked_ms, False
+        if generation != self._generation:
+            return
+        try:
+            await self._restore(progress)
+        except (errors.FeaturesUnavailable, errors.StoreUnavailable) as error:
+            self._trouble("store", f"cannot say who is live: {error}")
+        else:
+            self.problems.pop("store", None)
+            if elapsed_s >= _TELL_S:
+                self._told_s = time.monotonic()
+
+    async def _mark(self) -> None:
+        """Ask where the log ends; when no broker answers, the age of the last answer shows."""
+        asked_ms, owned = _now_ms(), list(self._parts)
+        with contextlib.suppress(TimeoutError, KafkaError):
+            async with asyncio.timeout(_MARK_MS / 1000):
+                ends = await self._client.end_offsets(owned) if owned else {}
+            self._marks = {tp: (end, asked_ms) for tp, end in ends.items()}
+
+    async def _restore(self, progress: supervision.Progress) -> None:
+        """Write the partitions' states; a state that is gone means that rows are, too.
+
+        A gone state is made anew as "restoring", then the rows follow, then the next state is
+        written only if that one still stands: no loss between goes unseen.
+        """
+        due = time.monotonic() - self._resent_s >= self._config.resend_s
+        if lost := await self._write_states():
+            await self._online.write_states(self._count, self.states(), create=True)
+        for part in list(self._parts.values()):
+            if part.replaying or not (due or part.restoring):
+                continue
+            if part.restoring and part.seeds:
+                past = await self._offline.seed(
+                    self._topic, part.origin, part.number, part.windows.lower_ms
+                )
+                part.seed((), past)
+            await self._sink.write_rows(part, part.windows.users, progress.beat)
+            part.restoring = False
+        if due:
+            self._resent_s = time.monotonic()
+        if lost:
+            await self._write_states()
+
+    async def _write_states(self) -> bool:
+        """Write the states and say whether any was gone."""
+        missing = await self._online.write_states(self._count, self.states())
+        for part in self._parts.values():
+            part.restoring |= part.number in missing
+        return bool(missing)
+
+    def _hold(self, tps: Iterable[aiokafka.TopicPartition]) -> None:
+        """Let partitions stand still until they are resolved (again)."""
+        for tp in tps:
+            self._parts.pop(tp, None)
+            self._client.seek(tp, 0)
+            self._client.pause(tp)
+            self._fresh.add(tp)
+
+    def _trouble(self, name: str, sentence: str) -> None:
+        if name not in self.problems:
+            log.warning("%s", sentence, extra={"action": f"{name}_trouble"})
+        self.problems[name] = sentence
+
+    def assigned(self, tps: Iterable[aiokafka.TopicPartition]) -> None:
+        """Hold new partitions still until `run` has found where they start."""
+        self._generation += 1
+        self._fresh.clear()
+        self._hold(tps)
+
+    def revoked(self) -> None:
+        """Set all state aside; what is stored of it may be used again."""
+        self._generation += 1
+        self._parked |= self._parts
+        for held in (self._parts, self._committed, self._marks):
+            held.clear()
+        self._fresh.clear()
+
+
+class _Listener(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]
+    """aiokafka lets records flow at the first await in here, so nothing is awaited."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+
+    def on_partitions_assigned(self, assigned: set[aiokafka.TopicPartition]) -> None:
+        self._consumer.assigned(assigned)
+
+    def on_partitions_revoked(self, revoked: set[aiokafka.TopicPartition]) -> None:
+        self._consumer.revoked()

@@ -1,0 +1,163 @@
+"""Kafka clients and topics: what consumer, producer and command line share."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import aiokafka
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
+from aiokafka.errors import KafkaError
+
+from cerberus import errors, settings
+
+log = logging.getLogger(__name__)
+
+TRANSACTIONS, DEAD_LETTERS = "transactions", "transactions.dlq"
+DECISIONS, LABELS = "decisions", "labels"
+GROUP = "cerberus"
+_TOPIC_EXISTS = 36
+_CALL_S = 15.0
+
+
+@contextlib.asynccontextmanager
+async def admin(kafka: settings.Kafka) -> AsyncIterator[Any]:
+    """Open an admin client; start and close are bounded.
+
+    Raises:
+        StoreUnavailable: No broker answered within 15 s.
+    """
+    client = AIOKafkaAdminClient(**kafka.client_options(), request_timeout_ms=10_000)
+    try:
+        async with asyncio.timeout(_CALL_S):
+            await client.start()
+        yield client
+    except (TimeoutError, OSError, KafkaError) as error:
+        raise errors.StoreUnavailable(
+            f"no Kafka broker answered at {','.join(kafka.bootstrap)}: {error!r}"
+        ) from error
+    finally:
+        with contextlib.suppress(TimeoutError, KafkaError):
+            async with asyncio.timeout(2.0):
+                await client.close()
+
+
+async def create_topics(config: settings.Settings) -> list[str]:
+    """Create the topics that are missing and return their names. Idempotent: yes.
+
+    Raises:
+        StoreUnavailable: The broker did not answer, or refused; the message says what to do.
+    """
+    kafka = config.kafka
+    wanted: dict[str, dict[str, str]] = {name: {} for name in (DEAD_LETTERS, DECISIONS, LABELS)}
+    # The broker refuses what a consumer would have to refuse at every replay.
+    wanted[TRANSACTIONS] = {"message.timestamp.after.max.ms": str(config.max_future_skew_ms)}
+    topics = [
+        NewTopic(
+            kafka.topic(name),
+            config.partitions,
+            config.replication,
+            # aiokafka wants an assignment, if an empty one, beside the broker's own replication.
+            replica_assignments={} if config.replication == -1 else None,
+            topic_configs=configs,
+        )
+        for name, configs in wanted.items()
+    ]
+    async with admin(kafka) as client:
+        present = set(await client.list_topics())
+        missing = [topic for topic in topics if topic.name not in present]
+        if not missing:
+            return []
+        answer = await client.create_topics(missing, timeout_ms=10_000)
+        for name, code, *message in answer.topic_errors:
+            if code not in (0, _TOPIC_EXISTS):
+                raise errors.StoreUnavailable(
+                    f"Kafka refused to create topic {name} (error {code} {message}): "
+                    "create it by hand, with the prefix in KAFKA_PREFIX"
+                )
+        return [topic.name for topic in missing]
+
+
+async def cluster_id(client: Any) -> str:
+    """Return the name that the brokers give to their cluster."""
+    return str((await client.describe_cluster())["cluster_id"])
+
+
+async def partition_count(client: Any, topic: str) -> int:
+    """Return how many partitions a topic has now.
+
+    Raises:
+        StoreUnavailable: The brokers do not know the topic.
+    """
+    [found] = await client.describe_topics([topic])
+    if found["error_code"] != 0:
+        raise errors.StoreUnavailable(
+            f"Kafka does not show topic {topic} (error {found['error_code']})"
+        )
+    return len(found["partitions"])
+
+
+async def topic_config(client: Any, topic: str) -> Mapping[str, str]:
+    """Return the configuration of a topic; empty where the broker does not show it."""
+    answers = await client.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+    return {
+        entry[0]: entry[1]
+        for answer in answers
+        for _, _, _, _, entries in answer.resources
+        for entry in entries
+    }
+
+
+async def advise_retention(config: settings.Settings, keep_ms: int) -> str | None:
+    """Return a sentence when the log is kept for less than three times what a window needs."""
+    topic = config.kafka.topic(TRANSACTIONS)
+    async with admin(config.kafka) as client:
+        found = await topic_config(client, topic)
+    retention_ms = int(found.get("retention.ms", -1))
+    if retention_ms < 0 or retention_ms >= 3 * keep_ms:
+        return None
+    return (
+        f"topic {topic} keeps {retention_ms} ms: set retention.ms to at least {3 * keep_ms}, "
+        "or windows cannot be recovered after an outage"
+    )
+
+
+def consumer(config: settings.Settings) -> "aiokafka.AIOKafkaConsumer":
+    """Build the group's consumer; nothing is committed or skipped by itself."""
+    return aiokafka.AIOKafkaConsumer(
+        **config.kafka.client_options(),
+        group_id=config.kafka.topic(GROUP),
+        enable_auto_commit=False,
+        auto_offset_reset="none",
+        isolation_level="read_committed",
+        partition_assignment_strategy=(StickyPartitionAssignor,),
+        session_timeout_ms=config.session_timeout_ms,
+        heartbeat_interval_ms=min(3_000, config.session_timeout_ms // 3),
+        rebalance_timeout_ms=30_000,
+        max_poll_interval_ms=120_000,
+        request_timeout_ms=20_000,
+    )
+
+
+def producer(config: settings.Settings, linger_ms: int = 5) -> "aiokafka.AIOKafkaProducer":
+    """Build an idempotent producer. Build a new one after a send error.
+
+    An idempotent aiokafka producer fails its next send after one refused record.
+    """
+    return aiokafka.AIOKafkaProducer(
+        **config.kafka.client_options(),
+        enable_idempotence=True,
+        compression_type="lz4",
+        linger_ms=linger_ms,
+        request_timeout_ms=10_000,
+    )
+
+
+async def stop(client: Any) -> None:
+    """Stop a client within 5 s, whatever its brokers do."""
+    with contextlib.suppress(TimeoutError, OSError, KafkaError):
+        async with asyncio.timeout(5.0):
+            await client.stop()

@@ -1,0 +1,175 @@
+"""A consumer in the test's own loop, on real servers, and what the test knows of its log."""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+
+import oracle
+import orjson
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from cerberus import (
+    consumer,
+    feast_layout,
+    features,
+    kafka,
+    offline,
+    online,
+    scoring,
+    settings,
+    supervision,
+    transactions,
+    window,
+)
+
+
+def now_ms():
+    return time.time_ns() // 1_000_000
+
+
+def payment(i, user_id, at_ms, amount=10.0, **more):
+    """Return the bytes of one transaction."""
+    return orjson.dumps(
+        {
+            "transaction_id": f"t{i}",
+            "user_id": user_id,
+            "amount": amount,
+            "timestamp": transactions.format_ms(at_ms),
+        }
+        | more
+    )
+
+
+@dataclasses.dataclass
+class World:
+    """The stores of one test, shared by any number of consumers."""
+
+    config: settings.Settings
+    spans: window.Spans
+    model: scoring.Model
+    online: online.OnlineStore
+    offline: offline.OfflineStore
+    redis: object
+    pool: object
+    kafka: AIOKafkaProducer
+
+    def consumer(self):
+        return consumer.Consumer(self.config, self.spans, self.model, self.online, self.offline)
+
+    async def publish(self, records, partition=None):
+        """Send (user id, value, timestamp ms) in order."""
+        topic = self.config.kafka.topic(kafka.TRANSACTIONS)
+        sent = [
+            await self.kafka.send(
+                topic, value, key=transactions.key(user), timestamp_ms=at, partition=partition
+            )
+            for user, value, at in records
+        ]
+        await asyncio.gather(*sent)
+
+    async def read(self, user_id, as_of_ms, in_hand=None):
+        """Evaluate a user's row as a request does."""
+        [row] = await self.online.read([user_id], now_ms(), 1.0)
+        return features.as_of(
+            row,
+            as_of_ms,
+            in_hand,
+            now_ms=now_ms(),
+            max_staleness_ms=self.config.max_staleness_ms,
+            spans=self.spans,
+        )
+
+    async def log(self, topic=kafka.TRANSACTIONS):
+        """Read a whole topic back, partition by partition, into oracles."""
+        name = self.config.kafka.topic(topic)
+        reader = AIOKafkaConsumer(
+            bootstrap_servers=self.config.kafka.bootstrap, auto_offset_reset="earliest"
+        )
+        await reader.start()
+        try:
+            await reader._client.set_topics([name])
+            tps = [TopicPartition(name, p) for p in sorted(reader.partitions_for_topic(name))]
+            reader.assign(tps)
+            ends = await reader.end_offsets(tps)
+            found = {tp.partition: [] for tp in tps}
+            while any([await reader.position(tp) < ends[tp] for tp in tps]):
+                for tp, records in (await reader.getmany(timeout_ms=200)).items():
+                    found[tp.partition] += records
+            return found
+        finally:
+            await reader.stop()
+
+    async def oracles(self):
+        """Return the oracle of each partition, over all that was published."""
+        told = {}
+        for number, records in (await self.log()).items():
+            told[number] = oracle.Partition(
+                self.spans.longest_ms, self.spans.slack_ms, self.spans.max_future_skew_ms
+            )
+            for record in records:
+                told[number].add(record.offset, record.timestamp, record.value)
+        return told
+
+
+@contextlib.asynccontextmanager
+async def world(environ):
+    """Open pools and a producer of the test's own."""
+    config = settings.load(environ)
+    spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
+    plan = feast_layout.Plan.load(config.plan_path)
+    model = scoring.Model.load(config.model_path, config.spans)
+    await kafka.create_topics(config)
+    redis = online.connect(config)
+    producer = AIOKafkaProducer(
+        bootstrap_servers=config.kafka.bootstrap, enable_idempotence=True, linger_ms=2
+    )
+    await producer.start()
+    try:
+        async with offline.connect(config) as pool:
+            store = offline.OfflineStore(pool, config.spans)
+            await store.migrate()
+            topic = config.kafka.topic(kafka.TRANSACTIONS)
+            rows = online.OnlineStore(redis, plan, spans, topic)
+            yield World(config, spans, model, rows, store, redis, pool, producer)
+    finally:
+        await producer.stop()
+        await redis.aclose()
+
+
+@contextlib.asynccontextmanager
+async def running(task):
+    """Run an eternal task, without a supervisor: its failure is the test's, unless it was cut."""
+    progress = supervision.Progress(time.monotonic)
+    running = asyncio.create_task(task.run(progress))
+    try:
+        yield running
+    finally:
+        progress.stopping.set()
+        async with asyncio.timeout(30):
+            await asyncio.wait([running])
+        if not running.cancelled():
+            running.result()
+
+
+async def until(condition, what, seconds=60):
+    """Wait for a condition, sync or async, and say what did not come true."""
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                found = condition()
+                if asyncio.iscoroutine(found):
+                    found = await found
+                if found:
+                    return found
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"not within {seconds} s: {what}") from None
+
+
+def live(*consumers, partitions):
+    """Say whether the consumers together own all partitions, live and caught up."""
+    states = [s for c in consumers for s in c.states().values()]
+    return len(states) == partitions and all(
+        s.state == "live" and now_ms() - s.caught_up_ms < 3_000 for s in states
+    )

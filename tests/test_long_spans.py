@@ -1,0 +1,91 @@
+"""Windows longer than the replay: what the log's replay does not reach comes from Postgres."""
+
+import asyncio
+import dataclasses
+import random
+
+import pytest
+from pipeline import live, now_ms, payment, running, until, world
+
+from cerberus import feast_layout, features, training, transactions, window
+
+pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+SPANS = ("1m", "20m")
+USERS = range(1000, 1010)
+
+
+@pytest.fixture
+async def here(environ, tmp_path):
+    model_path = tmp_path / "fraud_model.json"
+    training.train(training.Plan(spans=SPANS, events=3_000), model_path, lambda line: None)
+    keep_ms = window.Spans(SPANS).keep_ms
+    views = {"user_window": keep_ms, "user_transaction_stats": keep_ms, "user_credit": 0}
+    schema = {"user_transaction_stats": dict.fromkeys(features.names(SPANS)[:4], "")}
+    plan = feast_layout.Plan("cerberus", views, schema)
+    (tmp_path / "feature_plan.json").write_bytes(plan.pack())
+    changes = {
+        "CERBERUS_SPANS": ",".join(SPANS),
+        "CERBERUS_REPLAY_SPAN_S": "60",
+        "CERBERUS_PARTITIONS": "2",
+        "CERBERUS_MODEL": str(model_path),
+    }
+    async with world(environ | changes) as opened:
+        yield opened
+
+
+async def assert_rows_equal_the_log(here):
+    oracles = await here.oracles()
+    for user in USERS:
+        told = oracles[transactions.partition_of(user, len(oracles))]
+        row = await here.read(user, told.frontier)
+        assert row.degraded == ()
+        short, long = row.stats
+        assert (long.count, long.total_minor) == told.stats(user, told.frontier)
+        told = dataclasses.replace(told, span_ms=60_000)
+        assert (short.count, short.total_minor) == told.stats(user, told.frontier)
+
+
+def drained(here, one):
+    def at_the_end():
+        return live(one, partitions=2) and not any(one.lag().values())
+
+    return until(at_the_end, "all partitions live and caught up")
+
+
+def traffic(rng, count, start_ms, end_ms, first=0, users=USERS):
+    for i in range(count):
+        at = start_ms + (end_ms - start_ms) * i // count - rng.randrange(20_000)
+        user = rng.choice(users)
+        record = (user, payment(first + i, user, at, rng.randrange(1000) / 100), at)
+        yield record
+        if not rng.randrange(15):
+            yield record
+
+
+async def test_a_short_replay_gives_the_long_window_and_so_does_a_flush(here):
+    rng = random.Random(1)
+    start = now_ms() - 3_000_000
+    # Half of the users fall silent before what the replay reaches.
+    await here.publish(traffic(rng, 800, start, now_ms() - 600_000))
+    await here.publish(traffic(rng, 300, now_ms() - 600_000, now_ms(), 1_000, USERS[:5]))
+    async with running(one := here.consumer()):
+        await drained(here, one)
+        await assert_rows_equal_the_log(here)
+    async with running(two := here.consumer()):
+        await drained(here, two)
+        assert 0 < two.counts["replayed"] < 300
+        await assert_rows_equal_the_log(here)
+        await here.publish(traffic(rng, 200, now_ms() - 5_000, now_ms(), 2_000))
+        await asyncio.sleep(1.2)
+        await drained(here, two)
+        await assert_rows_equal_the_log(here)
+    async with running(three := here.consumer()):
+        await drained(here, three)
+        await here.redis.flushdb()
+
+        async def restored():
+            rows = [await here.read(user, now_ms()) for user in USERS]
+            return all(row.degraded == () for row in rows)
+
+        await until(restored, "the rows are back")
+        await assert_rows_equal_the_log(here)
