@@ -1,0 +1,85 @@
+"""What Feast knows of Cerberus: one entity, three views, one service.
+
+`feast apply` reads this file in this directory. Names and TTLs follow the window definition that
+`python -m cerberus features render` wrote to feature_store.yaml, beside the addresses.
+"""
+
+import datetime
+import pathlib
+import sys
+
+import yaml
+from feast import Entity, FeatureService, FeatureView, Field, PushSource, ValueType
+from feast.infra.offline_stores.contrib.postgres_offline_store.postgres_source import (
+    PostgreSQLSource,
+)
+from feast.types import Bytes, Float64, Int64
+
+REPO = pathlib.Path(__file__).parent
+sys.path.append(str(REPO.parent))  # here, by hand, the package is not on the path
+
+from cerberus import features, online, window  # noqa: E402
+
+spans = window.Spans(**yaml.safe_load((REPO / "feature_store.yaml").read_text())["window"])
+stream_ttl = datetime.timedelta(milliseconds=spans.keep_ms)
+*stream_names, credit_name, _ = features.names(spans.names)
+stream_types = (Int64, Float64) * len(spans.names)
+
+user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
+user_id = Field(name="user_id", dtype=Int64)
+
+user_transaction_stats = FeatureView(
+    name=online.STATS_VIEW,
+    description="Count and total of each window as of the user's last transaction, itself included",
+    entities=[user],
+    ttl=stream_ttl,
+    schema=[
+        user_id,
+        *(Field(name=n, dtype=t) for n, t in zip(stream_names, stream_types, strict=True)),
+    ],
+    source=PushSource(
+        name="user_transaction_stats_stream",
+        batch_source=PostgreSQLSource(
+            name="user_transaction_stats_history",
+            table="user_transaction_stats",
+            timestamp_field="event_timestamp",
+            created_timestamp_column="created_timestamp",
+        ),
+    ),
+)
+
+user_window = FeatureView(
+    name=online.WINDOW_VIEW,
+    description="The packed window that decisions are computed from; it has no history",
+    entities=[user],
+    ttl=stream_ttl,
+    schema=[user_id, Field(name="recent", dtype=Bytes)],
+    source=PushSource(
+        name="user_window_stream",
+        # Feast wants a table behind every stream: this one is empty, so loading it does nothing.
+        batch_source=PostgreSQLSource(
+            name="user_window_nowhere",
+            query=(
+                "SELECT 0::bigint AS user_id, ''::bytea AS recent, now() AS event_timestamp "
+                "WHERE false"
+            ),
+            timestamp_field="event_timestamp",
+        ),
+    ),
+)
+
+user_credit = FeatureView(
+    name=online.CREDIT_VIEW,
+    description="The credit score, 300 to 850, loaded by `python -m cerberus materialize`",
+    entities=[user],
+    ttl=datetime.timedelta(days=30),
+    schema=[user_id, Field(name=credit_name, dtype=Int64)],
+    source=PostgreSQLSource(
+        name="credit_scores",
+        table="credit_scores",
+        timestamp_field="event_timestamp",
+        created_timestamp_column="created_timestamp",
+    ),
+)
+
+fraud_model = FeatureService(name="fraud_model", features=[user_transaction_stats, user_credit])
