@@ -2,9 +2,10 @@
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3.14 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 BIN := .venv/bin
+LOCK := --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header -p 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help check test fmt clean
+.PHONY: help run check test bench train lock fmt clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -16,6 +17,9 @@ help: ## Show what there is
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	@touch $@
 
+run: .venv/.installed ## Start what is missing and serve; ARGS="--port 8001 --rate 50"
+	@$(BIN)/python -m cerberus run $(ARGS)
+
 check: .venv/.installed ## Format, lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -25,9 +29,20 @@ check: .venv/.installed ## Format, lint, types, layers
 test: check ## Everything that must hold
 	$(BIN)/python -m pytest
 
+bench: .venv/.installed ## Requests per second and latencies, beside a bare echo
+	$(BIN)/python benchmarks/predict.py $(ARGS)
+
+train: .venv/.installed ## Train models/fraud_model.json anew
+	$(BIN)/python models/train_model.py $(ARGS)
+
+lock: ## Pin all requirements anew, hashed and without addresses; wants uv on PATH
+	uv pip compile $(LOCK) pyproject.toml -o requirements.txt
+	uv pip compile $(LOCK) --group stack --group dev pyproject.toml -o requirements-dev.txt
+
 fmt: .venv/.installed ## Format in place
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove the environment and all local data
+	@test ! -x $(BIN)/python || $(BIN)/python -m cerberus clean
 	rm -rf .venv .cerberus

@@ -1,0 +1,100 @@
+import asyncio
+import itertools
+import os
+import pathlib
+import secrets
+import shutil
+import tempfile
+
+import asyncpg
+import pytest
+import redis
+
+from cerberus import errors, kafka, settings, stack
+
+SCRUBBED = ("CERBERUS_", "KAFKA_", "REDIS_", "DATABASE_URL")
+AS_CALLED = dict(os.environ)
+REDIS_DATABASES = 16
+_worlds = itertools.count()
+
+
+def without_settings(environ):
+    return {k: v for k, v in environ.items() if not k.startswith(SCRUBBED)}
+
+
+@pytest.fixture(scope="session")
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_caller(monkeypatch):
+    for name in set(os.environ) - set(without_settings(os.environ)):
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def new_directory():
+    """Make directories that the unprivileged user of Postgres can reach, also for root."""
+    made = []
+
+    def make():
+        made.append(pathlib.Path(tempfile.mkdtemp(prefix="cerberus-")).resolve())
+        made[-1].chmod(0o755)
+        return made[-1]
+
+    yield make
+    for directory in made:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def machine():
+    """Return the environment of a machine where no address of a server is set."""
+    wanted = {k: v for k, v in AS_CALLED.items() if k == "CERBERUS_STACK"}
+    return without_settings(AS_CALLED) | wanted
+
+
+@pytest.fixture(scope="session")
+def servers(new_directory, machine):
+    """Kafka, Redis and Postgres of our own, for the whole run; a test may kill and restart them."""
+    opened = stack.servers(new_directory(), machine, durable=False)
+    try:
+        running = opened.__enter__()
+    except errors.ServerUnavailable as error:
+        if "CI" in AS_CALLED:
+            raise
+        pytest.skip(str(error))
+    yield running
+    opened.__exit__(None, None, None)
+
+
+@pytest.fixture
+def environ(servers):
+    """Set up a world that no other test has seen: topics, a database, a Redis database."""
+    name = f"t{secrets.token_hex(6)}"
+    redis_url = f"{servers.redis.url.rpartition('/')[0]}/{next(_worlds) % REDIS_DATABASES}"
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushdb()
+    asyncio.run(_sql(servers, f"CREATE DATABASE {name}"))
+    yield {
+        **servers.environ,
+        "KAFKA_PREFIX": f"{name}.",
+        "REDIS_URL": redis_url,
+        "DATABASE_URL": f"{servers.postgres.url.rpartition('/')[0]}/{name}",
+    }
+    asyncio.run(_sql(servers, f"DROP DATABASE {name} WITH (FORCE)"))
+    asyncio.run(_delete_topics(servers, f"{name}."))
+
+
+async def _sql(servers, statement):
+    connection = await asyncpg.connect(servers.postgres.url, timeout=10)
+    await connection.execute(statement, timeout=30)
+    await connection.close()
+
+
+async def _delete_topics(servers, prefix):
+    async with kafka.admin(settings.Kafka((servers.kafka.url,))) as client:
+        ours = [topic for topic in await client.list_topics() if topic.startswith(prefix)]
+        if ours:
+            await client.delete_topics(ours)
