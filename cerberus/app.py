@@ -1,0 +1,139 @@
+"""The service: HTTP in front, the eternal tasks behind, one process.
+
+`uvicorn cerberus.app:app` is all that production runs.
+"""
+
+import asyncio
+import contextlib
+import functools
+import multiprocessing
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import anyio
+from starlette.applications import Starlette
+
+from cerberus import (
+    consumer,
+    errors,
+    feast_layout,
+    health,
+    kafka,
+    logs,
+    materializer,
+    offline,
+    online,
+    producer,
+    routes,
+    scoring,
+    settings,
+    shutdown,
+    supervision,
+    window,
+)
+
+STOP_ORDER = ("producer", "materializer", "consumer")
+_CLOSE_S = 2.0
+_CONFIG_STATUS, _STARTUP_FAILURE = 78, 3
+Run = Callable[[supervision.Progress], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(running: Starlette) -> AsyncIterator[None]:
+    try:
+        config = settings.load(os.environ)
+        tls = config.kafka.client_options().get("ssl_context")
+        model = scoring.Model.load(config.model_path, config.spans)
+        spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
+        topic = config.kafka.topic(kafka.TRANSACTIONS)
+        plan = feast_layout.Plan.load(config.plan_path)
+        store = online.OnlineStore(online.connect(config), plan, spans, topic)
+    except (errors.ConfigError, errors.ModelMismatch) as error:
+        _refuse_to_start(error)
+    logs.configure(config.log_level)
+    leaving = shutdown.Exit()
+    leaving.watch()
+    supervisor = supervision.Supervisor(leaving.request)
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(store.close)
+            pool = await offline.connect(config)
+            stack.push_async_callback(_close, pool)
+            history = offline.OfflineStore(pool, spans.names)
+            consumed = consumer.Consumer(config, spans, model, store, history)
+            for name, run in _tasks(config, consumed, store, history).items():
+                supervisor.add(name, run)
+            running.state.parts = routes.assemble(
+                config,
+                spans,
+                model,
+                store,
+                supervisor,
+                probes=_probes(config, history, tls),
+                consumed=consumed if "consumer" in config.tasks else None,
+            )
+            async with anyio.create_task_group() as group:
+                supervisor.start(group)
+                group.start_soon(_stop, supervisor, leaving.asked)
+                yield
+                leaving.asked.set()
+    finally:
+        leaving.finish()
+
+
+def _tasks(
+    config: settings.Settings,
+    consumed: consumer.Consumer,
+    store: online.OnlineStore,
+    history: offline.OfflineStore,
+) -> dict[str, Run]:
+    every: dict[str, Run] = {
+        "consumer": consumed.run,
+        "producer": producer.Producer(config, history).run,
+        "materializer": materializer.Materializer(config, store, history).run,
+    }
+    return {name: run for name, run in every.items() if name in config.tasks}
+
+
+async def _stop(supervisor: supervision.Supervisor, asked: asyncio.Event) -> None:
+    """Drain when asked to end, beside uvicorn, which still waits for its connections."""
+    await asked.wait()
+    await supervisor.stop(STOP_ORDER)
+
+
+def _probes(
+    config: settings.Settings, history: offline.OfflineStore, tls: Any
+) -> dict[str, health.Probe]:
+    if config.tasks == {"api"}:
+        return {}
+    return {
+        "postgres": history.check,
+        "kafka": functools.partial(health.reach_kafka, config.kafka, tls),
+    }
+
+
+async def _close(pool: Any) -> None:
+    """Close the pool of Postgres; a connection that does not end is cut."""
+    try:
+        async with asyncio.timeout(_CLOSE_S):
+            await pool.close()
+    except TimeoutError:
+        pool.terminate()
+
+
+def _refuse_to_start(error: errors.CerberusError) -> NoReturn:
+    """End the process with one sentence.
+
+    An exception would not end it: uvicorn takes any in a lifespan, SystemExit too, for an
+    application without one, and serves on. Under `--workers` its parent starts a dead worker anew
+    for ever, unless that ended with uvicorn's own status of a failed startup.
+    """
+    sys.stderr.write(f"cerberus: {error}\n")
+    sys.stderr.flush()
+    os._exit(_STARTUP_FAILURE if multiprocessing.parent_process() else _CONFIG_STATUS)
+
+
+logs.configure("INFO")  # until the settings say otherwise
+app = routes.build(_lifespan)

@@ -1,0 +1,308 @@
+"""The HTTP side: routes, who passes the gate, and how errors are told (RFC 9457)."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
+
+from cerberus import (
+    consumer,
+    errors,
+    health,
+    metrics,
+    online,
+    openapi,
+    scoring,
+    security,
+    serving,
+    settings,
+    supervision,
+    window,
+)
+
+MAX_BODY_BYTES = 64 * 1024
+_BODY_S = 10.0
+_ALIVE, _HEALTH = "/health/live", "/health"
+_OF_API = frozenset(("/predict", "/openapi.json", "/docs"))
+_ROUTES = _OF_API | {_ALIVE, _HEALTH, "/metrics"}
+_CODES: Mapping[type[Exception], str] = {
+    errors.InvalidTransaction: "invalid",
+    errors.Unauthorized: "unauthorized",
+    security.Forbidden: "forbidden",
+    errors.Overloaded: "overloaded",
+    errors.FeaturesUnavailable: "features_unavailable",
+}
+_HEADERS = {
+    "unauthorized": {"WWW-Authenticate": "Bearer"},
+    **{code: {"Retry-After": "1"} for code in ("overloaded", "features_unavailable", "starting")},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What answers requests.
+
+    Attributes:
+        config: Settings.
+        spans: The window definition.
+        model: Decides.
+        guard: Knows who may call.
+        predictor: Answers `POST /predict`.
+        health: Answers `GET /health`.
+        meter: Answers `GET /metrics`.
+        clock: The wall clock in ms since the Unix epoch.
+    """
+
+    config: settings.Settings
+    spans: window.Spans
+    model: scoring.Model
+    guard: security.Guard
+    predictor: serving.Predictor
+    health: health.Health
+    meter: metrics.Metrics
+    clock: Callable[[], int]
+
+
+def assemble(
+    config: settings.Settings,
+    spans: window.Spans,
+    model: scoring.Model,
+    store: online.OnlineStore,
+    supervisor: supervision.Supervisor,
+    *,
+    probes: Mapping[str, health.Probe],
+    consumed: consumer.Consumer | None = None,
+    clock: Callable[[], int] = serving.now_ms,
+) -> Parts:
+    """Put together what answers requests.
+
+    Args:
+        config: Settings.
+        spans: The window definition.
+        model: Decides.
+        store: Where features are read.
+        supervisor: Of the eternal tasks.
+        probes: Of the servers behind, beside Redis, which is always asked.
+        consumed: None where this process consumes nothing.
+        clock: The wall clock in ms since the Unix epoch.
+    """
+    meter = metrics.Metrics()
+    predictor = serving.Predictor(config, spans, model, store, meter=meter, clock=clock)
+
+    def snapshot() -> metrics.Snapshot:
+        tasks = supervisor.status()
+        return metrics.Snapshot(
+            in_flight=predictor.in_flight,
+            records=consumed.counts if consumed else {},
+            lag=consumed.lag() if consumed else {},
+            up={name: task.sound for name, task in tasks.items()},
+            restarts={name: task.restarts for name, task in tasks.items()},
+        )
+
+    meter.snapshot = snapshot
+    servers = health.Servers({"redis": store.states, **probes})
+    return Parts(
+        config=config,
+        spans=spans,
+        model=model,
+        guard=security.Guard(config.api_keys),
+        predictor=predictor,
+        health=health.Health(config, model, servers, supervisor, consumed),
+        meter=meter,
+        clock=clock,
+    )
+
+
+def build(lifespan: Lifespan[Starlette] | None = None) -> Starlette:
+    """Build the HTTP side; it answers "starting" until `state.parts` holds the parts."""
+    built = Starlette(
+        routes=[
+            Route("/predict", predict, methods=["POST"]),
+            Route(_HEALTH, report),
+            Route(_ALIVE, live),
+            Route("/metrics", scrape),
+            Route("/openapi.json", document),
+            Route("/docs", page),
+        ],
+        middleware=[Middleware(_Gate)],
+        exception_handlers={
+            errors.CerberusError: _refuse,
+            HTTPException: _refuse_route,
+            ClientDisconnect: _refuse_rest,
+            Exception: _fault,
+        },
+        lifespan=lifespan,
+    )
+    built.router.redirect_slashes = False
+    built.state.parts = None
+    return built
+
+
+class _Refusal(errors.CerberusError):
+    """A request that the HTTP side itself refuses, by the code of the problem."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+def _problem(code: str, detail: str, field: str | None = None) -> Response:
+    return Response(
+        orjson.dumps(openapi.problem(code, detail, field)),
+        status_code=openapi.PROBLEMS[code].status,
+        headers=_HEADERS.get(code),
+        media_type=openapi.PROBLEM_TYPE,
+    )
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, _Refusal):
+        return _problem(error.code, str(error))
+    if isinstance(error, errors.InvalidTransaction):
+        return _problem("invalid", error.reason, error.field)
+    if (code := _CODES.get(type(error))) is None:
+        raise error
+    if isinstance(error, errors.FeaturesUnavailable):
+        error = errors.FeaturesUnavailable()  # what Redis said is for the log and for /health
+    return _problem(code, str(error))
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    known = {404: "not_found", 405: "method_not_allowed"}
+    if not isinstance(error, HTTPException) or error.status_code not in known:
+        raise error
+    detail = f"{request.method} {request.url.path} is not served here."
+    response = _problem(known[error.status_code], detail)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _refuse_rest(request: Request, error: Exception) -> Response:
+    return _problem("not_json", "The connection ended before the body was complete.")
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return _problem("internal", "Something failed here; the log of this process has the cause.")
+
+
+class _Gate:
+    """What every request passes: is the service started, may the caller, what became of it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        supervision.current_task.set("api")
+        parts: Parts | None = scope["app"].state.parts
+        path = scope["path"]
+        status = 500
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            try:
+                _admit(parts, scope)
+            except errors.CerberusError as error:
+                refusal = await _refuse(Request(scope), error)
+                await refusal(scope, receive, note)
+            else:
+                await self._app(scope, receive, note)
+        finally:
+            if parts is not None:
+                parts.meter.request(path if path in _ROUTES else "other", status)
+
+
+def _admit(parts: Parts | None, scope: Scope) -> None:
+    path = scope["path"]
+    if path == _ALIVE or (parts is None and path == _HEALTH):
+        return
+    if parts is None:
+        raise _Refusal("starting", "The process does not serve yet; try again in a second.")
+    parts.guard.check(scope)
+    if path in _OF_API and "api" not in parts.config.tasks:
+        raise _Refusal(
+            "api_disabled", "CERBERUS_TASKS of this process does not name api; ask another."
+        )
+
+
+def _json(told: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(told), status_code=status, media_type="application/json")
+
+
+async def predict(request: Request) -> Response:
+    """Answer `POST /predict`."""
+    began_s = time.perf_counter()
+    parts: Parts = request.app.state.parts
+    try:
+        asked = orjson.loads(await _body(request))
+    except orjson.JSONDecodeError as error:
+        raise _Refusal("not_json", f"The body is not JSON: {error}.") from error
+    if not isinstance(asked, dict):
+        raise _Refusal("not_json", 'The body must be a JSON object such as {"user_id": 1005}.')
+    prediction = await parts.predictor.predict(parts.predictor.parse(asked))
+    total_ms = (time.perf_counter() - began_s) * 1000
+    return _json(serving.public(prediction, parts.model, total_ms))
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise _Refusal("too_large", f"The body has more than {MAX_BODY_BYTES} bytes.")
+    except TimeoutError as error:
+        raise _Refusal("body_timeout", f"No whole body came within {_BODY_S:g} s.") from error
+    return bytes(body)
+
+
+async def report(request: Request) -> Response:
+    """Answer `GET /health`: 503 while starting, without features, or after giving up."""
+    parts: Parts | None = request.app.state.parts
+    if parts is None:
+        return _json({"status": "starting", "reasons": ["the process does not serve yet"]}, 503)
+    able, told = await parts.health.report(parts.clock(), parts.spans.longest_ms)
+    return _json(told, 200 if able else 503)
+
+
+async def live(request: Request) -> Response:
+    """Answer `GET /health/live`: the process answers at all."""
+    return _json({"status": "alive"})
+
+
+async def scrape(request: Request) -> Response:
+    """Answer `GET /metrics`."""
+    parts: Parts = request.app.state.parts
+    return Response(parts.meter.render(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+
+async def document(request: Request) -> Response:
+    """Answer `GET /openapi.json`."""
+    parts: Parts = request.app.state.parts
+    return _json(openapi.document(parts.spans.names, parts.config.currency))
+
+
+async def page(request: Request) -> Response:
+    """Answer `GET /docs`."""
+    parts: Parts = request.app.state.parts
+    shown = openapi.page(openapi.document(parts.spans.names, parts.config.currency))
+    policy = {"Content-Security-Policy": openapi.PAGE_POLICY}
+    return Response(shown, media_type="text/html", headers=policy)

@@ -1,0 +1,119 @@
+"""Who may call: the one check that every route but `/health/live` passes.
+
+With keys set, every caller sends one, from the same machine too. With none, only a *direct local*
+caller is served. A loopback address alone does not prove that: a reverse proxy on this machine has
+it too, and so has a browser here that a page elsewhere steers. So a caller without keys must also
+show no trace of a proxy (forwarding headers, or HTTP/1.0, which nginx speaks by default), must have
+asked for a loopback name (a rebound DNS name is not one), and must not come from another origin.
+A proxy that hides all of it cannot be told apart: set a key wherever one stands in front.
+"""
+
+import hashlib
+import hmac
+import ipaddress
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from cerberus import errors
+
+_PROXIED = frozenset(
+    (b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"cf-connecting-ip", b"true-client-ip")
+)
+
+
+class Forbidden(errors.CerberusError):
+    """No key is set, so only direct callers on this machine are served; set CERBERUS_API_KEY."""
+
+
+class Guard:
+    """Tells callers who may go on from those who may not.
+
+    Args:
+        keys: Any of them opens; none at all serves direct local callers only.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = tuple(_digest(key.encode()) for key in keys)
+
+    def check(self, scope: Mapping[str, Any]) -> None:
+        """Let a caller pass, or raise. Cost: a few µs, the same for any wrong key.
+
+        Args:
+            scope: Of the HTTP request, as ASGI describes it.
+
+        Raises:
+            Unauthorized: Keys are set, and none of them was sent.
+            Forbidden: No keys are set, and the caller is not a direct local one.
+        """
+        headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
+        if self._digests:
+            self._check_key(headers)
+        else:
+            _check_local(scope, headers)
+
+    def _check_key(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        known = False
+        for sent in map(_digest, _sent_keys(headers)):
+            for digest in self._digests:
+                known |= hmac.compare_digest(sent, digest)
+        if not known:
+            raise errors.Unauthorized(
+                "Send the key in the X-API-Key header, or as Authorization: Bearer <key>."
+            )
+
+
+def _digest(key: bytes) -> bytes:
+    # Equal lengths, so that the comparison tells nothing of the key's.
+    return hashlib.sha256(key).digest()
+
+
+def _sent_keys(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[bytes]:
+    for name, value in headers:
+        if name == b"x-api-key":
+            yield value
+        elif name == b"authorization" and value[:7].lower() == b"bearer ":
+            yield value[7:].strip()
+
+
+def _check_local(scope: Mapping[str, Any], headers: Sequence[tuple[bytes, bytes]]) -> None:
+    client = scope.get("client")
+    if not client or not _loopback(client[0]):
+        raise Forbidden
+    if scope.get("http_version") == "1.0":
+        raise Forbidden(_because("HTTP/1.0 is what a reverse proxy speaks"))
+    hosts = 0
+    for name, value in headers:
+        if name in _PROXIED or name.startswith(b"x-forwarded-"):
+            raise Forbidden(_because(f"the header {name.decode('latin-1')} is a proxy's"))
+        if name == b"host":
+            hosts += 1
+            if not _loopback_url(b"//" + value):
+                raise Forbidden(_because("the Host header is not a loopback name"))
+        elif name == b"origin" and not _loopback_url(value):
+            raise Forbidden(_because("the request comes from a page of another origin"))
+    if hosts != 1:
+        raise Forbidden(_because("there must be one Host header"))
+
+
+def _because(reason: str) -> str:
+    return f"{Forbidden()} This caller is not one: {reason}."
+
+
+def _loopback_url(value: bytes) -> bool:
+    try:
+        host = urllib.parse.urlsplit(value.decode("ascii")).hostname
+    except ValueError:
+        return False
+    return host is not None and _loopback(host)
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

@@ -1,0 +1,123 @@
+"""What serving reads, written by hand into a real Redis as the consumer writes it."""
+
+import asyncio
+import dataclasses
+import functools
+
+import redis
+
+from cerberus import (
+    feast_layout,
+    features,
+    metrics,
+    online,
+    routes,
+    scoring,
+    serving,
+    settings,
+    supervision,
+    transactions,
+    window,
+)
+
+NOW_MS = 1_790_000_000_000
+model = functools.cache(scoring.Model.load)
+
+
+def transaction(name, user_id=1, amount_minor=1_000, at_ms=NOW_MS):
+    return transactions.Transaction(name, user_id, amount_minor, "USD", "m", at_ms)
+
+
+def redis_only(servers):
+    """Return settings of a world that has a Redis database of its own, flushed, and no more."""
+    url = f"{servers.redis.url.rpartition('/')[0]}/15"
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+    return {**servers.environ, "REDIS_URL": url}
+
+
+class Served:
+    """One partition's windows and the store that its rows are in, at a clock set by hand."""
+
+    def __init__(self, environ, **changes):
+        self.config = dataclasses.replace(settings.load(environ), **changes)
+        self.spans = window.Spans()
+        self.model = model(self.config.model_path, self.config.spans)
+        plan = feast_layout.Plan.load(self.config.model_path.with_name("feature_plan.json"))
+        self.client = online.connect(self.config)
+        self.store = online.OnlineStore(self.client, plan, self.spans, "transactions")
+        self.windows = window.PartitionWindows(self.spans)
+        self.offset = 0
+        self.now_ms = NOW_MS
+        self.supervisor = supervision.Supervisor(lambda reason: None)
+        self.meter = metrics.Metrics()
+        self.predictor = serving.Predictor(
+            self.config, self.spans, self.model, self.store, meter=self.meter, clock=self.clock
+        )
+
+    def clock(self):
+        return self.now_ms
+
+    def app(self, probes=None, consumed=None):
+        built = routes.build()
+        built.state.parts = routes.assemble(
+            self.config,
+            self.spans,
+            self.model,
+            self.store,
+            self.supervisor,
+            probes=probes or {},
+            consumed=consumed,
+            clock=self.clock,
+        )
+        return built
+
+    async def live(self, **changes):
+        """Let the owner say that it stands at the end of the log."""
+        state = features.PartitionState(1, self.offset, "live", self.now_ms)
+        await self.store.write_states(1, {0: dataclasses.replace(state, **changes)}, create=True)
+
+    async def stream(self, *seen):
+        """Let the stream see transactions."""
+        for each in seen:
+            self.windows.observe(each)
+            self.offset += 1
+        fence = features.Fence(1, self.offset, self.windows.frontier_ms)
+        rows = []
+        for user_id in sorted({each.user_id for each in seen}):
+            packed = features.pack(
+                self.windows.user(user_id), fence, 0, self.windows.lower_ms, self.spans
+            )
+            stats = self.windows.stats(user_id, fence.as_of_ms)
+            rows.append(online.StreamRow(user_id, packed, stats, fence, 0))
+        await self.store.write(rows)
+        await self.live()
+
+    async def reading(self):
+        """Wait until a round trip for predictions is under way."""
+        async with asyncio.timeout(5):
+            while not self.predictor.in_flight:  # noqa: ASYNC110 - no event says so
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    async def ask(self, **document):
+        """Ask the predictor."""
+        return await self.predictor.predict(self.predictor.parse(document))
+
+    async def credit(self, user_id, score, at_ms=NOW_MS):
+        """Write a credit score as Feast's materialization does."""
+        view = online.CREDIT_VIEW
+        await self.client.hset(
+            feast_layout.entity_key(user_id, feast_layout.PROJECT),
+            mapping={
+                feast_layout.field(view, "credit_score"): feast_layout.encode_int64(score),
+                feast_layout.ts_field(view): feast_layout.encode_timestamp(at_ms * 1000),
+            },
+        )
+
+    def batches(self):
+        """Return how many round trips were made for predictions."""
+        for line in self.meter.render().decode().splitlines():
+            if line.startswith('cerberus_stage_seconds_count{stage="features"}'):
+                return int(float(line.split()[-1]))
+        return 0

@@ -1,0 +1,56 @@
+"""Nothing blocks the loop: under a watch that raises on blocking calls, all parts go on."""
+
+import asyncio
+import time
+
+import httpx
+import pytest
+from blockbuster import BlockingError, blockbuster_ctx
+from pipeline import live, now_ms, payment, running, until, world
+
+from cerberus import materializer, producer, routes, supervision
+
+pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+
+
+async def test_no_part_makes_a_blocking_call_in_the_loop(environ):
+    changes = {"CERBERUS_RATE": "50", "CERBERUS_PARTITIONS": "2"}
+    async with world(environ | changes) as here:
+        with blockbuster_ctx() as watch:
+            for function in watch.functions.values():
+                # Looks for the files of libpq, once a connection.
+                function.can_block_in("asyncpg/connect_utils.py", "_parse_connect_dsn_and_args")
+                # Asks the kernel about this process: no disk.
+                function.can_block_in("prometheus_client/process_collector.py", "collect")
+            with pytest.raises(BlockingError):
+                time.sleep(0.01)  # noqa: ASYNC251 - the watch is awake
+            async with (
+                running(one := here.consumer()),
+                running(payer := producer.Producer(here.config, here.offline)),
+                running(materializer.Materializer(here.config, here.online, here.offline)),
+            ):
+                await until(lambda: payer.sent > 100, "payments are made")
+                at = now_ms()
+                await here.publish([(1, b"{", at), (1, payment(1, 1, at), at)])
+                await until(lambda: one.counts["rejected"], "a record is refused")
+                await until(lambda: one.counts["accepted"] > 100, "they are seen")
+                await until(lambda: live(one, partitions=2), "the end is reached")
+                built = routes.build()
+                built.state.parts = routes.assemble(
+                    here.config,
+                    here.spans,
+                    here.model,
+                    here.online,
+                    supervision.Supervisor(lambda reason: None),
+                    probes={"postgres": here.offline.check},
+                    consumed=one,
+                )
+                transport = httpx.ASGITransport(built, client=("127.0.0.1", 1))
+                async with httpx.AsyncClient(
+                    transport=transport, base_url="http://127.0.0.1"
+                ) as http:
+                    asked = [http.post("/predict", json={"user_id": u}) for u in range(1000, 1040)]
+                    answers = await asyncio.gather(*asked)
+                    for path in ("/health", "/health/live", "/metrics", "/openapi.json", "/docs"):
+                        answers.append(await http.get(path))
+                assert {answer.status_code for answer in answers} == {200}

@@ -1,0 +1,604 @@
+"""The HTTP contract, through the real routes on a real Redis."""
+
+import asyncio
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import anyio
+import httpx
+import jsonschema
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from served import NOW_MS, Served, redis_only, transaction
+from starlette.routing import Route
+
+from cerberus import errors, metrics, openapi, routes, supervision, transactions
+
+pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+LOCAL = "http://127.0.0.1:8000"
+ALL = ("/predict", "/health", "/metrics", "/openapi.json", "/docs", "/nowhere")
+
+
+def client(app, *, peer="127.0.0.1", base_url=LOCAL, headers=None):
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(peer, 50_000))
+    return httpx.AsyncClient(transport=transport, base_url=base_url, headers=headers)
+
+
+@pytest.fixture
+def environ(servers):
+    return redis_only(servers)
+
+
+@pytest.fixture
+async def served(environ):
+    served = Served(environ)
+    await served.stream(transaction("a", user_id=1005, amount_minor=12_750, at_ms=NOW_MS - 5_000))
+    yield served
+    await served.store.close()
+
+
+@pytest.fixture
+async def http(served):
+    async with client(served.app()) as http:
+        yield http
+
+
+def validate(document, schema_name, body):
+    schema = {"$ref": f"#/components/schemas/{schema_name}", "components": document["components"]}
+    jsonschema.Draft202012Validator(schema).validate(body)
+
+
+def is_problem(response, code, field=None):
+    """Hold a response against RFC 9457 and the table of codes."""
+    known = openapi.PROBLEMS[code]
+    body = response.json()
+    assert response.headers["content-type"] == "application/problem+json"
+    assert (response.status_code, body["status"], body["code"]) == (
+        known.status,
+        known.status,
+        code,
+    )
+    assert (body["type"], body["title"]) == (f"/docs#{code}", known.title)
+    assert body.get("field") == field
+    assert len(body["detail"]) > 10
+    document = openapi.document(("10m",), "USD")
+    validate(document, "Problem", body)
+    if response.request.url.path == "/predict":
+        told = document["paths"]["/predict"]["post"]["responses"][str(known.status)]
+        assert f"`{code}`" in told["description"]
+    return body
+
+
+async def test_a_user_is_answered_with_the_keys_of_the_contract(http, served):
+    await served.credit(1005, 720)
+    response = await http.post("/predict", json={"user_id": 1005})
+    body = response.json()
+    assert response.status_code == 200
+    assert body["features"] == {
+        "txn_count_10m": 1,
+        "total_amount_10m": 127.5,
+        "credit_score": 720,
+    }
+    assert (body["user_id"], body["degraded"], body["approximate"]) == (1005, [], False)
+    assert body["prediction"] == ("FRAUD" if body["probability"] >= 0.5 else "LEGIT")
+    assert body["as_of"] == transactions.format_ms(NOW_MS)
+    assert body["fence"] == {"epoch": 1, "offset": 1, "partition": 0}
+    assert body["model"]["sha256"] == served.model.sha256
+    stats = body["latency_stats"]
+    assert 0 < stats["feature_retrieval_ms"] <= stats["total_latency_ms"]
+    validate((await http.get("/openapi.json")).json(), "Prediction", body)
+
+
+async def test_an_unknown_user_has_true_zeros_and_a_score(http):
+    body = (await http.post("/predict", json={"user_id": 9})).json()
+    assert body["features"] == {"txn_count_10m": 0, "total_amount_10m": 0.0, "credit_score": None}
+    assert (body["fence"], body["degraded"]) == (None, [])
+    assert 0 <= body["probability"] <= 1
+    validate((await http.get("/openapi.json")).json(), "Prediction", body)
+
+
+async def test_a_transaction_in_hand_is_answered_for_by_its_id(http):
+    hand = {"user_id": 1005, "transaction_id": "b", "amount": 9_000.01}
+    body = (await http.post("/predict", json=hand)).json()
+    assert body["transaction_id"] == "b"
+    assert body["features"]["txn_count_10m"] == 2
+    assert body["features"]["total_amount_10m"] == 9_127.51
+    validate((await http.get("/openapi.json")).json(), "Prediction", body)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "nonsense", None])
+async def test_any_content_type_is_taken(http, kind):
+    headers = {"content-type": kind} if kind else {}
+    response = await http.post("/predict", content=b'{"user_id": 1005}', headers=headers)
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'"x"', b'{"user_id": NaN}', b"\xff", b"[" * 5_000]
+)
+async def test_what_is_not_a_json_object_is_refused(http, body):
+    is_problem(await http.post("/predict", content=body), "not_json")
+
+
+async def test_an_invalid_field_is_named(http):
+    told = is_problem(await http.post("/predict", json={"user_id": "x"}), "invalid", "user_id")
+    assert told["detail"] == "must be an integer"
+    hand = {"user_id": 1, "amount": 5}
+    is_problem(await http.post("/predict", json=hand), "invalid", "transaction_id")
+    ahead = {"user_id": 1, "timestamp": transactions.format_ms(NOW_MS + 60_001)}
+    is_problem(await http.post("/predict", json=ahead), "invalid", "timestamp")
+
+
+async def test_a_body_above_the_bound_is_refused_and_one_at_it_is_not(http):
+    room = routes.MAX_BODY_BYTES - len(b'{"user_id":1,"x":""}')
+    fits = orjson.dumps({"user_id": 1, "x": "y" * room})
+    assert len(fits) == routes.MAX_BODY_BYTES
+    assert (await http.post("/predict", content=fits)).status_code == 200
+    is_problem(await http.post("/predict", content=fits + b" "), "too_large")
+
+    async def chunks():
+        while True:
+            yield b" " * 1_000
+
+    is_problem(await http.post("/predict", content=chunks()), "too_large")
+
+
+async def test_a_body_that_never_ends_is_given_up_on(http, monkeypatch):
+    monkeypatch.setattr(routes, "_BODY_S", 0.05)
+
+    async def stalls():
+        yield b"{"
+        await asyncio.sleep(30)
+
+    is_problem(await http.post("/predict", content=stalls()), "body_timeout")
+
+
+async def test_other_methods_and_paths_are_problems_too(http):
+    refused = await http.get("/predict")
+    is_problem(refused, "method_not_allowed")
+    assert refused.headers["allow"] == "POST"
+    is_problem(await http.post("/health"), "method_not_allowed")
+    for path in ("/nowhere", "/predict/", "/", "/docs/../x"):
+        is_problem(await http.post(path), "not_found")
+
+
+async def test_overload_says_when_to_come_back(environ):
+    served = Served(environ, max_in_flight=1, read_timeout_ms=5_000)
+    await served.live()
+    async with client(served.app()) as http:
+        await http.post("/predict", json={"user_id": 1})
+        await served.client.execute_command("CLIENT", "PAUSE", "300")
+        first, second = await asyncio.gather(
+            *(http.post("/predict", json={"user_id": i}) for i in (1, 2))
+        )
+    assert first.status_code == 200
+    is_problem(second, "overloaded")
+    assert second.headers["retry-after"] == "1"
+    await served.store.close()
+
+
+async def test_unreachable_features_are_no_score_and_tell_nothing_of_the_server(environ):
+    served = Served(environ | {"REDIS_URL": "redis://:secret@127.0.0.1:1/0"}, read_timeout_ms=50)
+    async with client(served.app()) as http:
+        refused = await http.post("/predict", json={"user_id": 1})
+        told = is_problem(refused, "features_unavailable")
+        assert refused.headers["retry-after"] == "1"
+        assert told["detail"] == errors.FeaturesUnavailable.__doc__
+        health = await http.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "failed")
+    assert "secret" not in health.text
+    await served.store.close()
+
+
+async def test_a_fault_of_ours_tells_nothing_of_its_cause(served):
+    app = served.app()
+
+    async def breaks(request):
+        raise RuntimeError("the secret cause")
+
+    app.router.routes.append(Route("/breaks", breaks))
+    async with client(app) as http:
+        response = await http.get("/breaks")
+    is_problem(response, "internal")
+    assert "secret" not in response.text
+
+
+async def test_before_the_parts_are_there_only_health_answers(served):
+    async with client(routes.build(), peer="10.0.0.9") as http:
+        health = await http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "starting")
+        assert (await http.get("/health/live")).status_code == 200
+        for path in ("/predict", "/metrics", "/openapi.json", "/docs"):
+            is_problem(await http.get(path), "starting")
+
+
+async def test_without_api_only_health_and_metrics_are_served(environ):
+    served = Served(environ, tasks=frozenset({"consumer"}))
+    async with client(served.app()) as http:
+        for path in ("/predict", "/openapi.json", "/docs"):
+            is_problem(await http.get(path), "api_disabled")
+        for path in ("/health", "/health/live", "/metrics"):
+            assert (await http.get(path)).status_code == 200
+    await served.store.close()
+
+
+# Who may call.
+
+
+async def test_with_a_key_every_route_but_live_wants_it(environ):
+    served = Served(environ, api_keys=("first-key", "schlüssel"))
+    app = served.app()
+    async with client(app) as http:
+        for path in ALL:
+            for headers in (
+                {},
+                {"X-API-Key": "first-kez"},
+                {"X-API-Key": ""},
+                {"Authorization": "Basic first-key"},
+                {"Authorization": "Bearer"},
+            ):
+                refused = await http.get(path, headers=headers)
+                is_problem(refused, "unauthorized")
+                assert refused.headers["www-authenticate"] == "Bearer"
+        assert (await http.get("/health/live")).status_code == 200
+    for headers in (
+        {"X-API-Key": "first-key"},
+        {"Authorization": "bearer first-key"},
+        [(b"X-API-Key", "schlüssel".encode())],
+        [(b"X-API-Key", b"old"), (b"X-API-Key", b"first-key")],
+    ):
+        far = client(app, peer="203.0.113.9", base_url="https://fraud.example", headers=headers)
+        async with far as http:
+            assert (await http.get("/openapi.json")).status_code == 200
+    await served.store.close()
+
+
+@pytest.mark.parametrize("peer", ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
+@pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:8000"])
+async def test_without_a_key_a_direct_local_caller_is_served(served, peer, host):
+    async with client(served.app(), peer=peer, headers={"Host": host}) as http:
+        assert (await http.get("/openapi.json")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("peer", "headers"),
+    [
+        ("10.0.0.9", {}),
+        ("::ffff:10.0.0.9", {}),
+        ("unknown", {}),
+        ("127.0.0.1", {"X-Forwarded-For": "127.0.0.1"}),
+        ("127.0.0.1", {"X-Forwarded-Proto": "https"}),
+        ("127.0.0.1", {"Forwarded": "for=127.0.0.1"}),
+        ("127.0.0.1", {"Via": "1.1 proxy"}),
+        ("127.0.0.1", {"X-Real-IP": "127.0.0.1"}),
+        ("127.0.0.1", {"CF-Connecting-IP": "127.0.0.1"}),
+        ("127.0.0.1", {"Host": "rebound.example:8000"}),
+        ("127.0.0.1", {"Host": "127.0.0.1.rebound.example"}),
+        ("127.0.0.1", {"Host": "localhost@rebound.example"}),
+        ("127.0.0.1", {"Host": ""}),
+        ("127.0.0.1", {"Host": "[::1"}),
+        ("127.0.0.1", {"Origin": "https://elsewhere.example"}),
+        ("127.0.0.1", {"Origin": "null"}),
+    ],
+)
+async def test_without_a_key_nobody_else_is(served, peer, headers):
+    async with client(served.app(), peer=peer, headers=headers) as http:
+        for path in ALL:
+            told = is_problem(await http.get(path), "forbidden")
+            assert "CERBERUS_API_KEY" in told["detail"]
+        assert (await http.get("/health/live")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "admitted"),
+    [
+        ({}, True),
+        ({"http_version": "1.0"}, False),
+        ({"client": None}, False),
+        ({"headers": []}, False),
+        ({"headers": [(b"host", b"localhost"), (b"host", b"rebound.example")]}, False),
+        ({"headers": [(b"host", b"localhost"), (b"origin", b"http://localhost:8000")]}, True),
+    ],
+)
+async def test_what_no_client_library_sends_is_judged_too(served, changes, admitted):
+    scope = {
+        "type": "http",
+        "client": ("127.0.0.1", 1),
+        "http_version": "1.1",
+        "method": "GET",
+        "path": "/openapi.json",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost:8000")],
+    } | changes
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    async def send(message):
+        sent.append(message)
+
+    await served.app()(scope, receive, send)
+    assert sent[0]["status"] == (200 if admitted else 403)
+
+
+# How it is.
+
+
+async def test_health_is_ready_when_every_part_is(http, served):
+    response = await http.get("/health")
+    body = response.json()
+    assert (response.status_code, body["status"], body["reasons"]) == (200, "ready", [])
+    assert body["model"]["sha256"] == served.model.sha256
+    assert body["servers"] == {"redis": None}
+    assert body["producer"] == {"rate": 2.0, "reason": served.config.rate_reason}
+    validate((await http.get("/openapi.json")).json(), "Health", body)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"state": "replaying", "progress": 0.4}, "partition 0 is replaying"),
+        ({"state": "rebuilding"}, "partition 0 is rebuilding"),
+        ({"caught_up_ms": NOW_MS - 5_001}, "partition 0 is stale"),
+        ({"known_from_ms": NOW_MS - 599_999}, "partition 0 is warming"),
+    ],
+)
+async def test_health_is_degraded_while_a_partition_is(http, served, changes, reason):
+    served.offset += 1
+    await served.live(**changes)
+    response = await http.get("/health")
+    assert (response.status_code, response.json()["status"]) == (200, "degraded")
+    assert [r[: len(reason)] for r in response.json()["reasons"]] == [reason]
+
+
+async def test_health_is_degraded_when_no_consumer_was_ever_there(http, served):
+    await served.client.flushdb()
+    assert (await http.get("/health")).json()["status"] == "degraded"
+
+
+async def test_health_is_degraded_while_a_server_is_down_and_failed_without_features(served):
+    async def down():
+        raise ConnectionRefusedError("nobody listens")
+
+    async def hangs():
+        await asyncio.sleep(30)
+
+    async with client(served.app({"postgres": down, "kafka": hangs})) as http:
+        response = await http.get("/health")
+        body = response.json()
+        assert (response.status_code, body["status"]) == (200, "degraded")
+        assert body["servers"]["redis"] is None
+        assert body["servers"]["postgres"] == "ConnectionRefusedError: nobody listens"
+        assert body["servers"]["kafka"].startswith("TimeoutError")
+
+
+async def test_servers_are_asked_once_however_many_ask_for_health(served):
+    asked = 0
+
+    async def count():
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0)
+
+    async with client(served.app({"postgres": count})) as http:
+        await asyncio.gather(*(http.get("/health") for _ in range(20)))
+    assert asked == 1
+
+
+async def test_health_never_says_ready_with_a_task_that_does_not_run(served):
+    async def dies(progress):
+        raise RuntimeError("broken pipe")
+
+    async def lives(progress):
+        await progress.stopping.wait()
+
+    policy = supervision.Policy(backoff_base_s=0.01, backoff_cap_s=0.01, max_failures=2)
+    served.supervisor = supervision.Supervisor(lambda reason: None, policy=policy)
+    served.supervisor.add("lives", lives)
+    served.supervisor.add("dies", dies)
+    seen = set()
+    async with (
+        client(served.app()) as http,
+        asyncio.timeout(20),
+        anyio.create_task_group() as group,
+    ):
+        seen.add((await http.get("/health")).json()["status"])
+        served.supervisor.start(group)
+        while served.supervisor.gave_up is None:
+            seen.add((await http.get("/health")).json()["status"])
+        response = await http.get("/health")
+        await served.supervisor.stop()
+    body = response.json()
+    assert (response.status_code, body["status"]) == (503, "failed")
+    assert any("broken pipe" in reason for reason in body["reasons"])
+    assert body["tasks"]["dies"]["state"] == "failed"
+    assert "ready" not in seen
+    validate(openapi.document(("10m",), "USD"), "Health", body)
+
+
+# What is counted, and what is told about it all.
+
+
+async def test_metrics_count_what_was_answered(http, served):
+    await http.post("/predict", json={"user_id": 1005})
+    await http.post("/predict", json={})
+    await http.get("/%6eowhere")
+    await served.live(caught_up_ms=NOW_MS - 5_001)
+    await http.post("/predict", json={"user_id": 1005})
+    lines = (await http.get("/metrics")).text.splitlines()
+    for line in (
+        'cerberus_requests_total{route="/predict",status="200"} 2.0',
+        'cerberus_requests_total{route="/predict",status="422"} 1.0',
+        'cerberus_requests_total{route="other",status="404"} 1.0',
+        "cerberus_requests_in_flight 0.0",
+        'cerberus_stage_seconds_count{stage="features"} 2.0',
+        'cerberus_stage_seconds_count{stage="wait"} 2.0',
+    ):
+        assert line in lines
+    shares = [line for line in lines if line.startswith("cerberus_predictions_total{")]
+    assert sorted(line.split("degraded=")[1].split(",")[0] for line in shares) == ['""', '"stale"']
+
+
+async def test_every_metric_is_documented_where_it_is_made(http):
+    text = (await http.get("/metrics")).text
+    names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE cerberus_")}
+    names -= {name for name in names if name.endswith("_created")}
+    documented = {
+        line[3:].split("`")[0].split("{")[0]
+        for line in metrics.__doc__.splitlines()
+        if line.startswith("- `")
+    }
+    assert names == documented
+
+
+async def test_the_document_is_openapi_and_describes_every_route_and_code(http, served):
+    document = (await http.get("/openapi.json")).json()
+    served_paths = {r.path: r.methods - {"HEAD"} for r in served.app().routes}
+    told = {p: {m.upper() for m in methods} for p, methods in document["paths"].items()}
+    assert told == served_paths
+    text = orjson.dumps(document).decode()
+    for code in openapi.PROBLEMS:
+        assert f"`{code}`" in text
+    jsonschema.Draft202012Validator.check_schema({"components": document["components"]})
+    for schema in document["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+    for example in document["paths"]["/predict"]["post"]["requestBody"]["content"][
+        "application/json"
+    ]["examples"].values():
+        validate(document, "Request", example["value"])
+
+
+async def test_the_page_needs_no_other_host_and_has_an_anchor_for_every_problem(http):
+    response = await http.get("/docs")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert "http://" not in response.text
+    assert "https://" not in response.text
+    for code in openapi.PROBLEMS:
+        assert f'id="{code}"' in response.text
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+stamps = st.datetimes(timezones=st.just(datetime.UTC)).map(datetime.datetime.isoformat)
+requests = st.fixed_dictionaries(
+    {"user_id": st.integers(0, 2**63 - 1) | anything},
+    optional={
+        "transaction_id": st.text(max_size=130) | anything,
+        "amount": st.floats(0, 1e11) | st.integers() | st.integers(0, 10**9).map(lambda n: n / 100),
+        "timestamp": stamps | st.text() | st.just(transactions.format_ms(NOW_MS)),
+        "currency": st.just("USD") | anything,
+        "merchant_id": st.text(max_size=130) | anything,
+        "later": anything,
+    },
+)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(document=requests | anything)
+async def test_any_json_gets_an_answer_or_a_problem_of_the_caller(environ, document):
+    served = Served(environ)
+    told = openapi.document(("10m",), "USD")
+    try:
+        await served.live()
+        async with client(served.app()) as http:
+            body = json.dumps(document)  # with NaN, lone surrogates and integers of any size
+            response = await http.post("/predict", content=body)
+        if response.status_code == 200:
+            validate(told, "Prediction", response.json())
+            known = {k: v for k, v in orjson.loads(body).items() if v is not None}
+            validate(told, "Request", known)
+        else:
+            assert response.status_code in (400, 422)
+            code = response.json()["code"]
+            is_problem(response, code, response.json().get("field"))
+    finally:
+        await served.store.close()
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(body=st.binary(max_size=200))
+async def test_any_bytes_get_an_answer_or_a_problem_of_the_caller(environ, body):
+    served = Served(environ)
+    try:
+        async with client(served.app()) as http:
+            assert (await http.post("/predict", content=body)).status_code in (200, 400, 422)
+    finally:
+        await served.store.close()
+
+
+# The process around it.
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def python(environ, *command):
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environ,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def uvicorn(environ, *options):
+    return python(environ, "-m", "uvicorn", "cerberus.app:app", "--port", "0", *options)
+
+
+BASE = {
+    "PATH": os.environ["PATH"],
+    "KAFKA_BROKER": "127.0.0.1:1",
+    "REDIS_URL": "redis://127.0.0.1:1",
+    "DATABASE_URL": "postgres://127.0.0.1:1/x",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"KAFKA_BROKER": ""}, "KAFKA_BROKER is not set"),
+        ({"CERBERUS_RATE": "fast"}, "CERBERUS_RATE must be"),
+        ({"CERBERUS_MODEL": "/nowhere/m.json"}, "cannot read /nowhere/m.json"),
+        ({"CERBERUS_SPANS": "7m"}, "CERBERUS_SPANS says 7m"),
+    ],
+)
+def test_a_wrong_setting_ends_the_start_with_one_sentence(changes, named):
+    ended = uvicorn(BASE | changes)
+    said = [line for line in ended.stderr.splitlines() if line.startswith("cerberus: ")]
+    assert (ended.returncode, len(said)) == (78, 1)
+    assert named in said[0]
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_wrong_setting_ends_uvicorn_s_workers_and_their_parent_too():
+    ended = uvicorn(BASE | {"DATABASE_URL": ""}, "--workers", "2")
+    assert "cerberus: DATABASE_URL is not set" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_serving_never_imports_feast():
+    code = "import cerberus.app, sys; print([m for m in sys.modules if m.split('.')[0] == 'feast'])"
+    ended = python(BASE, "-c", code)
+    assert (ended.stdout, ended.returncode) == ("[]\n", 0)
