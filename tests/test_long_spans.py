@@ -75,7 +75,7 @@ async def test_a_short_replay_gives_the_long_window_and_so_does_a_flush(here):
         await drained(here, two)
         assert 0 < two.counts["replayed"] < 300
         await assert_rows_equal_the_log(here)
-        await here.publish(traffic(rng, 200, now_ms() - 5_000, now_ms(), 2_000))
+        await here.publish(traffic(rng, 200, now_ms() - 5_000, now_ms(), 2_000, USERS[:5]))
         await asyncio.sleep(1.2)
         await drained(here, two)
         await assert_rows_equal_the_log(here)
