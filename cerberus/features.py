@@ -120,7 +120,9 @@ class Recent:
             inside = (end > after_ms + 1) & (begin <= until_ms)
             count += int(self.tiles["count"][inside].sum())
             total += int(self.tiles["total_minor"][inside].sum())
-            cut = inside & ((begin <= after_ms) | (end > until_ms + 1))
+            # `without` was not met among the events: the tile at `until_ms` may have counted it.
+            sure = without is None or met
+            cut = inside & ((begin <= after_ms) | (end > until_ms + sure))
             approximate = bool(cut.any())
         return window.WindowStats(count, total), approximate, met
 
@@ -209,13 +211,14 @@ class FeatureRow:
 
 @dataclass(frozen=True, slots=True)
 class OnlineRow:
-    """What the online store holds of one user: either part may be missing."""
+    """What the online store holds of one user: either part may be missing, or `unreadable`."""
 
     user_id: int
     recent: Recent | None
     credit_score: int | None
     partition: int
     state: PartitionState | None
+    unreadable: tuple[str, ...] = ()
 
 
 def as_of(
@@ -233,7 +236,7 @@ def as_of(
     `max_staleness_ms`, or unknown with no row, the streamed values are None, never zero.
     """
     recent, state = online.recent, online.state
-    degraded: list[str] = []
+    degraded = [f"{name}_unreadable" for name in online.unreadable]
     if recent is not None and recent.partition != online.partition:
         degraded.append("split_user")
     if state is not None and recent is not None and recent.fence.epoch < state.epoch:
@@ -243,7 +246,8 @@ def as_of(
     stats: tuple[window.WindowStats, ...] | None = None
     approximate = False
     silent_ms = now_ms - state.caught_up_ms if state else 0
-    if silent_ms <= max_staleness_ms and (state is not None or recent is not None):
+    known = recent is not None or (state is not None and "recent" not in online.unreadable)
+    if known and silent_ms <= max_staleness_ms:
         stats, approximate = _stats(recent, as_of_ms, in_hand, spans)
     return FeatureRow(
         user_id=online.user_id,
@@ -274,7 +278,11 @@ def _doubts(
     after_ms = as_of_ms - spans.longest_ms
     if after_ms < state.known_from_ms:
         doubts.append("warming")
-    elif recent is not None and after_ms < recent.lower_ms:
+    elif recent is None:
+        # A row is dropped when a kept length has passed: until then nobody has an older event.
+        if as_of_ms < now_ms - spans.slack_ms:
+            doubts.append("as_of_too_old")
+    elif after_ms < recent.lower_ms:
         doubts.append("as_of_too_old" if recent.complete else "warming")
     return doubts
 

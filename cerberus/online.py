@@ -7,9 +7,10 @@ Commands are those of Redis 6.2.
 
 import asyncio
 import ssl
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import redis.asyncio
 import redis.exceptions
@@ -18,6 +19,8 @@ from cerberus import errors, feast_layout, features, settings, transactions, win
 
 STATS_VIEW, WINDOW_VIEW, CREDIT_VIEW = "user_transaction_stats", "user_window", "user_credit"
 MATERIALIZED = "cerberus:materialized"
+_T = TypeVar("_T")
+_UNREADABLE = (ValueError, IndexError, struct.error)
 
 # KEYS[1] the user's hash. ARGV: the field of `recent`, epoch, offset, as_of_ms, partition, the
 # age in ms beyond which a row of another partition is dead, then field and value pairs.
@@ -164,19 +167,23 @@ class OnlineStore:
         rows = []
         for user_id, values in zip(user_ids, hashes, strict=True):
             partition = transactions.partition_of(user_id, count) if count else 0
+            # One user's broken value must not take the batch's other users with it.
+            recent, broken_window = _readable(self._alive_window, values, now_ms)
+            credit_score, broken_credit = _readable(self._alive_credit, values, now_ms)
             rows.append(
                 features.OnlineRow(
                     user_id=user_id,
-                    recent=self._alive_window(values, now_ms),
-                    credit_score=self._alive_credit(values, now_ms),
+                    recent=recent,
+                    credit_score=credit_score,
                     partition=partition,
                     state=states.get(partition),
+                    unreadable=("recent",) * broken_window + ("credit_score",) * broken_credit,
                 )
             )
         return rows
 
     async def credit_scores(self, user_ids: Sequence[int], now_ms: int) -> dict[int, int | None]:
-        """Read the credit scores of distinct users in one round trip.
+        """Read the credit scores of distinct users in one round trip; None where there is none.
 
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.
@@ -186,7 +193,7 @@ class OnlineStore:
             pipe.hmget(self._key(user_id), (self._credit, self._ts[CREDIT_VIEW]))
         values = await self._execute(pipe)
         return {
-            user_id: self._alive_credit((None, None, *pair), now_ms)
+            user_id: _readable(self._alive_credit, (None, None, *pair), now_ms)[0]
             for user_id, pair in zip(user_ids, values, strict=True)
         }
 
@@ -273,7 +280,9 @@ class OnlineStore:
         if not value or not stamp or not self._plan.alive(WINDOW_VIEW, stamp, now_ms):
             return None
         packed = feast_layout.decode(value)
-        return features.unpack(packed, self._spans) if isinstance(packed, bytes) else None
+        if not isinstance(packed, bytes):
+            raise ValueError(f"recent: {type(packed).__name__} instead of bytes")
+        return features.unpack(packed, self._spans)
 
     def _alive_credit(self, values: Sequence[bytes | None], now_ms: int) -> int | None:
         value, stamp = values[2], values[3]
@@ -308,6 +317,18 @@ class OnlineStore:
         except (TimeoutError, OSError, redis.exceptions.RedisError) as error:
             raise errors.FeaturesUnavailable(f"Redis did not answer: {error!r}") from error
         return answers
+
+
+def _readable(
+    read: Callable[[Sequence[bytes | None], int], _T | None],
+    values: Sequence[bytes | None],
+    now_ms: int,
+) -> tuple[_T | None, bool]:
+    """Read a value; the flag says that it is there and broken."""
+    try:
+        return read(values, now_ms), False
+    except _UNREADABLE:
+        return None, True
 
 
 def _states(found: Mapping[bytes, bytes]) -> dict[int, features.PartitionState]:
