@@ -1,0 +1,250 @@
+"""What `POST /predict` costs beside a Starlette route that only echoes JSON.
+
+    python benchmarks/predict.py [--rounds 5] [--seconds 2]
+
+Both run under the same uvicorn settings and are called by the same client in turns of one run, at
+1 and at 32 connections, so the ratios hold where the figures of a busy machine do not. Only Redis
+is needed: REDIS_URL, or one of our own that is started and stopped. The rows it writes are those of
+users that no deployment has, under a prefix of their own, and are deleted at the end.
+"""
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+
+import orjson
+import uvloop
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONNECTIONS = (1, 32)
+FIRST_USER, USERS = 9 * 10**15, 1_000
+PREFIX = "benchmark."
+DEADLINE_S = 20.0
+
+
+async def _echo(request: Request) -> Response:
+    told = orjson.loads(await request.body())
+    return Response(orjson.dumps(told), media_type="application/json")
+
+
+echo = Starlette(routes=[Route("/predict", _echo, methods=["POST"])])
+
+
+class _Caller(asyncio.Protocol):
+    """One connection that sends its next request when the answer to the last is whole."""
+
+    def __init__(self, requests, until_s):
+        self.closed = asyncio.get_running_loop().create_future()
+        self.latencies, self.refused = [], 0
+        self._requests, self._until_s, self._buffer = requests, until_s, b""
+
+    def connection_made(self, transport):
+        self._transport = transport
+        self._call()
+
+    def _call(self):
+        self._began_s = time.perf_counter()
+        self._transport.write(next(self._requests))
+
+    def data_received(self, data):
+        self._buffer += data
+        head, found, body = self._buffer.partition(b"\r\n\r\n")
+        if not found or len(body) < int(head.lower().split(b"content-length: ")[1].split()[0]):
+            return
+        self.latencies.append(time.perf_counter() - self._began_s)
+        self.refused += not head.startswith(b"HTTP/1.1 200")
+        self._buffer = b""
+        if time.perf_counter() >= self._until_s:
+            self._transport.close()
+        else:
+            self._call()
+
+    def connection_lost(self, error):
+        self.closed.set_result(None)
+
+
+def _request(user_id, port):
+    body = b'{"user_id": %d}' % user_id
+    head = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
+    return head % port + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+async def call(port, connections, seconds):
+    """Call for that long over that many connections, and print what it took as JSON."""
+    users = random.Random(7).choices(range(FIRST_USER, FIRST_USER + USERS), k=10_000)
+    requests = itertools.cycle([_request(user_id, port) for user_id in users])
+    loop = asyncio.get_running_loop()
+    began_s = time.perf_counter()
+    callers = []
+    for _ in range(connections):
+        made = loop.create_connection(
+            lambda: _Caller(requests, began_s + seconds), "127.0.0.1", port
+        )
+        callers.append((await made)[1])
+    async with asyncio.timeout(seconds + DEADLINE_S):
+        await asyncio.gather(*(caller.closed for caller in callers))
+    took_s = time.perf_counter() - began_s
+    latencies = [latency for caller in callers for latency in caller.latencies]
+    cuts = statistics.quantiles(latencies, n=100)
+    told = {"rps": len(latencies) / took_s, "p50": cuts[49] * 1000, "p99": cuts[98] * 1000}
+    print(json.dumps(told | {"refused": sum(caller.refused for caller in callers)}))
+
+
+@contextlib.contextmanager
+def serving(target, environ):
+    """Run uvicorn on a free port, yield the port, stop it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "uvicorn", target, "--port", str(port), "--no-access-log"]
+    places = ["--app-dir", str(ROOT if target.startswith("cerberus") else ROOT / "benchmarks")]
+    process = subprocess.Popen([*command, *places], env=environ, stderr=subprocess.PIPE)
+    try:
+        _wait_for(port, process)
+        yield port
+    finally:
+        process.terminate()
+        process.communicate(timeout=DEADLINE_S)
+
+
+def _wait_for(port, process):
+    until_s = time.monotonic() + DEADLINE_S
+    while time.monotonic() < until_s and process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError):
+            body = b'{"user_id": %d}' % FIRST_USER
+            url = f"http://127.0.0.1:{port}/predict"
+            with urllib.request.urlopen(url, data=body, timeout=5) as answer:
+                told = json.load(answer)
+            if told.get("degraded"):
+                raise RuntimeError(f"the rows were not read: {told}")
+            return
+        time.sleep(0.05)
+    process.kill()
+    raise RuntimeError(f"no server came up: {process.stderr.read().decode()}")
+
+
+@contextlib.asynccontextmanager
+async def rows(environ):
+    """Write some events of each user, as the consumer does; delete them at the end."""
+    from cerberus import feast_layout, features, online, settings, transactions, window
+
+    config = settings.load(environ)
+    spans = window.Spans(config.spans)
+    plan = feast_layout.Plan.load(config.model_path.with_name("feature_plan.json"))
+    client = online.connect(config)
+    topic = config.kafka.topic("transactions")
+    store = online.OnlineStore(client, plan, spans, topic)
+    now_ms, windows = time.time_ns() // 1_000_000, window.PartitionWindows(spans)
+    users = range(FIRST_USER, FIRST_USER + USERS)
+    for i in range(3 * USERS):
+        event_ms = now_ms - 60_000 + i
+        windows.observe(
+            transactions.Transaction(f"t{i}", users[i % USERS], 1_250, "USD", "m", event_ms)
+        )
+    fence = features.Fence(1, 3 * USERS, windows.frontier_ms)
+    packed = [
+        online.StreamRow(
+            user_id,
+            features.pack(windows.user(user_id), fence, 0, windows.lower_ms, spans),
+            windows.stats(user_id, fence.as_of_ms),
+            fence,
+            0,
+        )
+        for user_id in users
+    ]
+    # Caught up an hour ahead: nobody refreshes it while this runs.
+    state = features.PartitionState(1, 3 * USERS, "live", now_ms + 3_600_000)
+    try:
+        await store.write(packed)
+        await store.write_states(1, {0: state}, create=True)
+        yield
+    finally:
+        keys = [feast_layout.entity_key(user_id, plan.project) for user_id in users]
+        await client.delete(*keys, f"cerberus:partitions:{topic}")
+        await store.close()
+
+
+def measure(ports, rounds, seconds):
+    """Call every server in turn, the first one last in the next round; return all figures."""
+    found = collections.defaultdict(list)
+    for number in range(rounds):
+        for connections in CONNECTIONS:
+            turn = list(ports.items())
+            for name, port in turn if number % 2 else reversed(turn):
+                command = [sys.executable, __file__, "--call", str(port), str(connections)]
+                command += ["--seconds", str(seconds)]
+                done = subprocess.run(
+                    command, check=True, stdout=subprocess.PIPE, timeout=seconds + 2 * DEADLINE_S
+                )
+                found[name, connections].append(json.loads(done.stdout))
+    return found
+
+
+def report(found, rounds, seconds):
+    """Print medians over the rounds, and the ratios of the two."""
+    print(f"medians of {rounds} rounds of {seconds:g} s, {os.cpu_count()} cores; ms")
+    print(
+        f"{'connections':>11} {'route':<8} {'requests/s':>10} {'p50':>8} {'p99':>8} {'refused':>8}"
+    )
+    for connections in CONNECTIONS:
+        median = {
+            name: [
+                statistics.median(told[figure] for told in found[name, connections])
+                for figure in ("rps", "p50", "p99")
+            ]
+            for name in ("echo", "predict")
+        }
+        for name, (rps, p50, p99) in median.items():
+            refused = sum(told["refused"] for told in found[name, connections])
+            print(f"{connections:>11} {name:<8} {rps:>10.0f} {p50:>8.3f} {p99:>8.3f} {refused:>8}")
+        ratios = [p / e for p, e in zip(median["predict"], median["echo"], strict=True)]
+        print(f"{'':>11} {'ratio':<8} {ratios[0]:>10.2f} {ratios[1]:>8.2f} {ratios[2]:>8.2f}")
+
+
+async def run(rounds, seconds):
+    """Start what is needed, measure, report, stop it."""
+    from cerberus import stack
+
+    unused = {"KAFKA_BROKER": "127.0.0.1:9092", "DATABASE_URL": "postgresql://127.0.0.1/unused"}
+    ours = {"KAFKA_PREFIX": PREFIX, "CERBERUS_TASKS": "api", "CERBERUS_API_KEY": ""}
+    with tempfile.TemporaryDirectory(prefix="cerberus-") as directory:
+        given = os.environ | unused
+        with stack.servers(pathlib.Path(directory), given, durable=False) as running:
+            environ = given | running.environ | ours
+            async with rows(environ):
+                with serving("predict:echo", environ) as echo_port:
+                    with serving("cerberus.app:app", environ) as predict_port:
+                        ports = {"echo": echo_port, "predict": predict_port}
+                        found = await asyncio.to_thread(measure, ports, rounds, seconds)
+    report(found, rounds, seconds)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--call", nargs=2, type=int, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.call:
+        uvloop.run(call(*asked.call, asked.seconds))
+    else:
+        sys.path.insert(0, str(ROOT))
+        asyncio.run(run(asked.rounds, asked.seconds))
