@@ -10,7 +10,7 @@ import aiokafka
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from aiokafka.errors import KafkaError
+from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
 
 from cerberus import errors, settings
 
@@ -78,7 +78,18 @@ async def create_topics(config: settings.Settings) -> list[str]:
                     f"Kafka refused to create topic {name} (error {code} {message}): "
                     "create it by hand, with the prefix in KAFKA_PREFIX"
                 )
+        await _coordinator(client, kafka.topic(GROUP))
         return [topic.name for topic in missing]
+
+
+async def _coordinator(client: Any, group: str) -> None:
+    """Wait until a group can be joined: new brokers first make the topic of its offsets."""
+    async with asyncio.timeout(_CALL_S):
+        while True:
+            with contextlib.suppress(GroupCoordinatorNotAvailableError):
+                await client.find_coordinator(group)
+                return
+            await asyncio.sleep(0.1)
 
 
 async def cluster_id(client: Any) -> str:
