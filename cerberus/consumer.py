@@ -39,7 +39,7 @@ from cerberus import (
 
 log = logging.getLogger(__name__)
 
-_POLL_MS, _POLL_RECORDS, _YIELD_RECORDS = 200, 1000, 50
+_POLL_MS, _POLL_RECORDS, _CHUNK_RECORDS = 200, 1000, 100
 _BREAK_RECORDS, _BREAK_S = 200, 60.0
 _TELL_S, _MARK_MS = 1.0, 2_000
 _COMMIT_S, _RETRY_MS, _PAUSE_S = 5.0, 500, 1.0
@@ -172,7 +172,7 @@ class Consumer:
             await self._commit(generation)
             if polled:
                 progress.beat()
-            await self._tell(generation, progress, now=bool(polled))
+            await self._tell(generation, progress, now=bool(batch.observed))
 
     async def _poll(self, timeout_ms: int) -> Mapping[Any, Sequence[aiokafka.ConsumerRecord]]:
         try:
@@ -224,17 +224,16 @@ class Consumer:
         for tp, records in polled.items():
             if (part := self._parts.get(tp)) is None:
                 continue  # held since: it will be sought to where it starts
-            verdicts = [
-                partition.judge(record, self._config.currency, self._spans) for record in records
-            ]
-            if not await self._seed(part, verdicts, generation, progress):
-                return None
-            for i, (record, verdict) in enumerate(zip(records, verdicts, strict=True)):
-                if i % _YIELD_RECORDS == 0:
-                    await asyncio.sleep(0)
+            for at in range(0, len(records), _CHUNK_RECORDS):
+                chunk = records[at : at + _CHUNK_RECORDS]
+                await asyncio.sleep(0)  # others on the loop wait for a chunk, not for a poll
+                verdicts = [partition.judge(r, self._config.currency, self._spans) for r in chunk]
+                if not await self._seed(part, verdicts, generation, progress):
+                    return None
                 if generation != self._generation:
                     return None
-                self._observe_one(part, record, verdict, batch)
+                for record, verdict in zip(chunk, verdicts, strict=True):
+                    self._observe_one(part, record, verdict, batch)
         for tp, part in self._parts.items():
             # Passes transaction markers, which are no records.
             position = await self._client.position(tp)
@@ -273,8 +272,11 @@ class Consumer:
         progress: supervision.Progress,
     ) -> bool:
         """Fetch what the users did before the replay's reach; False when no longer ours."""
-        users = {v.user_id for v in verdicts if isinstance(v, transactions.Transaction)}
-        users = part.unseeded(users)
+        if not part.seeds:
+            return True
+        users = part.unseeded(
+            {v.user_id for v in verdicts if isinstance(v, transactions.Transaction)}
+        )
 
         async def fetch() -> None:
             after_ms = part.windows.lower_ms

@@ -137,28 +137,41 @@ def pack(
 ) -> bytes:
     """Pack one user's window; `lower_ms` is the later of what is kept and what is known.
 
-    Cost: about 1 µs an event for up to 256, then O(events) for the tiles.
+    Cost: about 20 µs, and 100 µs above 256 events, however many there are.
     """
-    events = [event for event in user.events() if event.event_ms > lower_ms]
-    exact = events[-RECENT_EVENTS:]
-    length = tile_ms(spans)
-    tiles: dict[int, list[int]] = {}
-    for event in events[:-RECENT_EVENTS]:
-        tile = tiles.setdefault(event.event_ms // length, [0, 0])
-        tile[0] += 1
-        tile[1] += event.amount_minor
+    kept = user.columns(lower_ms)
+    edge = max(0, len(kept.times) - RECENT_EVENTS)
+    events = np.empty(len(kept.times) - edge, _EVENT)
+    if len(events):
+        events["age_ms"] = kept.times[edge:] - lower_ms
+        events["amount_minor"] = np.diff(kept.total(np.arange(edge, len(kept.times) + 1)))
+        events["id_hash64"] = kept.ids[edge:]
+        events["merchant_hash32"] = kept.merchants[edge:]
+    tiles = _tiles(kept, edge, lower_ms, tile_ms(spans))
     header = _HEADER.pack(
         _VERSION,
         *fence,
         partition,
         lower_ms <= fence.as_of_ms - spans.longest_ms,
         lower_ms,
-        len(exact),
+        len(events),
         len(tiles),
     )
-    rows = np.array([(e.event_ms - lower_ms, *e[1:]) for e in exact], dtype=_EVENT)
-    sums = np.array([(k * length - lower_ms, *v) for k, v in sorted(tiles.items())], dtype=_TILE)
-    return header + rows.tobytes() + sums.tobytes()
+    return header + events.tobytes() + tiles.tobytes()
+
+
+def _tiles(kept: window.Columns, edge: int, lower_ms: int, length_ms: int) -> npt.NDArray[np.void]:
+    """Sum up the events before index `edge`, one tile a slice that has any."""
+    if not edge:
+        return np.empty(0, _TILE)
+    times = kept.times[:edge]
+    begins = np.arange(times[0] // length_ms, times[-1] // length_ms + 1) * length_ms
+    bounds = np.append(times.searchsorted(begins), edge)
+    tiles = np.empty(len(begins), _TILE)
+    tiles["age_ms"] = begins - lower_ms
+    tiles["count"] = np.diff(bounds)
+    tiles["total_minor"] = np.diff(kept.total(bounds))
+    return tiles[tiles["count"] > 0]
 
 
 def unpack(value: bytes, spans: window.Spans) -> Recent:

@@ -130,7 +130,7 @@ class Partition:
 
     def unseeded(self, user_ids: Iterable[int]) -> set[int]:
         """Return which of the users may have events that only the store can tell of."""
-        return set(user_ids) - self._seeded if self.seeds else set()
+        return set(user_ids) - self._seeded
 
     def seed(self, user_ids: Iterable[int], past: Iterable[transactions.Transaction]) -> None:
         """Take in what these users did before `origin`."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from cerberus import transactions
 
@@ -90,6 +91,21 @@ class Outcome(enum.Enum):
     """Older than what is kept: changes no window."""
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Events in order, each field of shape (n,); `totals` runs on from the cents `before`."""
+
+    times: npt.NDArray[np.int64]
+    totals: npt.NDArray[np.int64]
+    before: int
+    ids: npt.NDArray[np.uint64]
+    merchants: npt.NDArray[np.uint32]
+
+    def total(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the running total before each index, 0 to n."""
+        return np.where(index > 0, self.totals[index - 1], self.before)
+
+
 class UserWindow:
     """One user's kept events in order of (event time, identity), with running totals.
 
@@ -125,7 +141,7 @@ class UserWindow:
         times, totals, ids = self.times, self.totals, self.ids
         size = len(times)
         if size == self._head or event_ms > times[-1]:
-            totals.append(self._total_before(size) + amount_minor)
+            totals.append((totals[-1] if size else self._base) + amount_minor)
             times.append(event_ms)
             ids.append(id_hash)
             self.merchants.append(merchant)
@@ -156,6 +172,8 @@ class UserWindow:
 
     def evict(self, until_ms: int) -> None:
         """Forget events at or before `until_ms`. Cost: amortised O(1) an event."""
+        if self._head < len(self.times) and self.times[self._head] > until_ms:
+            return
         head = self._head = bisect_right(self.times, until_ms, self._head)
         if head >= _COMPACT_AT and head * 2 >= len(self.times):
             self._base = self.totals[head - 1]
@@ -163,25 +181,36 @@ class UserWindow:
                 del column[:head]
             self._head = 0
 
-    def events(self, newest: int | None = None) -> Iterator[Event]:
-        """Yield the kept events in order, only the last `newest` of them when given."""
-        first = self._head if newest is None else max(self._head, len(self.times) - newest)
-        before = self._total_before(first)
-        for i in range(first, len(self.times)):
-            total = self.totals[i]
-            yield Event(self.times[i], total - before, self.ids[i], self.merchants[i])
-            before = total
+    def columns(self, after_ms: int) -> "Columns":
+        """Return the events after `after_ms`, in order, without copying them.
+
+        The columns look into the state: let go of them before the next insert.
+        """
+        first = bisect_right(self.times, after_ms, self._head)
+        return Columns(
+            times=np.frombuffer(self.times, np.int64)[first:],
+            totals=np.frombuffer(self.totals, np.int64)[first:],
+            before=self._total_before(first),
+            ids=np.frombuffer(self.ids, np.uint64)[first:],
+            merchants=np.frombuffer(self.merchants, np.uint32)[first:],
+        )
 
 
 class PartitionWindows:
     """All users' windows of one partition: a function of the log's prefix.
 
     Not thread-safe: one loop owns it.
+
+    Attributes:
+        spans: The window definition.
+        frontier_ms: The greatest event time of the prefix.
+        lower_ms: Events at or before this time are no longer kept.
     """
 
     def __init__(self, spans: Spans) -> None:
         self.spans = spans
         self.frontier_ms = 0
+        self.lower_ms = -spans.keep_ms
         self._keep_ms = spans.keep_ms
         self._spans_ms = spans.spans_ms
         self._users: dict[int, UserWindow] = {}
@@ -193,11 +222,6 @@ class PartitionWindows:
         return len(self._users)
 
     @property
-    def lower_ms(self) -> int:
-        """Events at or before this time are no longer kept."""
-        return self.frontier_ms - self._keep_ms
-
-    @property
     def users(self) -> Iterator[int]:
         """The users who have something left."""
         return iter(self._users)
@@ -207,23 +231,30 @@ class PartitionWindows:
         event_ms = transaction.event_ms
         if event_ms > self.frontier_ms:
             self.frontier_ms = event_ms
-            self._sweep()
+            self.lower_ms = event_ms - self._keep_ms
+            if self._due and self._due[0] < self.lower_ms // _SWEEP_MS:
+                self._sweep()
         elif event_ms <= self.lower_ms:
             return Outcome.EXPIRED
         return self._insert(transaction)
 
     def _insert(self, transaction: transactions.Transaction) -> Outcome:
         event_ms = transaction.event_ms
-        user = self._users.get(transaction.user_id)
+        user_id = transaction.user_id
+        user = self._users.get(user_id)
         if user is None:
-            user = self._users[transaction.user_id] = UserWindow()
-            self._enter_bucket(transaction.user_id, event_ms)
+            user = self._users[user_id] = UserWindow()
+            self._enter_bucket(user_id, event_ms)
         else:
             user.evict(self.lower_ms)
-        event = Event(
-            event_ms, transaction.amount_minor, transaction.id_hash64, transaction.merchant_hash32
+        return user.insert(
+            Event(
+                event_ms,
+                transaction.amount_minor,
+                transactions.id_hash64(user_id, transaction.transaction_id, event_ms),
+                transactions.merchant_hash32(transaction.merchant_id),
+            )
         )
-        return user.insert(event)
 
     def seed(self, transaction: transactions.Transaction) -> None:
         """Put in a transaction from before where reading began; moves no frontier."""
