@@ -25,7 +25,7 @@ from cerberus import errors, feast_layout, online, settings
 REPO = pathlib.Path(__file__).parent.parent / "feature_repo"
 _SERVED = (online.STATS_VIEW, online.WINDOW_VIEW, online.CREDIT_VIEW)
 _TYPES = {"Int64", "Float64", "Bytes"}
-_LOADING = "cerberus:materializing"
+_LOADING = f"{online.MATERIALIZED}:loading"
 _BATCH_ROWS = 10_000
 # Feast leaves no other way to set an option of its sessions: it writes "-c search_path=", this
 # text and ",public", and what it passes wins over PGOPTIONS. Without nested loops 10,000 rows of
@@ -72,7 +72,11 @@ def repo_config(config: settings.Settings) -> dict[str, Any]:
         "provider": "local",
         "entity_key_serialization_version": 3,
         "registry": {"registry_type": "sql", "path": registry, "cache_ttl_seconds": 0},
-        "online_store": {"type": "redis", "connection_string": _redis(config)},
+        "online_store": {
+            "type": "redis",
+            "redis_type": "redis_cluster" if config.redis_cluster else "redis",
+            "connection_string": _redis(config),
+        },
         "offline_store": {"type": "postgres"} | offline_store,
         "materialization": {"pull_latest_features": True, "online_write_batch_size": _BATCH_ROWS},
         "window": {
@@ -278,11 +282,11 @@ def _redis(config: settings.Settings) -> str:
 
     Feast reads each value as JSON, so a password is a JSON string that holds no comma.
     """
-    options = dict(online.connect(config).connection_pool.connection_kwargs)
-    host, port = options.pop("host", "localhost"), options.pop("port", 6379)
+    options = online.options(config)
+    host, port = options.pop("host"), options.pop("port")
     if ":" in host:
         raise errors.ConfigError(f"REDIS_URL: Feast needs a host name, not {host}")
-    options |= {"socket_timeout": 30, "ssl": config.redis_url.startswith("rediss://")}
+    options |= {"socket_timeout": 30}
     pairs = (f"{k}={json.dumps(v)}".replace(",", "\\u002c") for k, v in options.items())
     return ",".join((f"{host}:{port}", *pairs))
 

@@ -6,9 +6,10 @@ Commands are those of Redis 6.2.
 """
 
 import asyncio
+import hashlib
 import ssl
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,8 +19,15 @@ import redis.exceptions
 from cerberus import errors, feast_layout, features, settings, transactions, window
 
 STATS_VIEW, WINDOW_VIEW, CREDIT_VIEW = "user_transaction_stats", "user_window", "user_credit"
-MATERIALIZED = "cerberus:materialized"
+MATERIALIZED = "cerberus:{materialized}"  # in braces: what a cluster's keys are placed by
+_CALL_S = 2.0
 _T = TypeVar("_T")
+_DOWN = (
+    TimeoutError,
+    OSError,
+    redis.exceptions.RedisError,
+    redis.exceptions.RedisClusterException,
+)
 _UNREADABLE = (ValueError, IndexError, struct.error)
 
 # KEYS[1] the user's hash. ARGV: the field of `recent`, epoch, offset, as_of_ms, partition, the
@@ -44,7 +52,8 @@ return 1
 """
 
 # KEYS[1] the topic's hash of partitions. ARGV: partition, epoch, offset, state as JSON, whether
-# to make what is not there. Returns 1 taken, 0 an older fence, -1 not there.
+# to make what is not there, the number of partitions. Returns 1 taken, 0 an older fence, -1 not
+# there.
 _WRITE_STATE = """
 local stored = redis.call('HGET', KEYS[1], ARGV[1])
 if not stored and ARGV[5] == '0' then return -1 end
@@ -53,7 +62,7 @@ if stored then
   local e, o = tonumber(ARGV[2]), tonumber(ARGV[3])
   if s.epoch > e or (s.epoch == e and s.offset > o) then return 0 end
 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[4])
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[4], 'count', ARGV[6])
 return 1
 """
 
@@ -77,17 +86,27 @@ class Refused:
     split: int = 0
 
 
-def connect(config: settings.Settings) -> "redis.asyncio.Redis":
-    """Make the shared pool; nothing is sent yet. Every command has a deadline of 2 s."""
-    options: dict[str, Any] = {
-        "socket_timeout": 2.0,
-        "socket_connect_timeout": 2.0,
+def options(config: settings.Settings) -> dict[str, Any]:
+    """Return what a Redis client is built with; every command has a deadline of 2 s."""
+    found: dict[str, Any] = {
+        "socket_timeout": _CALL_S,
+        "socket_connect_timeout": _CALL_S,
         "health_check_interval": 15,
         "driver_info": None,  # else each connection reads files, then sends what 6.2 has not
     }
-    if config.redis_url.startswith("rediss://") and not config.redis_tls_verify:
-        options |= {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}
-    return redis.asyncio.Redis.from_url(config.redis_url, **options)
+    if config.redis_url.startswith("rediss://"):
+        found["ssl"] = True
+        if not config.redis_tls_verify:
+            found |= {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}
+    located = redis.asyncio.connection.parse_url(config.redis_url)
+    located.pop("connection_class", None)
+    return {"host": "localhost", "port": 6379, **found, **located}
+
+
+def connect(config: settings.Settings) -> "redis.asyncio.Redis | redis.asyncio.RedisCluster":
+    """Make the shared pool; nothing is sent yet."""
+    client = redis.asyncio.RedisCluster if config.redis_cluster else redis.asyncio.Redis
+    return client(**options(config))
 
 
 class OnlineStore:
@@ -105,7 +124,7 @@ class OnlineStore:
 
     def __init__(
         self,
-        client: "redis.asyncio.Redis",
+        client: "redis.asyncio.Redis | redis.asyncio.RedisCluster",
         plan: feast_layout.Plan,
         spans: window.Spans,
         topic: str,
@@ -120,7 +139,7 @@ class OnlineStore:
                 f"{','.join(spans.names)} kept for {spans.keep_ms} ms: run `python -m cerberus "
                 "features apply`, then `python -m cerberus features compile`"
             )
-        self._client = client
+        self._client: Any = client  # its types know str keys only
         self._plan = plan
         self._spans = spans
         self._partitions_key = f"cerberus:partitions:{topic}"
@@ -140,8 +159,6 @@ class OnlineStore:
             )
             for span in spans.names
         ]
-        self._write_row = client.register_script(_WRITE_ROW)
-        self._write_state = client.register_script(_WRITE_STATE)
 
     async def read(
         self, user_ids: Sequence[int], now_ms: int, timeout_s: float
@@ -153,15 +170,11 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: Redis did not answer in time.
         """
-        try:
-            async with asyncio.timeout(timeout_s):
-                pipe: Any = self._client.pipeline(transaction=False)  # typed for str keys only
-                pipe.hgetall(self._partitions_key)
-                for user_id in user_ids:
-                    pipe.hmget(self._key(user_id), self._read_fields)
-                found, *hashes = await pipe.execute()
-        except (TimeoutError, OSError, redis.exceptions.RedisError) as error:
-            raise errors.FeaturesUnavailable(f"Redis did not answer: {error!r}") from error
+        pipe = self._client.pipeline(transaction=False)
+        pipe.hgetall(self._partitions_key)
+        for user_id in user_ids:
+            pipe.hmget(self._key(user_id), self._read_fields)
+        found, *hashes = await _answers(pipe.execute(), timeout_s)
         states = _states(found)
         count = int(found.get(b"count", 0))
         rows = []
@@ -188,10 +201,10 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.
         """
-        pipe: Any = self._client.pipeline(transaction=False)  # typed for str keys only
+        pipe = self._client.pipeline(transaction=False)
         for user_id in user_ids:
             pipe.hmget(self._key(user_id), (self._credit, self._ts[CREDIT_VIEW]))
-        values = await self._execute(pipe)
+        values = await _answers(pipe.execute())
         return {
             user_id: _readable(self._alive_credit, (None, None, *pair), now_ms)[0]
             for user_id, pair in zip(user_ids, values, strict=True)
@@ -203,12 +216,9 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: not all was acknowledged within 2 s; write again.
         """
-        pipe = self._client.pipeline(transaction=False)
-        for row in rows:
-            await self._write_row(
-                keys=[self._key(row.user_id)], args=self._row_arguments(row), client=pipe
-            )
-        answers = await self._execute(pipe)
+        answers = await self._evaluate(
+            _WRITE_ROW, [(self._key(row.user_id), self._row_arguments(row)) for row in rows]
+        )
         return Refused(older=answers.count(0), split=answers.count(-1))
 
     async def write_states(
@@ -227,16 +237,14 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: not acknowledged within 2 s.
         """
-        pipe = self._client.pipeline(transaction=False)
-        for partition, state in states.items():
-            await self._write_state(
-                keys=[self._partitions_key],
-                args=[partition, state.epoch, state.offset, state.pack(), int(create)],
-                client=pipe,
-            )
-        pipe.hset(self._partitions_key, "count", str(count))
-        answers = await self._execute(pipe)
-        return {p for p, answer in zip(states, answers, strict=False) if answer == -1}
+        answers = await self._evaluate(
+            _WRITE_STATE,
+            [
+                (self._partitions_key, [p, s.epoch, s.offset, s.pack(), int(create), count])
+                for p, s in states.items()
+            ],
+        )
+        return {p for p, answer in zip(states, answers, strict=True) if answer == -1}
 
     async def states(self) -> dict[int, features.PartitionState]:
         """Read what the owners say of all partitions.
@@ -244,22 +252,18 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.
         """
-        pipe = self._client.pipeline(transaction=False)
-        pipe.hgetall(self._partitions_key)
-        return _states((await self._execute(pipe))[0])
+        return _states(await _answers(self._client.hgetall(self._partitions_key)))
 
     async def materialized_ms(self) -> int | None:
         """Return when the batch views were last loaded; None when Redis has lost them."""
-        pipe = self._client.pipeline(transaction=False)
-        pipe.get(MATERIALIZED)
-        value = (await self._execute(pipe))[0]
+        value = await _answers(self._client.get(MATERIALIZED))
         return None if value is None else int(value)
 
     async def advise_policy(self) -> str | None:
         """Return a sentence when Redis may evict rows by itself, else None."""
         try:
             found = await self._client.config_get("maxmemory*")
-        except (OSError, redis.exceptions.RedisError):
+        except _DOWN:
             return None  # managed services often forbid CONFIG
         if found.get("maxmemory", "0") in ("0", 0) or found["maxmemory-policy"] == "noeviction":
             return None
@@ -310,13 +314,35 @@ class OnlineStore:
             pairs += (total_field, feast_layout.encode_double(stats.total_minor / 100))
         return pairs
 
-    async def _execute(self, pipe: Any) -> list[Any]:
+    async def _evaluate(
+        self, script: str, calls: Sequence[tuple[bytes | str, Sequence[bytes | int]]]
+    ) -> list[Any]:
+        """Run a script on many keys in one round trip, in three where a server has lost it."""
+        sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+
+        async def call() -> list[Any]:
+            pipe = self._client.pipeline(transaction=False)
+            for key, arguments in calls:
+                # Not `pipe.evalsha`: its cluster form refuses what the cluster itself can do.
+                pipe.execute_command("EVALSHA", sha, 1, key, *arguments)
+            answers: list[Any] = await _answers(pipe.execute())
+            return answers
+
         try:
-            async with asyncio.timeout(2.0):
-                answers: list[Any] = await pipe.execute()
-        except (TimeoutError, OSError, redis.exceptions.RedisError) as error:
-            raise errors.FeaturesUnavailable(f"Redis did not answer: {error!r}") from error
-        return answers
+            return await call()
+        except redis.exceptions.NoScriptError:
+            await _answers(self._client.script_load(script))
+            return await call()
+
+
+async def _answers(command: Awaitable[Any], timeout_s: float = _CALL_S) -> Any:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await command
+    except redis.exceptions.NoScriptError:
+        raise
+    except _DOWN as error:
+        raise errors.FeaturesUnavailable(f"Redis did not answer: {error!r}") from error
 
 
 def _readable(

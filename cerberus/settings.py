@@ -35,6 +35,7 @@ VARIABLES = (
     Variable("REDIS_URL", "required", "`redis://` or `rediss://`; `REDIS_TLS_URL` is preferred"),
     Variable("REDIS_TLS_URL", "", "as `REDIS_URL`, where a platform sets both"),
     Variable("REDIS_TLS_VERIFY", "1", "0 accepts a self-signed certificate"),
+    Variable("REDIS_CLUSTER", "0", "1 where `REDIS_URL` is one node of a Redis Cluster"),
     Variable("DATABASE_URL", "required", "`postgres://` or `postgresql://`"),
     Variable("CERBERUS_API_KEY", "", "comma separated; empty: only direct loopback callers"),
     Variable("CERBERUS_TASKS", ",".join(TASKS), "which parts this process runs"),
@@ -128,6 +129,7 @@ class Settings:
     kafka: Kafka
     redis_url: str
     redis_tls_verify: bool
+    redis_cluster: bool
     database_url: str
     api_keys: tuple[str, ...]
     tasks: frozenset[str]
@@ -222,6 +224,7 @@ def load(environ: Mapping[str, str]) -> Settings:
             read, "REDIS_TLS_URL" if read.text("REDIS_TLS_URL") else "REDIS_URL", "redis", "rediss"
         ),
         redis_tls_verify=read.matching("REDIS_TLS_VERIFY", "[01]", "0 or 1") == "1",
+        redis_cluster=read.matching("REDIS_CLUSTER", "[01]", "0 or 1") == "1",
         database_url=_url(read, "DATABASE_URL", "postgres", "postgresql"),
         api_keys=read.words("CERBERUS_API_KEY"),
         tasks=_tasks(read),

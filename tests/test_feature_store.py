@@ -142,7 +142,7 @@ def test_the_settings_render_to_what_feast_connects_with(tmp_path, environ):
     )
     assert nodes == [{"host": ours["host"], "port": str(ours.get("port", 6379))}]
     assert options.get("password") == ours.get("password")
-    assert (options.get("db"), options["ssl"]) == (ours.get("db"), False)
+    assert (options.get("db", 0), options.get("ssl")) == (ours["db"], None)
 
     wanted = {"port": "5432", "sslmode": "prefer"} | conninfo_to_dict(config.database_url)
     offered = conninfo_to_dict(_get_conninfo(loaded.offline_store))
