@@ -32,6 +32,9 @@ VARIABLES = (
     Variable("KAFKA_TRUSTED_CERT", "", "PEM text of the CA, for `kafka+ssl://`"),
     Variable("KAFKA_CLIENT_CERT", "", "PEM text of the client's certificate"),
     Variable("KAFKA_CLIENT_CERT_KEY", "", "PEM text of its key"),
+    Variable("KAFKA_SASL_MECHANISM", "", "`PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512` or none"),
+    Variable("KAFKA_SASL_USERNAME", "", "of the service at the brokers"),
+    Variable("KAFKA_SASL_PASSWORD", "", "of the service at the brokers"),
     Variable("REDIS_URL", "required", "`redis://` or `rediss://`; `REDIS_TLS_URL` is preferred"),
     Variable("REDIS_TLS_URL", "", "as `REDIS_URL`, where a platform sets both"),
     Variable("REDIS_TLS_VERIFY", "1", "0 accepts a self-signed certificate"),
@@ -77,6 +80,7 @@ class Kafka:
         tls: Whether to speak TLS.
         ca_pem: The CA's certificate; empty trusts the system's.
         client_pem: Certificate and key of the client; empty strings when there are none.
+        sasl: Mechanism, user name and password; empty strings when there are none.
     """
 
     bootstrap: tuple[str, ...]
@@ -84,6 +88,7 @@ class Kafka:
     tls: bool = False
     ca_pem: str = ""
     client_pem: tuple[str, str] = ("", "")
+    sasl: tuple[str, str, str] = ("", "", "")
 
     @property
     def on_loopback(self) -> bool:
@@ -100,9 +105,20 @@ class Kafka:
         Raises:
             ConfigError: The certificates cannot be read.
         """
-        options: dict[str, Any] = {"bootstrap_servers": list(self.bootstrap)}
+        mechanism, username, password = self.sasl
+        options: dict[str, Any] = {
+            "bootstrap_servers": list(self.bootstrap),
+            "security_protocol": ("SASL_" if mechanism else "")
+            + ("SSL" if self.tls else "PLAINTEXT"),
+        }
         if self.tls:
-            options |= {"security_protocol": "SSL", "ssl_context": self._ssl_context()}
+            options["ssl_context"] = self._ssl_context()
+        if mechanism:
+            options |= {
+                "sasl_mechanism": mechanism,
+                "sasl_plain_username": username,
+                "sasl_plain_password": password,
+            }
         return options
 
     def _ssl_context(self) -> ssl.SSLContext:
@@ -280,7 +296,24 @@ def _kafka(read: _Reader) -> Kafka:
         tls=schemes == {"kafka+ssl"},
         ca_pem=read.text("KAFKA_TRUSTED_CERT"),
         client_pem=(read.text("KAFKA_CLIENT_CERT"), read.text("KAFKA_CLIENT_CERT_KEY")),
+        sasl=_sasl(read),
     )
+
+
+def _sasl(read: _Reader) -> tuple[str, str, str]:
+    mechanism = read.matching(
+        "KAFKA_SASL_MECHANISM",
+        "|PLAIN|SCRAM-SHA-256|SCRAM-SHA-512",
+        "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512",
+    )
+    names = ("KAFKA_SASL_USERNAME", "KAFKA_SASL_PASSWORD")
+    username, password = map(read.text, names)
+    for name, value in zip(names, (username, password), strict=True):
+        if bool(value) != bool(mechanism):
+            raise errors.ConfigError(
+                f"{name} and KAFKA_SASL_MECHANISM go together: set both or neither"
+            )
+    return mechanism, username, password
 
 
 def _url(read: _Reader, name: str, *schemes: str) -> str:
