@@ -40,8 +40,8 @@ from cerberus import (  # noqa: E402
 PARTITIONS, SPREAD_MS, DEADLINE_S = 6, 540_000, 600.0
 
 
-async def publish(config, events, users):
-    """Fill the topic with traffic of the last nine minutes and commit the group to its end."""
+async def publish(config, events, users, *, committed=True):
+    """Fill the topic with traffic of the last nine minutes; commit the group to its end."""
     population = synthetic.Population(users, 1000, config.currency, config.seed)
     topic, now_ms = config.kafka.topic(kafka.TRANSACTIONS), time.time_ns() // 1_000_000
     client = aiokafka.AIOKafkaProducer(
@@ -70,7 +70,8 @@ async def publish(config, events, users):
     tps = [aiokafka.TopicPartition(topic, p) for p in range(PARTITIONS)]
     group.assign(tps)
     ends = await group.end_offsets(tps)
-    await group.commit({tp: (end, str(now_ms)) for tp, end in ends.items()})
+    if committed:
+        await group.commit({tp: (end, str(now_ms)) for tp, end in ends.items()})
     await group.stop()
     return tps, sum(ends.values())
 

@@ -92,6 +92,7 @@ class Consumer:
         self._committed: dict[aiokafka.TopicPartition, int] = {}
         self._marks: dict[aiokafka.TopicPartition, tuple[int, int]] = {}
         self._judged: collections.deque[tuple[float, int, int]] = collections.deque()
+        self._marking: asyncio.Task[None] | None = None
         self._told_s = self._resent_s = 0.0
         self.problems: dict[str, str] = {}
         self.counts: collections.Counter[str] = collections.Counter()
@@ -116,6 +117,8 @@ class Consumer:
             while not progress.stopping.is_set():
                 await self._turn(progress)
         finally:
+            if self._marking is not None:
+                self._marking.cancel()
             if self._client is not None:
                 await kafka.stop(self._client)
             await self._sink.close()
@@ -163,9 +166,9 @@ class Consumer:
         touched = [part for part in self._parts.values() if part.touched and not part.replaying]
 
         async def store() -> None:
-            split = await self._sink.store(batch, touched, progress.beat)
-            if split:
-                self.counts["split_user"] += split
+            await self._sink.store(batch, touched, progress.beat)
+            if self._sink.split_rows:
+                self.counts["split_user"] = self._sink.split_rows
                 self._trouble("split_user", _SPLIT)
 
         if await self._insist(store, generation, progress):
@@ -358,7 +361,8 @@ class Consumer:
         if not now and elapsed_s < _TELL_S:
             return
         if elapsed_s >= _TELL_S:
-            await self._mark()
+            if self._marking is None or self._marking.done():
+                self._marking = asyncio.create_task(self._mark())
             progress.lagging(any(self.lag().values()))
         for tp, part in self._parts.items():
             end, asked_ms = self._marks.get(tp, (part.offset + 1, 0))
@@ -376,7 +380,10 @@ class Consumer:
                 self._told_s = time.monotonic()
 
     async def _mark(self) -> None:
-        """Ask where the log ends; when no broker answers, the age of the last answer shows."""
+        """Ask where the log ends; when no broker answers, the age of the last answer shows.
+
+        In a task of its own: the question waits behind a fetch that waits for records.
+        """
         asked_ms, owned = _now_ms(), list(self._parts)
         with contextlib.suppress(TimeoutError, KafkaError):
             async with asyncio.timeout(_MARK_MS / 1000):

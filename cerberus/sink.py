@@ -1,8 +1,7 @@
 """What a batch of the log leaves behind: facts in Postgres, rows in Redis, records in Kafka.
 
-In that order, each acknowledged before the next; the caller commits after the last. Repeating a
-batch, or any part of it, changes nothing: facts have identities, rows have fences, records have
-names.
+All at once; the caller commits when all have acknowledged. Repeating a batch, or any part of it,
+changes nothing: facts have identities, rows have fences, records have names.
 """
 
 import asyncio
@@ -55,6 +54,9 @@ class Sink:
         model: Decides.
         online_store: Takes the rows.
         offline_store: Takes the facts.
+
+    Attributes:
+        split_rows: Rows that were refused because their user is in two partitions.
     """
 
     def __init__(
@@ -72,51 +74,67 @@ class Sink:
         self._offline = offline_store
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._producer: Any = None
+        self.split_rows = 0
 
     async def store(
         self, batch: Batch, parts: Iterable[partition.Partition], beat: Callable[[], None]
-    ) -> int:
-        """Store all effects of a batch and return how many rows belonged to split users.
+    ) -> None:
+        """Store all effects of a batch.
 
         Raises:
             StoreUnavailable: Postgres or Kafka did not acknowledge.
             FeaturesUnavailable: Redis did not acknowledge.
         """
-        decisions = []
+        accepted = [seen for _, seen in batch.observed if seen.row is not None]
+        decisions = await self._decide(accepted)
+        results = await asyncio.gather(
+            self._write_touched(parts, beat),
+            self._write_facts(batch, accepted, decisions),
+            self._send(batch.rejected, decisions),
+            return_exceptions=True,  # all have ended before the batch is tried again
+        )
+        for result in results:
+            if result is not None:
+                raise result
+
+    async def _write_facts(
+        self,
+        batch: Batch,
+        accepted: Sequence[partition.Observed],
+        decisions: Sequence[offline.DecisionFact],
+    ) -> None:
         if batch.observed:
-            accepted = [seen for _, seen in batch.observed if seen.row is not None]
-            decisions = await self._decide(accepted)
             await self._offline.write(
                 self._topic,
                 [_fact(number, seen) for number, seen in batch.observed],
                 [_stats(seen) for seen in accepted],
                 decisions,
             )
-        split = 0
+
+    async def _write_touched(
+        self, parts: Iterable[partition.Partition], beat: Callable[[], None]
+    ) -> None:
         for part in parts:
-            split += await self.write_rows(part, part.touched, beat)
+            await self.write_rows(part, part.touched, beat)
             part.touched.clear()
-        await self._send(batch.rejected, decisions)
-        return split
 
     async def write_rows(
         self, part: partition.Partition, user_ids: Iterable[int], beat: Callable[[], None]
-    ) -> int:
-        """Write users' rows as of the partition's prefix; returns how many were split users'.
+    ) -> None:
+        """Write users' rows as of the partition's prefix.
 
         Raises:
             FeaturesUnavailable: Redis did not acknowledge.
         """
-        split, rows = 0, []
+        rows = []
         for user_id, packed, stats in part.rows(list(user_ids)):
             rows.append(online.StreamRow(user_id, packed, stats, part.fence, part.number))
             if len(rows) == _ROWS:
-                split += (await self._online.write(rows)).split
+                self.split_rows += (await self._online.write(rows)).split
                 rows.clear()
                 beat()
         if rows:
-            split += (await self._online.write(rows)).split
-        return split
+            self.split_rows += (await self._online.write(rows)).split
 
     async def close(self) -> None:
         """Stop the producer, within 5 s."""
