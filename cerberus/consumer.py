@@ -91,6 +91,7 @@ class Consumer:
         self._parked: dict[aiokafka.TopicPartition, partition.Partition] = {}
         self._committed: dict[aiokafka.TopicPartition, int] = {}
         self._marks: dict[aiokafka.TopicPartition, tuple[int, int]] = {}
+        self._since_s: dict[aiokafka.TopicPartition, float] = {}
         self._judged: collections.deque[tuple[float, int, int]] = collections.deque()
         self._marking: asyncio.Task[None] | None = None
         self._told_s = self._resent_s = 0.0
@@ -105,6 +106,16 @@ class Consumer:
         """Return how many offsets each owned partition was behind when that was last asked."""
         marks = {tp: end for tp, (end, _) in self._marks.items() if tp in self._parts}
         return {tp.partition: max(0, end - self._parts[tp].offset) for tp, end in marks.items()}
+
+    def remaining_s(self) -> Mapping[int, float]:
+        """Estimate how long each replay will still take, s, from its speed so far."""
+        now_s = time.monotonic()
+        done = {
+            tp: (now_s - since_s, self._parts[tp].state().progress)
+            for tp, since_s in self._since_s.items()
+            if tp in self._parts and self._parts[tp].replaying
+        }
+        return {tp.partition: took * (1 - p) / p for tp, (took, p) in done.items() if p > 0}
 
     async def run(self, progress: supervision.Progress) -> None:
         """Consume until told to stop; a new client is built at each call."""
@@ -192,7 +203,14 @@ class Consumer:
         fresh = set(self._fresh)
         try:
             resolved = await self._resolver.resolve(self._client, fresh, self._parked)
-        except (TimeoutError, KafkaError, errors.StoreUnavailable) as error:
+            # The rows are those of the owner before: as old as it has said last.
+            told = await self._online.states()
+        except (
+            TimeoutError,
+            KafkaError,
+            errors.StoreUnavailable,
+            errors.FeaturesUnavailable,
+        ) as error:
             self._trouble("resolve", f"cannot find where to start: {error!r}")
             progress.beat()
             await progress.wait(_PAUSE_S)
@@ -202,7 +220,9 @@ class Consumer:
         self.problems.pop("resolve", None)
         self._count = resolved.count
         for tp, part in resolved.parts.items():
-            self._parts[tp] = part
+            self._parts[tp], self._since_s[tp] = part, time.monotonic()
+            if (last := told.get(part.number)) is not None:
+                part.caught_up_ms = max(part.caught_up_ms, last.caught_up_ms)
             self._client.seek(tp, part.offset)
             log.info(
                 "partition %d: epoch %d, reads from %d, silent below %d",

@@ -150,11 +150,12 @@ class Health:
     def _partitions(self) -> dict[str, Any]:
         if self._consumer is None:
             return {}
-        lag = self._consumer.lag()
+        lag, remaining_s = self._consumer.lag(), self._consumer.remaining_s()
         return {
             str(number): {
                 "state": state.state,
                 "progress": round(state.progress, 3),
+                "remaining_s": round(remaining_s.get(number, 0.0), 1),
                 "lag": lag.get(number),
                 "epoch": state.epoch,
                 "offset": state.offset,
@@ -171,7 +172,8 @@ def _partition_doubts(
     doubted: dict[str, list[str]] = {}
     for number, state in sorted(states.items()):
         if state.state != "live":
-            doubted.setdefault(f"is {state.state}", []).append(str(number))
+            done = f", {state.progress:.0%} done" if state.state == "replaying" else ""
+            doubted.setdefault(f"is {state.state}{done}", []).append(str(number))
         if now_ms - state.caught_up_ms > features.STALE_MS:
             doubted.setdefault("is stale: behind the end of its log", []).append(str(number))
         if state.known_from_ms > now_ms - longest_ms:

@@ -319,3 +319,32 @@ async def test_decisions_are_published_once_each_when_nothing_fails(here):
     assert {r.key for r in records} == {b"%d" % u for u in USERS}
     ids = {str(r["decision_id"]) for r in await here.pool.fetch("SELECT * FROM decisions")}
     assert {d["decision_id"] for d in told} == ids
+
+
+async def test_while_a_partition_replays_its_users_are_answered_and_doubted(here):
+    start = now_ms() - 300_000
+    records = []
+    for i in range(12_000):
+        user, at = USERS[i % len(USERS)], start + i * 20
+        records.append((user, payment(i, user, at), at))
+    await here.publish(records)
+    async with running(one := here.consumer()):
+        await drained(here, one)
+    oracles = await here.oracles()
+    seen, progress = set(), set()
+    two = here.consumer()
+    async with running(two):
+        while not live(two, partitions=PARTITIONS):
+            for user in USERS:
+                told = oracles[transactions.partition_of(user, PARTITIONS)]
+                row = await here.read(user, told.frontier)
+                seen |= set(row.degraded) or {"exact"}
+                assert row.stats is not None
+                assert (row.stats[0].count, row.stats[0].total_minor) == told.stats(
+                    user, told.frontier
+                ) or row.approximate
+            progress |= {round(s.progress, 2) for s in two.states().values()}
+            remaining = two.remaining_s()
+            assert all(0 <= s < 60 for s in remaining.values())
+    assert "replaying" in seen
+    assert any(0 < share < 1 for share in progress)

@@ -184,3 +184,15 @@ def test_above_256_events_only_the_edge_tile_is_inexact_and_says_so():
 def test_bytes_of_another_format_are_refused(damage):
     with pytest.raises(ValueError, match="recent"):
         features.unpack(damage, SPANS)
+
+
+@pytest.mark.parametrize("users", [1, 300_000])
+def test_a_user_with_all_events_and_all_users_with_one_are_both_exact(users):
+    windows, count = window.PartitionWindows(window.Spans()), 300_000
+    for i in range(count):
+        at = START_MS + 600_000 * i // count
+        windows.observe(transactions.Transaction(f"t{i}", i % users, 100, "USD", "", at))
+    each = count // users
+    for user_id in (0, users // 2, users - 1):
+        assert summary(windows.stats(user_id, windows.frontier_ms)) == [(each, each * 100)]
+    assert len(windows) == users
