@@ -41,9 +41,9 @@ class Materializer:
         """Refresh the views until told to stop."""
         while not progress.stopping.is_set():
             try:
-                await self._offline.migrate()
                 async with self._offline.singleton("materializer") as still_held:
                     while still_held is not None and not progress.stopping.is_set():
+                        await self._offline.migrate()  # also makes the coming months' partitions
                         await self._refresh(progress)
                         progress.beat()
                         await self._rest(progress, still_held)

@@ -1,0 +1,292 @@
+import configparser
+import itertools
+import json
+import pathlib
+import re
+from typing import NamedTuple
+
+import jsonschema
+import orjson
+import pytest
+
+import cerberus.__main__
+from cerberus import (
+    app,
+    features,
+    metrics,
+    openapi,
+    partition,
+    scoring,
+    settings,
+    transactions,
+    window,
+)
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = sorted(
+    (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "feature_repo").glob("*.md"))
+)
+TEXT = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
+README, MODEL, WINDOWING = (TEXT[n] for n in ("README.md", "docs/model.md", "docs/windowing.md"))
+ALL = "\n".join(TEXT.values())
+MOST_LINES = {"ARCHITECTURE.md": 150, "CONTRIBUTING.md": 120}
+GROUPS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+# What says nothing to a reader of the project, and where a writer's machine would show.
+FOREIGN = r"\bissues?\b|\bhelpers?\b|\bdesign\.md\b|(?<![\w.~])/(home|root|Users|tmp|work)/"
+
+
+def blocks(text, language=r"\w*"):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+ASKED = [json.loads(body) for body in re.findall(r"-d '([^']+)'", README)]
+ANSWERS = [json.loads(block) for block in blocks(README, "json")]
+
+
+def code(text):
+    """Return what stands in code, a line or a span each."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [*"".join(blocks(text)).splitlines(), *re.findall(r"`([^`]+)`", prose)]
+
+
+def table(text, *header, marks=" `"):
+    """Return the rows of the table with this header, as cells without `marks` around them."""
+    lines = iter(text.splitlines())
+    for line in lines:
+        if line == f"| {' | '.join(header)} |":
+            next(lines)
+            rows = itertools.takewhile(lambda row: row.startswith("|"), lines)
+            return [[cell.strip(marks) for cell in row[1:-1].split("|")] for row in rows]
+    raise AssertionError(f"no table with the header {header}")
+
+
+def named(pattern):
+    return {name for line in code(ALL) for name in re.findall(pattern, line)}
+
+
+def schema(name):
+    document = openapi.document(("10m",), "USD")
+    return document | {"$ref": f"#/components/schemas/{name}"}
+
+
+def test_the_configuration_table_is_the_settings():
+    shown = table(README, "variable", "default", "meaning", marks=" ")
+    defaults = {"": "", "required": "required"}
+    assert shown == [
+        [f"`{v.name}`", defaults.get(v.default, f"`{v.default}`"), v.meaning]
+        for v in settings.VARIABLES
+    ]
+
+
+def test_every_variable_that_a_page_names_exists():
+    known = {variable.name for variable in settings.VARIABLES} | {"CERBERUS_STACK"}
+    assert named(r"\b(?:CERBERUS|KAFKA|REDIS|DATABASE)_[A-Z_]*[A-Z]\b") <= known
+
+
+def test_the_table_of_metrics_is_what_is_exposed():
+    exposed = re.findall(r"^# TYPE (cerberus_\w+)", metrics.Metrics().render().decode(), re.M)
+    wanted = {name for name in exposed if not name.endswith("_created")}
+    assert {name for name, _ in table(README, "metric", "meaning")} == wanted
+
+
+def test_every_route_is_in_the_readme_and_no_other():
+    routes = {route.path for route in app.app.routes}
+    shown = re.findall(r"localhost:8000(/[\w/.]+)", README)
+    shown += [line.split()[-1] for line in code(README) if re.match(r"((GET|POST) )?/[a-z.]", line)]
+    assert set(shown) == routes
+
+
+def test_every_target_and_command_that_a_page_names_exists(capsys):
+    targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.M))
+    assert named(r"(?<!\w)make ([a-z]+)") <= targets
+    with pytest.raises(SystemExit):
+        cerberus.__main__.main(["--help"])
+    commands = set(re.findall(r"^    ([a-z]+)", capsys.readouterr().out, re.M))
+    assert named(r"(?:-m |^|[`\s])cerberus ([a-z]+)") <= commands
+
+
+def test_every_test_and_file_that_a_page_names_exists():
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("*.py"))
+    functions = named(r"(?<![\w/])test_\w+\b(?!\.py)")
+    assert {name for name in functions if f"def {name}(" not in tests} == set()
+    files = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("[a-z]*/**/*.py")}
+    missing = {
+        name
+        for name in named(r"(?<![\w/.])[\w/]+\.py\b")
+        if not any(f"/{file}".endswith(f"/{name}") for file in files)
+    }
+    assert missing == set()
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_links_within_the_project_resolve(name):
+    for link in re.findall(r"\]\(([^)]+)\)", TEXT[name]):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.is_file(), link
+        titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+        anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert not anchor or anchor in anchors, link
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_page_speaks_of_the_project_alone(name):
+    assert [found[0] for found in re.finditer(FOREIGN, TEXT[name], re.IGNORECASE)] == []
+
+
+@pytest.mark.parametrize("name", MOST_LINES)
+def test_a_page_is_no_longer_than_can_be_read(name):
+    assert len(TEXT[name].splitlines()) <= MOST_LINES[name]
+
+
+def test_the_layers_are_those_that_the_linter_enforces():
+    linter = configparser.ConfigParser()
+    linter.read(ROOT / ".importlinter")
+    enforced = linter["importlinter:contract:layers"]["layers"].split("\n")
+    assert [line.strip() for line in enforced if line.strip()] in [
+        block.splitlines() for block in blocks(TEXT["ARCHITECTURE.md"])
+    ]
+
+
+def test_the_changelog_keeps_its_form():
+    text = TEXT["CHANGELOG.md"]
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE)[0] == "[Unreleased]"
+    assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= GROUPS
+
+
+def test_requests_and_answers_in_the_readme_keep_the_contract():
+    by_kind = {"Prediction": "prediction", "Problem": "code", "Health": "tasks"}
+    kinds = [next(kind for kind, key in by_kind.items() if key in answer) for answer in ANSWERS]
+    assert set(kinds) == set(by_kind)
+    for request in ASKED:
+        jsonschema.validate(request, schema("Request"))
+    for kind, answer in zip(kinds, ANSWERS, strict=True):
+        jsonschema.validate(answer, schema(kind))
+        known = openapi.document(("10m",), "USD")["components"]["schemas"][kind]["properties"]
+        assert answer.keys() <= known.keys()
+        if kind == "Problem":
+            told = (answer["code"], answer["detail"], answer.get("field"))
+            assert answer == openapi.problem(*told)
+
+
+def test_the_decisions_in_the_readme_are_the_committed_model_s():
+    model = scoring.Model.load(settings.MODEL_PATH, ("10m",))
+    answers = [answer for answer in ANSWERS if "prediction" in answer]
+    assert len(answers) > 1
+    for answer in answers:
+        asked = next(a for a in ASKED if a.get("transaction_id") == answer.get("transaction_id"))
+        seen = answer["features"]
+        stats = window.WindowStats(seen["txn_count_10m"], round(seen["total_amount_10m"] * 100))
+        in_hand = transactions.parse_amount(asked) if "amount" in asked else None
+        row = features.FeatureRow(1005, 0, (stats,), seen["credit_score"], in_hand)
+        [decision] = model.decide([row])
+        assert decision.probability == pytest.approx(answer["probability"], rel=1e-6)
+        assert decision.prediction == answer["prediction"]
+        told = {"sha256": model.sha256, "threshold": model.manifest.threshold}
+        assert answer["model"] == told
+
+
+def test_the_figures_of_the_model_are_its_manifest_s():
+    path = scoring.manifest_path(settings.MODEL_PATH)
+    manifest = orjson.loads(path.read_bytes())
+    assert [name for name, _ in table(MODEL, "field", "content")] == list(manifest)
+    assert f"threshold is {manifest['threshold']}" in MODEL
+    names = ", ".join(f"`{name}`" for name in manifest["features"])
+    assert names in MODEL
+    columns = list(
+        itertools.product(("transaction_in_hand", "user_alone"), ("model", "amount_only"))
+    )
+    header = ("in hand, model", "in hand, amount only", "user alone, model")
+    rows = table(MODEL, "measure", *header, "user alone, amount only")
+    found = manifest["metrics"]
+    measures = found["user_alone"]["model"]
+    assert [row[0] for row in rows] == ["rows", "fraud_rate", *measures]
+    for measure, *shown in rows:
+        of = [found[kind] if measure not in measures else found[kind][by] for kind, by in columns]
+        form = "d" if measure == "rows" else ".4f"
+        assert shown == [format(values[measure], form) for values in of], measure
+
+
+def at_ms(clock):
+    return transactions.parse_timestamp({"timestamp": f"2026-11-24T{clock}Z"})
+
+
+def clock(ms):
+    return transactions.format_ms(ms)[11:-1]
+
+
+class Record(NamedTuple):
+    """What is read of a Kafka record."""
+
+    offset: int
+    timestamp: int
+    value: bytes
+
+
+class Timeline:
+    """The worked example of docs/windowing.md, computed."""
+
+    def __init__(self):
+        self.windows = window.PartitionWindows(window.Spans())
+        self.paid = {}
+        self.rows = []
+
+    def take(self, offset, record_time, event_time, name, user, amount):
+        paid = transactions.Transaction(
+            name, int(user), round(float(amount) * 100), "USD", "", at_ms(event_time)
+        )
+        self.paid[name, event_time] = paid
+        record = Record(int(offset), at_ms(record_time), transactions.encode(paid))
+        verdict = partition.judge(record, "USD", self.windows.spans)
+        outcome = "dead letter"
+        if isinstance(verdict, transactions.Transaction):
+            outcome = self.windows.observe(verdict).value
+        touched = outcome == "accepted" and paid.user_id == 7
+        self.rows.append(self.row(record.offset) if touched else self.rows[-1])
+        return [outcome, clock(self.windows.frontier_ms), clock(self.windows.lower_ms)]
+
+    def row(self, offset):
+        user, spans = self.windows.user(7), self.windows.spans
+        fence = features.Fence(1, offset + 1, self.windows.frontier_ms)
+        packed = features.pack(user, fence, 0, self.windows.lower_ms, spans)
+        return features.unpack(packed, spans)
+
+    def read(self, after, as_of, in_hand):
+        now_ms = at_ms(as_of)
+        state = features.PartitionState(1, int(after) + 1, "live", caught_up_ms=now_ms)
+        row = features.as_of(
+            features.OnlineRow(7, self.rows[int(after)], None, 0, state),
+            now_ms,
+            self.paid[in_hand, as_of] if in_hand else None,
+            now_ms=now_ms,
+            max_staleness_ms=60_000,
+            spans=self.windows.spans,
+        )
+        [stats] = row.stats
+        return [str(stats.count), f"{stats.total_minor / 100:.2f}", ", ".join(row.degraded)]
+
+
+def test_the_worked_timeline_is_what_the_code_computes():
+    timeline = Timeline()
+    told = ("outcome", "frontier", "kept after")
+    records = ("offset", "record timestamp", "event time", "id", "user", "amount")
+    for row in table(WINDOWING, *records, *told):
+        assert timeline.take(*row[:6]) == row[6:]
+    moments = table(WINDOWING, "after", "as of", "in hand", "count", "total", "degraded")
+    assert len(moments) > 5
+    for row in moments:
+        assert timeline.read(*row[:3]) == row[3:]
+
+
+def test_every_reason_of_doubt_is_explained():
+    source = (ROOT / "cerberus" / "features.py").read_text()
+    source += (ROOT / "cerberus" / "partition.py").read_text()
+    reasons = set(re.findall(r'doubts\.append\(\s*"(\w+)"', source))
+    reasons |= set(re.findall(r'degraded\.append\("(\w+)"\)', source))
+    reasons |= set(re.findall(r'(?:return \[|degraded = \()"(\w+)"', source))
+    reasons |= set(re.findall(r'"(\w+)" if recent\.complete else "(\w+)"', source)[0])
+    reasons |= set(re.findall(r'^ +state = "(\w+)"', source, re.MULTILINE)) - {"live"}
+    reasons |= {f"{name}_unreadable" for name in ("recent", "credit_score")}
+    assert {name for name, _ in table(WINDOWING, "reason", "meaning")} == reasons
