@@ -19,7 +19,7 @@ from types import FrameType
 
 import orjson
 
-from cerberus import errors, materializer, offline, settings, stack
+from cerberus import errors, feast_layout, materializer, offline, online, settings, stack, window
 from cerberus.stack import ports, process
 
 PORT = 8000
@@ -91,7 +91,10 @@ def run(
     """
     environ = {**environ, "PYTHONUNBUFFERED": "1"}
     given = {name: value for name, value in environ.items() if value}
-    settings.load({**_ADDRESSES, **given})
+    wanted = _spans(settings.load(_ADDRESSES | given))
+    if "CERBERUS_MODEL" not in given and wanted != window.Spans():
+        # The committed model and plan are for the default windows, and stay.
+        environ["CERBERUS_MODEL"] = str(directory.resolve() / "model" / settings.MODEL_PATH.name)
     try:
         with (
             concurrent.futures.ThreadPoolExecutor() as pool,
@@ -144,12 +147,22 @@ def _prepare_stores(site: process.Site, servers: stack.Stack, config: settings.S
     lasting = isinstance(servers.postgres, stack.Local) and not servers.postgres.created
     if known == current and lasting and (_REPO / "feature_store.yaml").exists():
         site.report("features", "definitions are as they were applied")
-        return
-    _step(site, "features", "definitions are applied", "apply")
-    if config.rate > 0:
-        asyncio.run(_seed(config))
-    _step(site, "materialize", "credit scores are online")
-    stamp.write_text(current)
+    else:
+        _step(site, "features", "definitions are applied", "apply")
+        if config.rate > 0:
+            asyncio.run(_seed(config))
+        _step(site, "materialize", "credit scores are online")
+        stamp.write_text(current)
+    try:
+        plan = feast_layout.Plan.load(config.plan_path)
+        online.OnlineStore(online.connect(config), plan, _spans(config), "")
+    except errors.ModelMismatch:
+        config.plan_path.parent.mkdir(exist_ok=True)
+        _step(site, "features", "the feature plan is compiled", "compile")
+
+
+def _spans(config: settings.Settings) -> window.Spans:
+    return window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
 
 
 async def _seed(config: settings.Settings) -> None:

@@ -53,7 +53,7 @@ VARIABLES = (
     Variable("CERBERUS_REPLICATION", "-1", "of the topics that are created; -1: the broker's"),
     Variable("CERBERUS_SPANS", "10m", "window lengths, increasing: `10m,1h,24h`"),
     Variable("CERBERUS_REPLAY_SPAN_S", "3600", "longer windows are seeded from Postgres, s"),
-    Variable("CERBERUS_ALLOWED_LATENESS_S", "60", "how late an event may come, s"),
+    Variable("CERBERUS_ALLOWED_LATENESS_S", "60", "how late an event is still scored exactly, s"),
     Variable("CERBERUS_MAX_FUTURE_SKEW_S", "60", "how far ahead an event may be stamped, s"),
     Variable("CERBERUS_MAX_STALENESS_S", "60", "older streamed values are null, s"),
     Variable(

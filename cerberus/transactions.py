@@ -155,7 +155,10 @@ def parse_user_id(document: Mapping[str, Any]) -> int:
     """
     value = document.get("user_id")
     if type(value) is not int:
-        raise errors.InvalidTransaction("user_id", "must be an integer")
+        raise errors.InvalidTransaction(
+            "user_id",
+            "is missing; it must be an integer" if value is None else "must be an integer",
+        )
     if not 0 <= value <= MAX_USER_ID:
         raise errors.InvalidTransaction("user_id", f"must be between 0 and {MAX_USER_ID}")
     return value
@@ -171,7 +174,9 @@ def parse_text(document: Mapping[str, Any], field: str, default: str | None = No
     if value is None and default is not None:
         return default
     if not isinstance(value, str):
-        raise errors.InvalidTransaction(field, "must be a string")
+        raise errors.InvalidTransaction(
+            field, "is missing; it must be a string" if value is None else "must be a string"
+        )
     if not 0 < len(value) <= MAX_TEXT and value != default:
         raise errors.InvalidTransaction(field, f"must have 1 to {MAX_TEXT} characters")
     # Postgres cannot store it, and it parts the fields of an identity.
