@@ -3,14 +3,16 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
 
 from cerberus import kafka, offline, partition, settings, window
 
 _CALL_S = 10.0
+First = tuple[int, int] | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,15 +24,57 @@ class Resolved:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Commit:
+    """What the group's commit of a partition says; all but the offset stand in its metadata.
+
+    Attributes:
+        offset: Effects of records below it are stored.
+        frontier_ms: Of that prefix; None when the metadata are not ours.
+        moved: As in `partition.Partition`.
+        epoch: Of the fences.
+        count: How many partitions the topic had.
+        first: Offset and timestamp of the log's first record then, which tell a topic from
+            another that was made later under its name; None when there was no record.
+    """
+
+    offset: int
+    frontier_ms: int | None = None
+    moved: tuple[int, int] = (0, 0)
+    epoch: int = 0
+    count: int = 0
+    first: First = None
+
+    def metadata(self, cluster: str) -> str:
+        """Write all but the offset."""
+        numbers = (self.frontier_ms, *self.moved, self.epoch, self.count, *(self.first or ()))
+        return " ".join(map(str, (cluster, *numbers)))
+
+    @classmethod
+    def read(cls, offset: int, metadata: str, cluster: str) -> "Commit":
+        """Read what `metadata` wrote; of another cluster or by another hand, only the offset."""
+        try:
+            written_by, *numbers = metadata.split()
+            frontier_ms, until_ms, former, epoch, count, *first = map(int, numbers)
+        except ValueError:
+            return cls(offset)
+        if written_by != cluster:
+            return cls(offset)
+        known = (first[0], first[1]) if first else None
+        return cls(offset, frontier_ms, (until_ms, former), epoch, count, known)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Log:
     """What the brokers and the store say of one partition; offsets are exclusive ends."""
 
     tp: TopicPartition
     begin: int
     end: int
+    first: First
+    commit: Commit | None
     epoch: int
-    commit: int | None
-    frontier_ms: int | None
+    count: int
+    moved: tuple[int, int]
 
 
 class Resolver:
@@ -49,6 +93,30 @@ class Resolver:
         self._spans = spans
         self._offline = offline_store
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
+        self._cluster = ""
+        self._firsts: dict[TopicPartition, First] = {}
+
+    def metadata(self, tp: TopicPartition, part: partition.Partition) -> str:
+        """Return what to write beside the commit of a partition's present offset."""
+        return Commit(
+            part.offset,
+            part.windows.frontier_ms,
+            part.moved,
+            part.epoch,
+            part.count,
+            self._firsts.get(tp),
+        ).metadata(self._cluster)
+
+    def ended(self, firsts: Mapping[TopicPartition, First]) -> set[TopicPartition]:
+        """Return the partitions whose log is another than when they were resolved.
+
+        Args:
+            firsts: Offset and timestamp of their first records now.
+        """
+        over = {tp for tp, first in firsts.items() if _differ(self._firsts.get(tp), first)}
+        # Where retention has taken the first record away, the next one stands for it.
+        self._firsts |= {tp: first for tp, first in firsts.items() if first and tp not in over}
+        return over
 
     async def resolve(
         self,
@@ -66,44 +134,70 @@ class Resolver:
         """
         wanted = sorted(tps)
         async with kafka.admin(self._config.kafka) as admin, asyncio.timeout(_CALL_S):
-            cluster = await kafka.cluster_id(admin)
+            self._cluster = await kafka.cluster_id(admin)
             count = await kafka.partition_count(admin, self._topic)
-            commits = await admin.list_consumer_group_offsets(
-                self._config.kafka.topic(kafka.GROUP), partitions=wanted
-            )
+            commits = await self._commits(admin, wanted, count)
             begins = await client.beginning_offsets(wanted)
             ends = await client.end_offsets(wanted)
-        epoch = await self._offline.epoch(cluster, self._topic, count)
+            firsts = await first_records(client, wanted)
+        epoch = await self._offline.epoch(self._cluster, self._topic, count)
+        moved = max(self._moved(commits.values(), count), default=(0, 0))
         parts = {}
         for tp in wanted:
-            stored = commits.get(tp)
-            known = stored is not None and stored.offset >= 0
-            log = _Log(
-                tp=tp,
-                begin=begins[tp],
-                end=ends[tp],
-                epoch=epoch,
-                commit=stored.offset if known else None,
-                frontier_ms=_frontier(stored.metadata) if known else None,
-            )
-            if await self._is_another_life(log):
-                epoch = await self._offline.epoch(cluster, self._topic, count, ended=epoch)
-                log = dataclasses.replace(log, epoch=epoch, commit=None, frontier_ms=None)
+            commit = commits[tp]
+            log = _Log(tp, begins[tp], ends[tp], firsts[tp], commit, epoch, count, moved)
+            if commit is None or _is_over(log, commit):
+                if await self._offline.has_rows(self._topic, epoch, tp.partition):
+                    epoch = await self._offline.epoch(
+                        self._cluster, self._topic, count, ended=epoch
+                    )
+                log = dataclasses.replace(log, epoch=epoch, commit=None)
+            elif commit.count == count:
+                # Its rows stand, also where other partitions had to begin anew.
+                log = dataclasses.replace(log, epoch=commit.epoch, moved=commit.moved)
             parts[tp] = _kept(log, parked.get(tp)) or await self._fresh(client, log)
+        self._firsts |= firsts
         return Resolved(count, parts)
 
-    async def _is_another_life(self, log: _Log) -> bool:
-        """Say whether the topic was deleted and made again: old fences would refuse every row."""
-        if log.commit is None:
-            return await self._offline.has_rows(self._topic, log.epoch, log.tp.partition)
-        return log.commit > log.end
+    async def _commits(
+        self, admin: Any, wanted: Iterable[TopicPartition], count: int
+    ) -> dict[TopicPartition, Commit | None]:
+        """Return the group's commits of the wanted and all other partitions."""
+        everyone = {*wanted, *(TopicPartition(self._topic, p) for p in range(count))}
+        stored = await admin.list_consumer_group_offsets(
+            self._config.kafka.topic(kafka.GROUP), partitions=sorted(everyone)
+        )
+        if missing := everyone - stored.keys():
+            # A coordinator that still loads answers with nothing, which is not "no commit".
+            raise KafkaError(f"the group's coordinator says nothing of {sorted(missing)}")
+        return {
+            tp: Commit.read(found.offset, found.metadata, self._cluster)
+            if found.offset >= 0
+            else None
+            for tp, found in stored.items()
+        }
+
+    def _moved(self, commits: Iterable[Commit | None], count: int) -> Iterator[tuple[int, int]]:
+        """Yield until when each commit's topic had another number of partitions, and which."""
+        now_ms = time.time_ns() // 1_000_000
+        for commit in commits:
+            if commit is None or not commit.count:
+                continue
+            if commit.count == count:
+                yield commit.moved
+            else:
+                # Of two changes within a window nothing tells who stayed.
+                once = commit.moved[0] < now_ms - self._spans.keep_ms
+                yield now_ms + self._spans.max_future_skew_ms, commit.count if once else 0
 
     async def _fresh(self, client: Any, log: _Log) -> partition.Partition:
-        spans = self._spans
+        spans, commit = self._spans, log.commit
+        frontier_ms = commit.frontier_ms if commit else None
+        committed = commit.offset if commit else 0
         start = await self._start(client, log)
-        seeds = log.frontier_ms is not None and spans.longest_ms > self._config.replay_span_ms
+        seeds = frontier_ms is not None and spans.longest_ms > self._config.replay_span_ms
         # What lies before the log's first record may be missing, unless the store still has it.
-        gap = start == log.begin > 0 and not (seeds and (log.commit or 0) >= log.begin)
+        gap = start == log.begin > 0 and not (seeds and committed >= log.begin)
         known_from_ms = 0
         if gap:
             known_from_ms = -1 if log.end > log.begin else time.time_ns() // 1_000_000
@@ -112,33 +206,56 @@ class Resolver:
             spans,
             log.epoch,
             start,
-            max(start, log.commit or 0),
+            max(start, committed),
+            count=log.count,
             known_from_ms=known_from_ms,
-            seeded_until_ms=(log.frontier_ms or 0) if seeds else 0,
-            rebuilding=log.commit is None,
+            moved=log.moved,
+            seeded_until_ms=(frontier_ms or 0) if seeds else 0,
+            rebuilding=commit is None,
         )
 
     async def _start(self, client: Any, log: _Log) -> int:
         """Return the first offset that may matter to a window at the commit."""
-        if log.commit is None or log.frontier_ms is None:
+        commit = log.commit
+        if commit is None or commit.frontier_ms is None:
             return log.begin
         spans = self._spans
         reach_ms = min(spans.longest_ms, self._config.replay_span_ms)
-        since_ms = log.frontier_ms - reach_ms - spans.slack_ms - spans.max_future_skew_ms
+        since_ms = commit.frontier_ms - reach_ms - spans.slack_ms - spans.max_future_skew_ms
         async with asyncio.timeout(_CALL_S):
             found = (await client.offsets_for_times({log.tp: max(0, since_ms)}))[log.tp]
-        return max(log.begin, min(log.commit, found.offset) if found else log.commit)
+        return max(log.begin, min(commit.offset, found.offset) if found else commit.offset)
+
+
+async def first_records(
+    client: Any, tps: Collection[TopicPartition]
+) -> dict[TopicPartition, First]:
+    """Ask for offset and timestamp of each log's first record.
+
+    Raises:
+        KafkaError: The brokers do not answer.
+    """
+    found = await client.offsets_for_times(dict.fromkeys(tps, 0)) if tps else {}
+    return {tp: (first.offset, first.timestamp) if first else None for tp, first in found.items()}
+
+
+def _differ(before: First, now: First) -> bool:
+    """Say whether a log is another than before: a first record only ever moves forward."""
+    if before is None or now is None:
+        return False
+    return now[0] < before[0] or (now[0] == before[0] and now[1] != before[1])
+
+
+def _is_over(log: _Log, commit: Commit) -> bool:
+    """Say whether the commit is of a topic that was deleted and made again since."""
+    return commit.offset > log.end or _differ(commit.first, log.first)
 
 
 def _kept(log: _Log, part: partition.Partition | None) -> partition.Partition | None:
     """Return state from an earlier ownership if all its effects are stored."""
     if part is None or log.commit is None or part.epoch != log.epoch:
         return None
-    if not log.begin <= part.offset <= log.commit:
+    if not log.begin <= part.offset <= log.commit.offset:
         return None
-    part.begin, part.commit = part.offset, log.commit
+    part.begin, part.commit = part.offset, log.commit.offset
     return part
-
-
-def _frontier(metadata: str) -> int | None:
-    return int(metadata) if metadata.isdigit() else None

@@ -45,7 +45,7 @@ _TELL_S, _MARK_MS = 1.0, 2_000
 _COMMIT_S, _RETRY_MS, _PAUSE_S = 5.0, 500, 1.0
 _SPLIT = (
     "records of one user are in several partitions: key every record with user_id as ASCII digits "
-    "and the default (murmur2) partitioner"
+    "and the default (murmur2) partitioner; where partitions were added it passes by itself"
 )
 
 
@@ -94,7 +94,9 @@ class Consumer:
         self._since_s: dict[aiokafka.TopicPartition, float] = {}
         self._judged: collections.deque[tuple[float, int, int]] = collections.deque()
         self._marking: asyncio.Task[None] | None = None
-        self._told_s = self._resent_s = 0.0
+        self._ended: set[aiokafka.TopicPartition] = set()
+        self._scores_lost: bool | None = None
+        self._told_s = self._resent_s = self._split_s = 0.0
         self.problems: dict[str, str] = {}
         self.counts: collections.Counter[str] = collections.Counter()
 
@@ -165,6 +167,10 @@ class Consumer:
 
     async def _turn(self, progress: supervision.Progress) -> None:
         generation = self._generation
+        if ended := self._ended & self._parts.keys():
+            log.warning("the topic was made anew", extra={"action": "topic_ended"})
+            self._hold(ended)
+        self._ended.clear()
         if self._fresh and "schema" not in self.problems:
             await self._resolve(generation, progress)
         polled = await self._poll(_POLL_MS)
@@ -178,9 +184,6 @@ class Consumer:
 
         async def store() -> None:
             await self._sink.store(batch, touched, progress.beat)
-            if self._sink.split_rows:
-                self.counts["split_user"] = self._sink.split_rows
-                self._trouble("split_user", _SPLIT)
 
         if await self._insist(store, generation, progress):
             await self._commit(generation)
@@ -286,6 +289,10 @@ class Consumer:
             seen = part.accept(verdict, record.offset)
             batch.observed.append((part.number, seen))
             self.counts[seen.outcome.value] += 1
+            if not part.at_home(verdict.user_id):
+                self.counts["split_user"] += 1
+                self._split_s = time.monotonic()
+                self._trouble("split_user", _SPLIT)
 
     async def _seed(
         self,
@@ -302,8 +309,9 @@ class Consumer:
         )
 
         async def fetch() -> None:
-            after_ms = part.windows.lower_ms
-            past = await self._offline.seed(self._topic, part.origin, part.number, after_ms, users)
+            past = await self._offline.seed(
+                self._topic, part.origin, part.number, part.seed_after_ms, users
+            )
             part.seed(users, past)
 
         return not users or await self._insist(fetch, generation, progress)
@@ -358,9 +366,11 @@ class Consumer:
 
     async def _commit(self, generation: int) -> None:
         due = {
-            tp: (part.offset, str(part.windows.frontier_ms))
+            tp: (part.offset, self._resolver.metadata(tp, part))
             for tp, part in self._parts.items()
-            if not part.replaying and part.offset != self._committed.get(tp)
+            if not part.replaying
+            and part.offset != self._committed.get(tp)
+            and tp not in self._ended
         }
         if not due or generation != self._generation:
             return
@@ -384,6 +394,8 @@ class Consumer:
             if self._marking is None or self._marking.done():
                 self._marking = asyncio.create_task(self._mark())
             progress.lagging(any(self.lag().values()))
+        if time.monotonic() - self._split_s > self._spans.longest_ms / 1000:
+            self.problems.pop("split_user", None)
         for tp, part in self._parts.items():
             end, asked_ms = self._marks.get(tp, (part.offset + 1, 0))
             if part.offset >= end and _now_ms() - asked_ms < _MARK_MS:
@@ -400,7 +412,7 @@ class Consumer:
                 self._told_s = time.monotonic()
 
     async def _mark(self) -> None:
-        """Ask where the log ends; when no broker answers, the age of the last answer shows.
+        """Ask where the log begins and ends; without an answer the age of the last one shows.
 
         In a task of its own: the question waits behind a fetch that waits for records.
         """
@@ -408,38 +420,54 @@ class Consumer:
         with contextlib.suppress(TimeoutError, KafkaError):
             async with asyncio.timeout(_MARK_MS / 1000):
                 ends = await self._client.end_offsets(owned) if owned else {}
-            self._marks = {tp: (end, asked_ms) for tp, end in ends.items()}
+                self._ended |= self._resolver.ended(
+                    await assignment.first_records(self._client, owned)
+                )
+            known = self._client.partitions_for_topic(self._topic) or ()
+            # Where there are more, records wait that nobody reads yet.
+            if len(known) == self._count:
+                self._marks = {tp: (end, asked_ms) for tp, end in ends.items()}
 
     async def _restore(self, progress: supervision.Progress) -> None:
-        """Write the partitions' states; a state that is gone means that rows are, too.
+        """Write the partitions' states; where Redis has lost a state or a trail, it has lost rows.
 
-        A gone state is made anew as "restoring", then the rows follow, then the next state is
-        written only if that one still stands: no loss between goes unseen.
+        The state is then made anew as "restoring", then the rows follow, then the next state is
+        written only if those still stand: no loss between goes unseen. Until the credit scores are
+        loaded again, too, it stays "restoring".
         """
         due = time.monotonic() - self._resent_s >= self._config.resend_s
-        if lost := await self._write_states():
+        if (lost := await self._write_states()) or self._scores_lost is None:
+            self._scores_lost = await self._offline.has_served_scores()
+        if self._scores_lost:
+            self._scores_lost = await self._online.materialized_ms() is None
+        for part in self._parts.values():
+            part.unloaded = self._scores_lost
+        if lost:
             await self._online.write_states(self._count, self.states(), create=True)
         for part in list(self._parts.values()):
             if part.replaying or not (due or part.restoring):
                 continue
             if part.restoring and part.seeds:
                 past = await self._offline.seed(
-                    self._topic, part.origin, part.number, part.windows.lower_ms
+                    self._topic, part.origin, part.number, part.seed_after_ms
                 )
                 part.seed((), past)
-            await self._sink.write_rows(part, part.windows.users, progress.beat)
-            part.restoring = False
+            part.restoring = await self._sink.write_rows(part, part.windows.users, progress.beat)
         if due:
             self._resent_s = time.monotonic()
         if lost:
             await self._write_states()
 
     async def _write_states(self) -> bool:
-        """Write the states and say whether any was gone."""
-        missing = await self._online.write_states(self._count, self.states())
-        for part in self._parts.values():
-            part.restoring |= part.number in missing
-        return bool(missing)
+        """Write the states and say whether Redis has lost rows."""
+        owned = list(self._parts.values())
+        lost = await self._online.write_states(
+            self._count, self.states(), trails={part.number: part.trail for part in owned}
+        )
+        for part in owned:
+            if part.number in lost:
+                part.restoring, part.trail = True, partition.Trail()
+        return bool(lost)
 
     def _hold(self, tps: Iterable[aiokafka.TopicPartition]) -> None:
         """Let partitions stand still until they are resolved (again)."""

@@ -54,6 +54,9 @@ class PartitionState:
         caught_up_ms: Wall clock at which the owner last stood at the log's end.
         known_from_ms: Events at or before this time may be missing, because the log began later.
         progress: Share of the replay that is done, 0..1.
+        moved_ms: Events at or before it may be in another partition, if the user's was another
+            when there were `former` partitions.
+        former: How many partitions there were before the number last changed; 0 when unknown.
     """
 
     epoch: int
@@ -62,10 +65,17 @@ class PartitionState:
     caught_up_ms: int
     known_from_ms: int = 0
     progress: float = 1.0
+    moved_ms: int = 0
+    former: int = 0
 
     def pack(self) -> bytes:
         """Write it as JSON, readable by people and by Redis' Lua."""
         return orjson.dumps(self)
+
+    def known_from(self, user_id: int, partition: int) -> int:
+        """Return the time, ms, at or before which events of a user may be missing."""
+        stayed = self.former and transactions.partition_of(user_id, self.former) == partition
+        return self.known_from_ms if stayed else max(self.known_from_ms, self.moved_ms)
 
     @classmethod
     def unpack(cls, value: bytes) -> "PartitionState":
@@ -224,7 +234,10 @@ class FeatureRow:
 
 @dataclass(frozen=True, slots=True)
 class OnlineRow:
-    """What the online store holds of one user: either part may be missing, or `unreadable`."""
+    """What the online store holds of one user: either part may be missing, or `unreadable`.
+
+    `split_ms` is the newest of the user's events that came in another partition than `partition`.
+    """
 
     user_id: int
     recent: Recent | None
@@ -232,6 +245,7 @@ class OnlineRow:
     partition: int
     state: PartitionState | None
     unreadable: tuple[str, ...] = ()
+    split_ms: int = 0
 
 
 def as_of(
@@ -250,11 +264,13 @@ def as_of(
     """
     recent, state = online.recent, online.state
     degraded = [f"{name}_unreadable" for name in online.unreadable]
-    if recent is not None and recent.partition != online.partition:
+    elsewhere = as_of_ms - spans.longest_ms < online.split_ms
+    if elsewhere or (recent is not None and recent.partition != online.partition):
         degraded.append("split_user")
     if state is not None and recent is not None and recent.fence.epoch < state.epoch:
         recent = recent if state.state != "live" else None
-    degraded += _doubts(recent, state, as_of_ms, now_ms, spans)
+    known_from_ms = state.known_from(online.user_id, online.partition) if state else 0
+    degraded += _doubts(recent, state, as_of_ms, now_ms, known_from_ms, spans)
     fence = recent.fence if recent else None
     stats: tuple[window.WindowStats, ...] | None = None
     approximate = False
@@ -279,6 +295,7 @@ def _doubts(
     state: PartitionState | None,
     as_of_ms: int,
     now_ms: int,
+    known_from_ms: int,
     spans: window.Spans,
 ) -> list[str]:
     if state is None:
@@ -289,7 +306,7 @@ def _doubts(
     if now_ms - state.caught_up_ms > STALE_MS:
         doubts.append("stale")
     after_ms = as_of_ms - spans.longest_ms
-    if after_ms < state.known_from_ms:
+    if after_ms < known_from_ms:
         doubts.append("warming")
     elif recent is None:
         # A row is dropped when a kept length has passed: until then nobody has an older event.

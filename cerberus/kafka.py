@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 TRANSACTIONS, DEAD_LETTERS = "transactions", "transactions.dlq"
 DECISIONS, LABELS = "decisions", "labels"
 GROUP = "cerberus"
+METADATA_MS = 1_000
+"""How long a new partition, or a topic that was made anew, may go unnoticed."""
 _TOPIC_EXISTS = 36
 _CALL_S = 15.0
 
@@ -149,6 +151,7 @@ def consumer(config: settings.Settings) -> "aiokafka.AIOKafkaConsumer":
         heartbeat_interval_ms=min(3_000, config.session_timeout_ms // 3),
         rebalance_timeout_ms=30_000,
         max_poll_interval_ms=120_000,
+        metadata_max_age_ms=METADATA_MS,
         request_timeout_ms=20_000,
     )
 

@@ -229,6 +229,12 @@ class OfflineStore:
             query = "SELECT epoch FROM log_epochs WHERE topic = $1"
             return int(await connection.fetchval(query, topic))
 
+    async def has_served_scores(self) -> bool:
+        """Say whether credit scores were ever loaded to the online store."""
+        query = "SELECT EXISTS (SELECT FROM credit_scores WHERE created_timestamp IS NOT NULL)"
+        async with self._connection() as connection:
+            return bool(await connection.fetchval(query))
+
     async def has_rows(self, topic: str, epoch: int, partition: int) -> bool:
         """Say whether effects of this partition were stored in this epoch."""
         async with self._connection() as connection:

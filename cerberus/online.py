@@ -6,9 +6,13 @@ Commands are those of Redis 6.2.
 """
 
 import asyncio
+import functools
 import hashlib
+import itertools
+import secrets
 import ssl
 import struct
+import types
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,12 +20,23 @@ from typing import Any, TypeVar
 import redis.asyncio
 import redis.exceptions
 
-from cerberus import errors, feast_layout, features, settings, transactions, window
+from cerberus import (
+    errors,
+    feast_layout,
+    features,
+    partition,
+    settings,
+    transactions,
+    window,
+)
 
 STATS_VIEW, WINDOW_VIEW, CREDIT_VIEW = "user_transaction_stats", "user_window", "user_credit"
 MATERIALIZED = "cerberus:{materialized}"  # in braces: what a cluster's keys are placed by
 _CALL_S = 2.0
 _T = TypeVar("_T")
+# A script, its key, its arguments.
+_Call = tuple[str, bytes | str, Sequence[bytes | int | str]]
+_NO_TRAILS: Mapping[int, partition.Trail] = types.MappingProxyType({})
 _DOWN = (
     TimeoutError,
     OSError,
@@ -30,39 +45,52 @@ _DOWN = (
 )
 _UNREADABLE = (ValueError, IndexError, struct.error)
 
-# KEYS[1] the user's hash. ARGV: the field of `recent`, epoch, offset, as_of_ms, partition, the
-# age in ms beyond which a row of another partition is dead, then field and value pairs.
-# Returns 1 taken, 0 an older fence, -1 a split user.
+# KEYS[1] the user's hash. ARGV: the field of `recent`, epoch, offset, as_of_ms, then field and
+# value pairs. Returns 1 taken, 0 an older fence.
 _WRITE_ROW = """
 local stored = redis.call('HGET', KEYS[1], ARGV[1])
 if stored and #stored > 25 then
   local at = 2  -- behind the tag stands the length, seven bits a byte
   while string.byte(stored, at) > 127 do at = at + 1 end
-  local _, epoch, offset, as_of, partition = struct.unpack('>I1I4i8i8I4', stored, at + 1)
+  local _, epoch, offset, as_of = struct.unpack('>I1I4i8i8', stored, at + 1)
   local e, o, t = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
   if epoch > e then return 0 end
-  if epoch == e then
-    if partition ~= tonumber(ARGV[5]) then
-      if as_of > t - tonumber(ARGV[6]) then return -1 end
-    elseif offset > o or (offset == o and as_of > t) then return 0 end
-  end
+  if epoch == e and (offset > o or (offset == o and as_of > t)) then return 0 end
 end
-redis.call('HSET', KEYS[1], unpack(ARGV, 7))
+redis.call('HSET', KEYS[1], unpack(ARGV, 5))
 return 1
 """
 
-# KEYS[1] the topic's hash of partitions. ARGV: partition, epoch, offset, state as JSON, whether
-# to make what is not there, the number of partitions. Returns 1 taken, 0 an older fence, -1 not
-# there.
-_WRITE_STATE = """
+# KEYS[1] the user's hash. ARGV: the newest event, ms, that came outside the user's partition.
+_MARK_SPLIT = """
+if tonumber(redis.call('HGET', KEYS[1], 'cerberus:split') or 0) < tonumber(ARGV[1]) then
+  redis.call('HSET', KEYS[1], 'cerberus:split', ARGV[1])
+end
+return 1
+"""
+
+# Of the topic's hash of partitions, KEYS[1]. ARGV: partition, epoch, offset, the trail that was
+# left and the one that was tried. Goes on unless the fence is older (0) or the trail is another
+# (-1); an empty one is not asked for.
+_FENCED = """
 local stored = redis.call('HGET', KEYS[1], ARGV[1])
-if not stored and ARGV[5] == '0' then return -1 end
 if stored then
   local s = cjson.decode(stored)
   local e, o = tonumber(ARGV[2]), tonumber(ARGV[3])
   if s.epoch > e or (s.epoch == e and s.offset > o) then return 0 end
 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[4], 'count', ARGV[6])
+local trail = redis.call('HGET', KEYS[1], 'trail:' .. ARGV[1])
+if ARGV[4] ~= '' and trail ~= ARGV[4] and trail ~= ARGV[5] then return -1 end
+"""
+# Further ARGV: the new trail.
+_LEAVE_TRAIL = f"""{_FENCED}
+redis.call('HSET', KEYS[1], 'trail:' .. ARGV[1], ARGV[6])
+return 1
+"""
+# Further ARGV: state as JSON, whether to make what is not there, the number of partitions.
+_WRITE_STATE = f"""{_FENCED}
+if not stored and ARGV[7] == '0' then return -1 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[6], 'count', ARGV[8])
 return 1
 """
 
@@ -80,10 +108,10 @@ class StreamRow:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """How many rows the store did not take, and why."""
+    """How many rows the store did not take, being older; whether it has lost earlier ones."""
 
     older: int = 0
-    split: int = 0
+    lost: bool = False
 
 
 def options(config: settings.Settings) -> dict[str, Any]:
@@ -151,7 +179,9 @@ class OnlineStore:
             self._ts[WINDOW_VIEW],
             self._credit,
             self._ts[CREDIT_VIEW],
+            b"cerberus:split",
         )
+        self._trails = map(f"{secrets.token_hex(8)}:{{}}".format, itertools.count())
         self._stat_fields = [
             (
                 feast_layout.field(STATS_VIEW, f"transaction_count_{span}"),
@@ -179,7 +209,7 @@ class OnlineStore:
         count = int(found.get(b"count", 0))
         rows = []
         for user_id, values in zip(user_ids, hashes, strict=True):
-            partition = transactions.partition_of(user_id, count) if count else 0
+            home = transactions.partition_of(user_id, count) if count else 0
             # One user's broken value must not take the batch's other users with it.
             recent, broken_window = _readable(self._alive_window, values, now_ms)
             credit_score, broken_credit = _readable(self._alive_credit, values, now_ms)
@@ -188,9 +218,10 @@ class OnlineStore:
                     user_id=user_id,
                     recent=recent,
                     credit_score=credit_score,
-                    partition=partition,
-                    state=states.get(partition),
+                    partition=home,
+                    state=states.get(home),
                     unreadable=("recent",) * broken_window + ("credit_score",) * broken_credit,
+                    split_ms=int(values[4] or 0),
                 )
             )
         return rows
@@ -210,40 +241,77 @@ class OnlineStore:
             for user_id, pair in zip(user_ids, values, strict=True)
         }
 
-    async def write(self, rows: Sequence[StreamRow]) -> Refused:
+    async def write(
+        self, rows: Sequence[StreamRow], trail: partition.Trail | None = None
+    ) -> Refused:
         """Store rows whose fence is not older than what is there. Idempotent: yes.
+
+        Args:
+            rows: Of one partition, when there is a trail.
+            trail: Followed and led on.
 
         Raises:
             FeaturesUnavailable: not all was acknowledged within 2 s; write again.
         """
-        answers = await self._evaluate(
-            _WRITE_ROW, [(self._key(row.user_id), self._row_arguments(row)) for row in rows]
-        )
-        return Refused(older=answers.count(0), split=answers.count(-1))
+        calls: list[_Call] = [
+            (_WRITE_ROW, self._key(row.user_id), self._row_arguments(row)) for row in rows
+        ]
+        if trail is None or not rows:
+            return Refused(older=(await self._evaluate(calls)).count(0))
+        fence, before, new = rows[-1].fence, trail.tried, next(self._trails)
+        trail.tried = new
+        # Behind the rows: what loses one of them loses the trail.
+        arguments: list[int | str] = [
+            rows[-1].partition,
+            fence.epoch,
+            fence.offset,
+            trail.left,
+            before,
+            new,
+        ]
+        calls.append((_LEAVE_TRAIL, self._partitions_key, arguments))
+        *answers, led_on = await self._evaluate(calls)
+        if led_on == 1:
+            trail.left = new
+        return Refused(older=answers.count(0), lost=led_on == -1)
+
+    async def mark_split(self, newest: Mapping[int, int]) -> None:
+        """Say of users until when (ms) they have events outside their partition. Idempotent: yes.
+
+        Raises:
+            FeaturesUnavailable: not all was acknowledged within 2 s; write again.
+        """
+        await self._evaluate([(_MARK_SPLIT, self._key(u), [ms]) for u, ms in newest.items()])
 
     async def write_states(
         self,
         count: int,
         states: Mapping[int, features.PartitionState],
         *,
+        trails: Mapping[int, partition.Trail] = _NO_TRAILS,
         create: bool = False,
     ) -> set[int]:
         """Say who is live: the state of owned partitions and how many there are, fenced.
 
+        Args:
+            count: How many partitions there are.
+            states: Of those owned.
+            trails: Of their rows.
+            create: Make the state of those that Redis does not know.
+
         Returns:
-            The partitions that Redis does not know, whose rows it has lost; only `create` makes
-            their state.
+            The partitions of which Redis has lost rows: it does not know them, or not their trail.
 
         Raises:
             FeaturesUnavailable: not acknowledged within 2 s.
         """
-        answers = await self._evaluate(
-            _WRITE_STATE,
-            [
-                (self._partitions_key, [p, s.epoch, s.offset, s.pack(), int(create), count])
-                for p, s in states.items()
-            ],
-        )
+        calls: list[_Call] = []
+        for number, state in states.items():
+            trail = trails.get(number, partition.Trail())
+            known: list[int | str] = [number, state.epoch, state.offset, trail.left, trail.tried]
+            told: list[bytes | int] = [state.pack(), int(create), count]
+            calls.append((_WRITE_STATE, self._partitions_key, [*known, *told]))
+        answers = await self._evaluate(calls)
         return {p for p, answer in zip(states, answers, strict=True) if answer == -1}
 
     async def states(self) -> dict[int, features.PartitionState]:
@@ -295,13 +363,11 @@ class OnlineStore:
         score = feast_layout.decode(value)
         return score if isinstance(score, int) else None
 
-    def _row_arguments(self, row: StreamRow) -> list[bytes | int]:
+    def _row_arguments(self, row: StreamRow) -> list[bytes | int | str]:
         stamp = feast_layout.encode_timestamp(row.fence.as_of_ms * 1000)
-        pairs: list[bytes | int] = [
+        pairs: list[bytes | int | str] = [
             self._recent,
             *row.fence,
-            row.partition,
-            self._spans.keep_ms,
             self._recent,
             feast_layout.encode_bytes(row.recent),
             self._ts[WINDOW_VIEW],
@@ -314,25 +380,28 @@ class OnlineStore:
             pairs += (total_field, feast_layout.encode_double(stats.total_minor / 100))
         return pairs
 
-    async def _evaluate(
-        self, script: str, calls: Sequence[tuple[bytes | str, Sequence[bytes | int]]]
-    ) -> list[Any]:
-        """Run a script on many keys in one round trip, in three where a server has lost it."""
-        sha = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+    async def _evaluate(self, calls: Sequence[_Call]) -> list[Any]:
+        """Run scripts in one round trip, in a few where a server has lost them."""
 
         async def call() -> list[Any]:
             pipe = self._client.pipeline(transaction=False)
-            for key, arguments in calls:
+            for script, key, arguments in calls:
                 # Not `pipe.evalsha`: its cluster form refuses what the cluster itself can do.
-                pipe.execute_command("EVALSHA", sha, 1, key, *arguments)
+                pipe.execute_command("EVALSHA", _sha(script), 1, key, *arguments)
             answers: list[Any] = await _answers(pipe.execute())
             return answers
 
         try:
             return await call()
         except redis.exceptions.NoScriptError:
-            await _answers(self._client.script_load(script))
+            for script in {script for script, _, _ in calls}:
+                await _answers(self._client.script_load(script))
             return await call()
+
+
+@functools.cache
+def _sha(script: str) -> str:
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
 
 
 async def _answers(command: Awaitable[Any], timeout_s: float = _CALL_S) -> Any:
@@ -358,8 +427,10 @@ def _readable(
 
 
 def _states(found: Mapping[bytes, bytes]) -> dict[int, features.PartitionState]:
+    """Read the states; a topic that was made anew with fewer partitions leaves some behind."""
+    count = int(found.get(b"count", 0))
     return {
         int(field): features.PartitionState.unpack(value)
         for field, value in found.items()
-        if field != b"count"
+        if field.isdigit() and int(field) < count
     }

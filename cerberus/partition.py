@@ -67,6 +67,22 @@ def judge(
     return transaction
 
 
+@dataclass(slots=True)
+class Trail:
+    """What the last write of rows left beside them in the online store.
+
+    A store that was restored to an earlier moment, as after a crash or a failover, has another
+    trail than its writer remembers, and has lost rows.
+
+    Attributes:
+        left: Acknowledged; empty before the first write.
+        tried: Sent last, acknowledged or not.
+    """
+
+    left: str = ""
+    tried: str = ""
+
+
 class Partition:
     """The windows of one partition at one prefix, and how far its effects are stored.
 
@@ -76,10 +92,21 @@ class Partition:
         epoch: Which life of the topic.
         begin: Where reading starts.
         commit: Effects of offsets below it are stored already; replayed in silence.
-        known_from_ms: Events at or before it may be missing, because the log begins later.
+        count: How many partitions the topic has, which says whose records belong here; 0: all.
+        known_from_ms: Events at or before it may be missing, because the log begins later; -1
+            until its first record is seen.
+        moved: Until when, ms, there were how many partitions fewer or more; users who had another
+            partition then may have events in it.
         seeded_until_ms: Users may have events up to it, from before `begin`, which the log's
             replay does not reach; 0 when it reaches all.
         rebuilding: Whether a new epoch is being read from the log's start.
+
+    Attributes:
+        restoring: Whether rows must be sent again, because the online store has lost some.
+        unloaded: Whether the online store has lost the credit scores.
+        caught_up_ms: Wall clock at which its effects reached the log's end.
+        touched: Users whose rows are to be written.
+        trail: Of its rows in the online store.
     """
 
     def __init__(
@@ -90,21 +117,27 @@ class Partition:
         begin: int,
         commit: int,
         *,
+        count: int = 0,
         known_from_ms: int = 0,
+        moved: tuple[int, int] = (0, 0),
         seeded_until_ms: int = 0,
         rebuilding: bool = False,
     ) -> None:
         self.number = number
+        self.count = count
         self.epoch = epoch
         self.begin = begin
         self.offset = begin
         self.commit = commit
         self.known_from_ms = known_from_ms
+        self.moved = moved
         self.rebuilding = rebuilding
-        self.restoring = False
+        self.restoring = self.unloaded = False
         self.caught_up_ms = 0
         self.windows = window.PartitionWindows(spans)
         self.touched: set[int] = set()
+        self.trail = Trail()
+        self._strangers: set[int] = set()
         self._origin = features.Fence(epoch, begin, seeded_until_ms)
         self._seeded: set[int] = set()
 
@@ -126,7 +159,22 @@ class Partition:
     @property
     def seeds(self) -> bool:
         """Whether events from before `origin` may still matter."""
-        return self.windows.lower_ms < self._origin.as_of_ms
+        return 0 < self._origin.as_of_ms > self.windows.lower_ms
+
+    @property
+    def seed_after_ms(self) -> int:
+        """Return the time before which no window needs what happened before `origin`."""
+        kept_ms = self._origin.as_of_ms - self.windows.spans.keep_ms
+        return max(self.windows.lower_ms, kept_ms)
+
+    def at_home(self, user_id: int) -> bool:
+        """Whether this is the partition of the user's records."""
+        return not self.count or transactions.partition_of(user_id, self.count) == self.number
+
+    def strangers(self, user_ids: Iterable[int]) -> dict[int, int]:
+        """Return the newest event, ms, of the users whose home is another partition."""
+        found = {i: self.windows.user(i) for i in self._strangers.intersection(user_ids)}
+        return {user_id: user.newest_ms for user_id, user in found.items() if user}
 
     def unseeded(self, user_ids: Iterable[int]) -> set[int]:
         """Return which of the users may have events that only the store can tell of."""
@@ -137,7 +185,13 @@ class Partition:
         for transaction in past:
             self.windows.seed(transaction)
             self._seeded.add(transaction.user_id)
+            self._touch(transaction.user_id)
         self._seeded.update(user_ids)
+
+    def _touch(self, user_id: int) -> None:
+        self.touched.add(user_id)
+        if not self.at_home(user_id):
+            self._strangers.add(user_id)
 
     def replay(self, offset: int, verdict: transactions.Transaction | Rejected) -> None:
         """Let a record take effect whose effects are stored already."""
@@ -145,7 +199,7 @@ class Partition:
         if isinstance(verdict, Rejected):
             return
         if self.windows.observe(verdict) is window.Outcome.ACCEPTED:
-            self.touched.add(verdict.user_id)
+            self._touch(verdict.user_id)
 
     def observe(self, record: Record, currency: str) -> Observed | Rejected:
         """Let the next record of the log take effect."""
@@ -162,7 +216,7 @@ class Partition:
         outcome = self.windows.observe(transaction)
         row = None
         if outcome is window.Outcome.ACCEPTED:
-            self.touched.add(transaction.user_id)
+            self._touch(transaction.user_id)
             row = self._row(transaction)
         return Observed(transaction, outcome, self.fence, rank, row)
 
@@ -170,7 +224,7 @@ class Partition:
         as_of_ms, user_id = transaction.event_ms, transaction.user_id
         after_ms = as_of_ms - self.windows.spans.longest_ms
         degraded: tuple[str, ...] = ()
-        if after_ms < self.known_from_ms:
+        if after_ms < self.state().known_from(user_id, self.number):
             degraded = ("warming",)
         elif after_ms < self.windows.lower_ms:
             degraded = ("as_of_too_old",)
@@ -187,10 +241,16 @@ class Partition:
     def rows(
         self, user_ids: Iterable[int]
     ) -> Iterator[tuple[int, bytes, tuple[window.WindowStats, ...]]]:
-        """Yield (user id, packed window, aggregates) as of the fence, of those with any event."""
+        """Yield (user id, packed window, aggregates) as of the fence.
+
+        Only of those with any event, and whose home this is: another partition's row would stand
+        in the way of the home's.
+        """
         windows, fence = self.windows, self.fence
         lower_ms = max(windows.lower_ms, self.known_from_ms)
         for user_id in user_ids:
+            if user_id in self._strangers:
+                continue
             if (user := windows.user(user_id)) is not None:
                 packed = features.pack(user, fence, self.number, lower_ms, windows.spans)
                 yield user_id, packed, windows.stats(user_id, fence.as_of_ms)
@@ -206,7 +266,7 @@ class Partition:
             state = "replaying"
         elif self.rebuilding:
             state = "rebuilding"
-        elif self.restoring:
+        elif self.restoring or self.unloaded:
             state = "restoring"
         return features.PartitionState(
             epoch=self.epoch,
@@ -215,4 +275,6 @@ class Partition:
             caught_up_ms=self.caught_up_ms,
             known_from_ms=self.known_from_ms,
             progress=done / (self.commit - self.begin) if self.replaying else 1.0,
+            moved_ms=self.moved[0],
+            former=self.moved[1],
         )

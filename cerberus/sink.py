@@ -6,6 +6,7 @@ changes nothing: facts have identities, rows have fences, records have names.
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -54,9 +55,6 @@ class Sink:
         model: Decides.
         online_store: Takes the rows.
         offline_store: Takes the facts.
-
-    Attributes:
-        split_rows: Rows that were refused because their user is in two partitions.
     """
 
     def __init__(
@@ -74,7 +72,6 @@ class Sink:
         self._offline = offline_store
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._producer: Any = None
-        self.split_rows = 0
 
     async def store(
         self, batch: Batch, parts: Iterable[partition.Partition], beat: Callable[[], None]
@@ -115,26 +112,28 @@ class Sink:
         self, parts: Iterable[partition.Partition], beat: Callable[[], None]
     ) -> None:
         for part in parts:
-            await self.write_rows(part, part.touched, beat)
+            part.restoring |= await self.write_rows(part, part.touched, beat)
             part.touched.clear()
 
     async def write_rows(
         self, part: partition.Partition, user_ids: Iterable[int], beat: Callable[[], None]
-    ) -> None:
-        """Write users' rows as of the partition's prefix.
+    ) -> bool:
+        """Write users' rows as of the partition's prefix; True when Redis has lost earlier ones.
 
         Raises:
             FeaturesUnavailable: Redis did not acknowledge.
         """
-        rows = []
-        for user_id, packed, stats in part.rows(list(user_ids)):
-            rows.append(online.StreamRow(user_id, packed, stats, part.fence, part.number))
-            if len(rows) == _ROWS:
-                self.split_rows += (await self._online.write(rows)).split
-                rows.clear()
-                beat()
-        if rows:
-            self.split_rows += (await self._online.write(rows)).split
+        users, lost = list(user_ids), False
+        if strangers := part.strangers(users):
+            await self._online.mark_split(strangers)
+        rows = (
+            online.StreamRow(user_id, packed, stats, part.fence, part.number)
+            for user_id, packed, stats in part.rows(users)
+        )
+        while some := list(itertools.islice(rows, _ROWS)):
+            lost |= (await self._online.write(some, part.trail)).lost
+            beat()
+        return lost
 
     async def close(self) -> None:
         """Stop the producer, within 5 s."""
