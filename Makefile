@@ -4,8 +4,10 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3.14 python3; 
 BIN := .venv/bin
 LOCK := --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header -p 3.11
 
+CHAOS := $(EVENTS:%=--events %) $(KILLS:%=--kills %) $(SEED:%=--seed %)
+
 .DEFAULT_GOAL := help
-.PHONY: help run check test bench train lock fmt clean
+.PHONY: help run check test chaos bench train lock fmt clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -29,8 +31,14 @@ check: .venv/.installed ## Format, lint, types, layers
 test: check ## Everything that must hold
 	$(BIN)/python -m pytest
 
-bench: .venv/.installed ## Requests per second and latencies, beside a bare echo
-	$(BIN)/python benchmarks/predict.py $(ARGS)
+chaos: .venv/.installed ## Exactness under fire, about five minutes; EVENTS=1000000 KILLS=30 SEED=7
+	$(BIN)/python -m chaos $(CHAOS)
+
+bench: .venv/.installed ## Requests, replay, backlog and memory, as ratios within one run
+	$(BIN)/python benchmarks/predict.py
+	$(BIN)/python benchmarks/replay.py
+	$(BIN)/python benchmarks/backlog.py
+	$(BIN)/python benchmarks/memory.py
 
 train: .venv/.installed ## Train models/fraud_model.json anew
 	$(BIN)/python models/train_model.py $(ARGS)

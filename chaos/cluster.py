@@ -1,0 +1,329 @@
+"""What is under fire: three servers, some instances of the service, and a look at their stores."""
+
+import asyncio
+import contextlib
+import datetime
+import pathlib
+import shutil
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
+
+from cerberus import (
+    feast_layout,
+    feature_store,
+    features,
+    kafka,
+    offline,
+    online,
+    settings,
+    stack,
+    training,
+    window,
+)
+from cerberus.stack import ports, process
+
+APP = "cerberus.app:app"
+PARTITIONS = 6
+SESSION_S = 6
+SETTINGS = {
+    "CERBERUS_SPANS": "20s",
+    "CERBERUS_ALLOWED_LATENESS_S": "5",
+    "CERBERUS_MAX_FUTURE_SKEW_S": "5",
+    "CERBERUS_SESSION_TIMEOUT_S": str(SESSION_S),
+    "CERBERUS_PARTITIONS": str(PARTITIONS),
+    "CERBERUS_RATE": "0",
+    "CERBERUS_MAX_REJECTED_SHARE": "1",
+    "CERBERUS_MATERIALIZE_S": "86400",
+}
+_ROOT = pathlib.Path(__file__).parent.parent
+_STOP_S = 30.0
+
+
+async def until(condition: Callable[[], Any], what: str, within_s: float) -> float:
+    """Wait for a condition, sync or async, and return how long that took, s.
+
+    Raises:
+        TimeoutError: It did not come true; the message says what.
+    """
+    began_s = time.monotonic()
+    while True:
+        found = condition()
+        if isinstance(found, Awaitable):
+            found = await found
+        took_s = time.monotonic() - began_s
+        if found:
+            return took_s
+        if took_s > within_s:
+            raise TimeoutError(f"not within {within_s:g} s: {what}")
+        await asyncio.sleep(0.05)
+
+
+def credit_score(user_id: int) -> int:
+    """Return the score that is pinned for a user."""
+    return 300 + user_id % 551
+
+
+class Instance:
+    """One process that runs the service.
+
+    Attributes:
+        name: Of its log and pid file.
+        port: Where it answers.
+        up: Whether it was started and neither killed, stopped nor paused since.
+    """
+
+    def __init__(self, name: str, site: process.Site, environ: Mapping[str, str], app: str) -> None:
+        self.name = name
+        self.port = ports.assign({name: 0}, site.directory / f"{name}.ports.json")[name]
+        self.up = False
+        self._process = process.Process(name, site)
+        self._environ = environ
+        self._command = [sys.executable, "-m", "uvicorn", app, "--port", str(self.port)]
+        self._command += ["--app-dir", str(site.directory), "--no-access-log"]
+        self._process.end_leftover(lambda candidate: app in candidate.cmdline())
+
+    @property
+    def status(self) -> int | None:
+        """How it ended; None while it runs."""
+        return self._process.status
+
+    @property
+    def log(self) -> pathlib.Path:
+        """Everything it wrote."""
+        return self._process.log
+
+    def start(self) -> None:
+        """Start it; it serves some seconds later."""
+        self._process.start(self._command, _ROOT, self._environ)
+        self.up = True
+
+    def pause(self) -> None:
+        """Stop it where it stands."""
+        self.up = False
+        self._process.kill(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._process.kill(signal.SIGCONT)
+        self.up = True
+
+    def kill(self) -> None:
+        """End it at once, by SIGKILL."""
+        self.up = False
+        self._process.stop(0)
+
+    def end(self) -> int | None:
+        """Ask it to end and return its status; None when it had to be killed after 30 s."""
+        self.up = False
+        self._process.kill(signal.SIGTERM)
+        end_s = time.monotonic() + _STOP_S
+        while self.status is None and time.monotonic() < end_s:
+            time.sleep(0.05)
+        status = self.status
+        self._process.stop(0)
+        return status
+
+
+@dataclass
+class Cluster:
+    """Servers, instances, and clients of our own.
+
+    Attributes:
+        servers: Kafka, Redis and Postgres.
+        config: As the instances have it.
+        spans: The window definition.
+        instances: Of the service.
+        online: Reads what they wrote to Redis.
+        redis: The same, raw.
+        pool: Of Postgres.
+        credit: Whether credit scores are pinned and materialized.
+        former: The greatest epoch of the topic's former lives.
+    """
+
+    servers: stack.Stack
+    config: settings.Settings
+    spans: window.Spans
+    instances: Sequence[Instance]
+    online: online.OnlineStore
+    redis: Any
+    pool: Any
+    credit: bool
+    former: int = 0
+
+    @property
+    def topic(self) -> str:
+        """The topic of transactions."""
+        return self.config.kafka.topic(kafka.TRANSACTIONS)
+
+    def producer(self) -> AIOKafkaProducer:
+        """Build a producer that soon sees a new partition."""
+        return AIOKafkaProducer(
+            bootstrap_servers=self.servers.kafka.url,
+            enable_idempotence=True,
+            linger_ms=2,
+            metadata_max_age_ms=500,
+            request_timeout_ms=10_000,
+        )
+
+    @contextlib.asynccontextmanager
+    async def admin(self) -> AsyncIterator[AIOKafkaAdminClient]:
+        """Open an admin client."""
+        async with kafka.admin(self.config.kafka) as client:
+            yield client
+
+    async def add_partition(self) -> int:
+        """Give the topic one partition more and return how many there are."""
+        async with self.admin() as client:
+            count = await kafka.partition_count(client, self.topic) + 1
+            await client.create_partitions({self.topic: NewPartitions(count)})
+        return count
+
+    async def recreate_topic(self) -> None:
+        """Delete the topic with all that is in it and make it again."""
+        self.former = max(s.epoch for s in (await self.online.states()).values())
+        async with self.admin() as client:
+            await client.delete_topics([self.topic])
+
+        async def gone() -> bool:
+            async with self.admin() as client:
+                return self.topic not in await client.list_topics()
+
+        await until(gone, "the topic is gone", 30)
+        await kafka.create_topics(self.config)
+
+    async def log(self, name: str) -> dict[int, list[Any]]:
+        """Read a topic back, partition by partition, with a plain consumer."""
+        topic = self.config.kafka.topic(name)
+        reader = AIOKafkaConsumer(
+            bootstrap_servers=self.servers.kafka.url, isolation_level="read_committed"
+        )
+        async with asyncio.timeout(600), reader:
+            await reader._client.set_topics([topic])
+            tps = [TopicPartition(topic, p) for p in sorted(reader.partitions_for_topic(topic))]
+            reader.assign(tps)
+            await reader.seek_to_beginning(*tps)
+            ends = await reader.end_offsets(tps)
+            found: dict[int, list[Any]] = {tp.partition: [] for tp in tps}
+            while any([await reader.position(tp) < ends[tp] for tp in tps]):
+                for tp, records in (await reader.getmany(timeout_ms=200)).items():
+                    found[tp.partition] += records
+        return found
+
+    async def ends(self) -> dict[int, int]:
+        """Return where each partition of the topic ends now."""
+        reader = AIOKafkaConsumer(bootstrap_servers=self.servers.kafka.url)
+        async with asyncio.timeout(20), reader:
+            await reader._client.set_topics([self.topic])
+            tps = [TopicPartition(self.topic, p) for p in reader.partitions_for_topic(self.topic)]
+            return {tp.partition: end for tp, end in (await reader.end_offsets(tps)).items()}
+
+    async def answer(self) -> bool:
+        """Say whether every instance answers."""
+        async with httpx.AsyncClient(timeout=2.0) as client:
+            urls = [f"http://127.0.0.1:{i.port}/health/live" for i in self.instances]
+            asked = await asyncio.gather(*map(client.get, urls), return_exceptions=True)
+        return all(isinstance(a, httpx.Response) and a.status_code == 200 for a in asked)
+
+    async def live(self, since_s: float = 0.0) -> bool:
+        """Say whether each partition's owner is live and stood at the log's end since then."""
+        try:
+            async with self.admin() as client:
+                count = await kafka.partition_count(client, self.topic)
+            states = await self.online.states()
+        except Exception:
+            return False
+        since_ms = max(since_s, time.time() - 3) * 1000
+        return states.keys() == set(range(count)) and all(
+            s.state == "live" and s.epoch > self.former and s.caught_up_ms >= since_ms
+            for s in states.values()
+        )
+
+    async def drained(self) -> bool:
+        """Say whether all that is in the log is stored."""
+        if not await self.live():
+            return False
+        ends, states = await self.ends(), await self.online.states()
+        return all(p in states and states[p].offset >= end for p, end in ends.items())
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    servers: stack.Stack,
+    environ: Mapping[str, str],
+    directory: pathlib.Path,
+    *,
+    users: Sequence[int],
+    instances: int = 3,
+    app: str = APP,
+    credit: bool = True,
+) -> AsyncIterator[Cluster]:
+    """Prepare topics, tables, model and scores, and yield the cluster with nothing running.
+
+    At the end every instance that still runs is killed.
+    """
+    tasks = "api,consumer,materializer" if credit else "api,consumer"
+    more = {"CERBERUS_MODEL": str(directory / "fraud_model.json"), "CERBERUS_TASKS": tasks}
+    environ = {**environ, **SETTINGS, **more}
+    config = settings.load(environ)
+    spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
+    plan = _pin_model(config, spans)
+    site = process.Site(directory, environ, lambda line: None)
+    redis = online.connect(config)
+    async with offline.connect(config) as pool, redis:
+        store = offline.OfflineStore(pool, config.spans)
+        await store.migrate()
+        await kafka.create_topics(config)
+        if credit:
+            scores = [(user_id, credit_score(user_id)) for user_id in users]
+            await store.seed_credit_scores(scores, datetime.datetime.now(datetime.UTC))
+            await asyncio.to_thread(_apply, config, directory)
+        cluster = Cluster(
+            servers=servers,
+            config=config,
+            spans=spans,
+            instances=[Instance(f"service-{i}", site, environ, app) for i in range(instances)],
+            online=online.OnlineStore(redis, plan, spans, config.kafka.topic(kafka.TRANSACTIONS)),
+            redis=redis,
+            pool=pool,
+            credit=credit,
+        )
+        try:
+            yield cluster
+        finally:
+            for instance in cluster.instances:
+                instance.kill()
+
+
+def _pin_model(config: settings.Settings, spans: window.Spans) -> feast_layout.Plan:
+    training.train(
+        training.Plan(spans=config.spans, events=3_000), config.model_path, lambda _: None
+    )
+    plan = feast_layout.Plan(
+        project=feast_layout.PROJECT,
+        ttl_ms={
+            online.WINDOW_VIEW: spans.keep_ms,
+            online.STATS_VIEW: spans.keep_ms,
+            online.CREDIT_VIEW: 30 * 86_400_000,
+        },
+        schema={online.STATS_VIEW: dict.fromkeys(features.names(config.spans)[:-2], "")},
+    )
+    config.plan_path.write_bytes(plan.pack())
+    return plan
+
+
+def _apply(config: settings.Settings, directory: pathlib.Path) -> None:
+    """Apply the feature definitions from a copy, so that the checkout's own is left alone."""
+    repo = directory / "feature_repo"
+    repo.mkdir(exist_ok=True)
+    shutil.copy(feature_store.REPO / "features.py", repo)
+    (directory / "cerberus").unlink(missing_ok=True)
+    (directory / "cerberus").symlink_to(pathlib.Path(feature_store.__file__).parent)
+    feature_store.apply(config, repo)

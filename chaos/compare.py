@@ -1,0 +1,282 @@
+"""The stores and the answers, held against the log: exact integers, no tolerance."""
+
+import collections
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cerberus import feast_layout, features, kafka, online
+from chaos import cluster, oracle, traffic
+
+UNSEEN_S = 6.0
+"""A record acknowledged this long before a question must be in its answer, or the answer says that
+it may not be: 5 s of staleness, and a second in which the number of partitions may go unnoticed."""
+RULES = oracle.Rules()
+Log = Mapping[int, oracle.Partition]
+_AGGREGATES = ("transaction_count", "total_amount")
+_OUTCOMES = {0: "connection refused or broken", -1: "no answer in 5 s", 503: "503"}
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a comparison found.
+
+    Attributes:
+        compared: How many things were compared, by kind.
+        lost: Effects that the log demands and a store lacks.
+        doubled: Effects counted above what the log holds.
+        differences: Sentences that explain, the first of each kind first.
+    """
+
+    compared: collections.Counter[str] = field(default_factory=collections.Counter)
+    lost: int = 0
+    doubled: int = 0
+    differences: list[str] = field(default_factory=list)
+
+    def equal(self, kind: str, what: object, expected: Any, found: Any) -> None:
+        """Compare one thing; None is nothing at all."""
+        self.compared[kind] += 1
+        if expected == found:
+            return
+        self.lost += found is None
+        self.doubled += _count(found) > _count(expected)
+        self.differences.append(f"{kind} of {what}: expected {expected}, found {found}")
+
+    def among(self, kind: str, what: object, expected: set[Any], found: Any) -> None:
+        """Compare with several values that may be right: that of each partition that has it."""
+        self.equal(kind, what, found if found in expected else min(expected), found)
+
+
+def _count(value: Any) -> int:
+    return value[0] if isinstance(value, tuple) and value and isinstance(value[0], int) else 0
+
+
+async def read_log(target: cluster.Cluster) -> Log:
+    """Read the whole topic into an oracle a partition."""
+    return {
+        number: oracle.Partition(RULES, ((r.offset, r.timestamp, r.value) for r in records))
+        for number, records in (await target.log(kafka.TRANSACTIONS)).items()
+    }
+
+
+async def stores(target: cluster.Cluster, lives: Sequence[Log]) -> Findings:
+    """Compare every effect of every life of the topic; rows are those of the last."""
+    found = Findings()
+    everything = list(itertools.chain.from_iterable(life.items() for life in lives))
+    await _facts(target, everything, found)
+    await _decided(target, everything, found)
+    await _dead_letters(target, everything, found)
+    await _rows(target, lives[-1], found)
+    return found
+
+
+async def _facts(
+    target: cluster.Cluster, logs: Iterable[tuple[int, oracle.Partition]], found: Findings
+) -> None:
+    expected: dict[Any, set[Any]] = collections.defaultdict(set)
+    for number, log in logs:
+        for identity, event in log.first.items():
+            expected[identity].add((1, number, event.offset, event.cents))
+    stored = await target.pool.fetch(
+        "SELECT user_id, transaction_id, event_ms, partition, log_offset, amount_minor "
+        "FROM transactions"
+    )
+    got = {tuple(r)[:3]: (1, *tuple(r)[3:]) for r in stored}
+    for identity, values in expected.items():
+        found.among("fact", identity, values, got.pop(identity, None))
+    for identity, value in got.items():
+        found.equal("fact", identity, None, value)
+
+
+async def _decided(
+    target: cluster.Cluster, logs: Iterable[tuple[int, oracle.Partition]], found: Findings
+) -> None:
+    decisions: dict[Any, set[Any]] = collections.defaultdict(set)
+    history: dict[Any, set[Any]] = collections.defaultdict(set)
+    for _, log in logs:
+        for event, stats in log.decisions():
+            decisions[event.identity].add((*stats, event.offset + 1))
+            moment = event.at_ms * 1000 + min(event.rank, 999)
+            history[event.user_id, moment].add((*stats, event.offset + 1))
+    stored = await target.pool.fetch(
+        "SELECT user_id, transaction_id, as_of_ms, features, fence_offset, decision_id::text "
+        "FROM decisions WHERE door = 'stream'"
+    )
+    got = {tuple(r)[:3]: (*_stats(json.loads(r["features"])), r["fence_offset"]) for r in stored}
+    names = {r["decision_id"]: tuple(r)[:3] for r in stored}
+    found.equal("decision", "all names", len(stored), len(got))
+    _each("decision", decisions, got, found)
+    rows = await target.pool.fetch(
+        "SELECT user_id, (extract(epoch FROM event_timestamp) * 1000000)::bigint, "
+        "transaction_count_20s, round(total_amount_20s * 100)::bigint, log_offset "
+        "FROM user_transaction_stats"
+    )
+    _each("history row", history, {tuple(r)[:2]: tuple(r)[2:] for r in rows}, found)
+    published: dict[Any, set[Any]] = collections.defaultdict(set)
+    for record in itertools.chain.from_iterable((await target.log(kafka.DECISIONS)).values()):
+        told = json.loads(record.value)
+        value = (*_stats(told["features"]), told["fence"]["offset"])
+        published[names.get(told["decision_id"])].add(value)
+    for identity, values in decisions.items():
+        # A rebuilt life publishes again; each name must come, and never with another content.
+        found.equal("published decision", identity, values, published.pop(identity, None))
+    for identity, values in published.items():
+        found.equal("published decision", identity, None, values)
+
+
+def _each(kind: str, expected: dict[Any, set[Any]], got: dict[Any, Any], found: Findings) -> None:
+    for key, values in expected.items():
+        found.among(kind, key, values, got.pop(key, None))
+    for key, value in got.items():
+        found.equal(kind, key, None, value)
+
+
+def _stats(values: Mapping[str, Any]) -> tuple[int, int]:
+    return values["txn_count_20s"], round(values["total_amount_20s"] * 100)
+
+
+async def _dead_letters(
+    target: cluster.Cluster, logs: Iterable[tuple[int, oracle.Partition]], found: Findings
+) -> None:
+    expected = {(p, offset, value) for p, log in logs for offset, value in log.rejected.items()}
+    got = set()
+    for record in itertools.chain.from_iterable((await target.log(kafka.DEAD_LETTERS)).values()):
+        headers = dict(record.headers)
+        got.add((int(headers["partition"]), int(headers["offset"]), record.value))
+    for letter in expected | got:
+        found.equal(
+            "dead letter",
+            letter[:2],
+            letter if letter in expected else None,
+            letter if letter in got else None,
+        )
+
+
+async def _rows(target: cluster.Cluster, log: Log, found: Findings) -> None:
+    users = sorted({user_id for part in log.values() for user_id in part.users})
+    for at in range(0, len(users), 500):
+        # As of the year 1970, no row is past its time to live.
+        for row in await target.online.read(users[at : at + 500], 0, 10.0):
+            state, recent, part = row.state, row.recent, log[row.partition]
+            user = part.users.get(row.user_id)
+            last = -1 if user is None else int(user.offsets.max())
+            if state is None or recent is None or recent.fence.epoch < state.epoch:
+                # Rows that Redis lost come back only while the user has something left.
+                kept_ms = part.frontier_ms(part.end) - RULES.keep_ms
+                alive = user is not None and int(user.at_ms.max()) > kept_ms
+                found.equal("online row", row.user_id, "a row" if alive else None, None)
+            elif recent.partition != row.partition or recent.fence.offset <= last:
+                place = f"{row.partition}, past {last}"
+                found.equal("online row", row.user_id, place, (recent.partition, recent.fence))
+            else:
+                expected, got = packed(part, row.user_id, recent)
+                stats = await _aggregates(target, row.user_id)
+                found.equal("online row", row.user_id, expected, (got, stats))
+
+
+def packed(part: oracle.Partition, user_id: int, recent: features.Recent) -> tuple[Any, Any]:
+    """Return what a row must hold at its fence, events and aggregates, and the events it holds."""
+    end, as_of_ms = recent.fence.offset, part.frontier_ms(recent.fence.offset)
+    events: list[tuple[int, int]] = []
+    if (user := part.users.get(user_id)) is not None:
+        inside = user.inside(max(as_of_ms - RULES.keep_ms, recent.lower_ms), as_of_ms, end)
+        pairs = zip(user.at_ms[inside].tolist(), user.cents[inside].tolist(), strict=True)
+        events = sorted(pairs)
+    stats = part.stats(user_id, as_of_ms - RULES.span_ms, as_of_ms, end)
+    times = (recent.events["age_ms"].astype("int64") + recent.lower_ms).tolist()
+    held = sorted(zip(times, recent.events["amount_minor"].tolist(), strict=True))
+    return ((as_of_ms, events), tuple(stats)), (recent.fence.as_of_ms, held)
+
+
+async def _aggregates(target: cluster.Cluster, user_id: int) -> tuple[Any, int]:
+    names = [feast_layout.field(online.STATS_VIEW, f"{name}_20s") for name in _AGGREGATES]
+    key = feast_layout.entity_key(user_id, feast_layout.PROJECT)
+    count, total = map(feast_layout.decode, await target.redis.hmget(key, names))
+    return count, round(float(total) * 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """One life of the topic.
+
+    Attributes:
+        log: All that was in it.
+        acked_s: When each record was acknowledged, wall clock, by (partition, offset).
+        epoch: The greatest that its fences have.
+        began_s: When it was made.
+    """
+
+    log: Log
+    acked_s: Mapping[tuple[int, int], float]
+    epoch: int
+    began_s: float
+
+
+def answers(
+    target: cluster.Cluster, given: Iterable[traffic.Answer], lives: Sequence[Life]
+) -> tuple[collections.Counter[str], Findings]:
+    """Compare every answer that does not say `degraded` with the log that its fence is of.
+
+    Returns:
+        How many there were by outcome, and what the comparison found.
+    """
+    outcomes: collections.Counter[str] = collections.Counter()
+    found = Findings()
+    for answer in given:
+        if answer.status != 200:
+            outcomes[_OUTCOMES.get(answer.status, f"status {answer.status}")] += 1
+            if answer.status not in _OUTCOMES:
+                found.equal("answer", answer.body, 200, answer.status)
+        elif answer.degraded:
+            outcomes["degraded"] += 1
+            outcomes.update(f"degraded: {reason}" for reason in answer.degraded)
+        else:
+            outcomes["exact"] += 1
+            _exact(target, answer, lives, found)
+    return outcomes, found
+
+
+def _exact(
+    target: cluster.Cluster, answer: traffic.Answer, lives: Sequence[Life], found: Findings
+) -> None:
+    body, fence = answer.body, answer.body["fence"]
+    what = f"{answer.user_id} as of {body['as_of']} at {fence}, asked at {answer.sent_s:.3f}"
+    if target.credit:
+        score = cluster.credit_score(answer.user_id)
+        found.equal("answered credit score", what, score, body["features"]["credit_score"])
+    # A life that began a moment ago may not be known yet; the one before it may be answered from.
+    begun = [life for life in lives if life.began_s < answer.received_s]
+    known = sum(life.began_s < answer.sent_s - UNSEEN_S for life in begun)
+    possible = begun[max(0, known - 1) :]
+    if fence is not None:
+        possible = [life for life in possible if fence["epoch"] <= life.epoch][:1]
+    held = [_held(answer, life) for life in possible] or [("an older life of the topic", None)]
+    expected, got = next((pair for pair in held if pair[0] == pair[1]), held[-1])
+    found.equal("answer", what, expected, got)
+
+
+def _held(answer: traffic.Answer, life: Life) -> tuple[Any, Any]:
+    """Return what an answer had to be by one life of the topic, and what it was."""
+    body, fence, payment = answer.body, answer.body["fence"], answer.payment
+    until_ms = oracle.to_ms(body["as_of"])
+    after_ms = until_ms - RULES.span_ms
+    stats, seen = oracle.Stats(0, 0), (-1, 0)
+    if fence is not None:
+        seen = fence["partition"], fence["offset"]
+        stats = life.log[seen[0]].stats(
+            answer.user_id, after_ms, until_ms, seen[1], payment and payment.name
+        )
+    if payment is not None:
+        stats = oracle.Stats(stats.count + 1, stats.cents + payment.cents)
+    missed = []
+    for number, part in life.log.items():
+        if (user := part.users.get(answer.user_id)) is None:
+            continue
+        for offset in user.offsets[user.inside(after_ms, until_ms, part.end)].tolist():
+            unseen = number != seen[0] or offset >= seen[1]
+            age_s = answer.sent_s - life.acked_s.get((number, offset), answer.sent_s)
+            if unseen and age_s > UNSEEN_S:
+                missed.append(f"missed {number}:{offset}, {age_s:.1f} s old")
+    return (*stats, []), (*_stats(body["features"]), missed)

@@ -1,0 +1,197 @@
+"""A seeded schedule of faults, one after the other, each followed by its recovery."""
+
+import asyncio
+import functools
+import os
+import pathlib
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+
+from chaos import cluster, traffic
+
+RECOVER_S = 180.0
+_FIRST_GUESS_S = 12.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What was done, and how long until all partitions were live again; wall clock, s.
+
+    Attributes:
+        kind: Of the fault.
+        began_s: When it was begun.
+        recovered_s: From then until every partition had a live owner at the log's end and every
+            instance answered; None when that did not come within 3 min.
+    """
+
+    kind: str
+    began_s: float
+    recovered_s: float | None
+
+
+class Schedule:
+    """Injects faults until all are done.
+
+    Args:
+        target: Under fire.
+        publisher: Its rate is set so that the records last as long as the faults.
+        kinds: Of the faults, in order.
+        rng: Draws whom it hits and how long.
+
+    Attributes:
+        done: The faults so far.
+        killed: How many instances were killed.
+        unasked: Instances that ended by themselves, with their status.
+    """
+
+    def __init__(
+        self,
+        target: cluster.Cluster,
+        publisher: traffic.Publisher,
+        kinds: Iterable[str],
+        rng: random.Random,
+    ) -> None:
+        self.done: list[Fault] = []
+        self.killed = 0
+        self.unasked: list[str] = []
+        self._target = target
+        self._publisher = publisher
+        self._kinds = list(kinds)
+        self._rng = rng
+
+    async def run(self, say: Callable[[str], None]) -> None:
+        """Inject all faults.
+
+        Raises:
+            TimeoutError: The service did not recover from one; what follows would tell nothing.
+        """
+        for kind in self._kinds:
+            self._pace()
+            await asyncio.sleep(self._rng.uniform(0.5, 2.0))
+            began_s = time.time()
+            await _INJECT[kind](self)
+            hit_s = time.time()
+            try:
+                whole = functools.partial(self._whole, hit_s)
+                await cluster.until(whole, f"recovered from: {kind}", RECOVER_S)
+            except TimeoutError:
+                self.done.append(Fault(kind, began_s, None))
+                raise
+            self.done.append(Fault(kind, began_s, time.time() - began_s))
+            say(f"{kind:<34} recovered after {self.done[-1].recovered_s:5.1f} s")
+
+    def _pace(self) -> None:
+        took_s = [fault.recovered_s or RECOVER_S for fault in self.done]
+        each_s = sum(took_s) / len(took_s) + 1.5 if took_s else _FIRST_GUESS_S
+        left_s = each_s * (len(self._kinds) - len(self.done))
+        self._publisher.rate = max(20.0, (self._publisher.total - self._publisher.sent) / left_s)
+
+    async def _whole(self, since_s: float) -> bool:
+        for instance in self._target.instances:
+            if instance.up and instance.status is not None:
+                self.unasked.append(f"{instance.name} ended by itself, status {instance.status}")
+                instance.kill()
+                instance.start()
+        return await self._target.answer() and await self._target.live(since_s)
+
+    def _some(self, count: int) -> list[cluster.Instance]:
+        return self._rng.sample(list(self._target.instances), count)
+
+    async def kill(self, count: int) -> None:
+        """Kill instances and start them again after a pause."""
+        hit = self._some(count)
+        for instance in hit:
+            instance.kill()
+            self.killed += 1
+        for instance in hit:
+            await asyncio.sleep(self._rng.uniform(0, 3))
+            instance.start()
+
+    async def pause(self) -> None:
+        """Stop an instance for longer than its session lasts, then let it go on."""
+        [instance] = self._some(1)
+        instance.pause()
+        await asyncio.sleep(cluster.SESSION_S + self._rng.uniform(1, 6))
+        instance.resume()
+
+    async def restart(self) -> None:
+        """Ask an instance to end, as a release does, and start it again."""
+        [instance] = self._some(1)
+        status = await asyncio.to_thread(instance.end)
+        if status not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
+            self.unasked.append(f"{instance.name} did not end in 30 s but with status {status}")
+        instance.start()
+
+    async def broker(self, *, hard: bool) -> None:
+        """Restart the broker, politely or by SIGKILL."""
+        await self._server(self._target.servers.kafka, hard=hard)
+
+    async def _server(self, server: "cluster.stack.Server", *, hard: bool = True) -> None:
+        if not hard:
+            await asyncio.to_thread(server.restart)
+            return
+        await asyncio.to_thread(server.kill, signal.SIGKILL)
+        await asyncio.sleep(self._rng.uniform(0.2, 4))
+        await asyncio.to_thread(server.start)
+
+    async def redis(self) -> None:
+        """Kill Redis and start it again."""
+        await self._server(self._target.servers.redis)
+
+    async def redis_power(self) -> None:
+        """Take the power from Redis: what it appended to its file in the last seconds is gone."""
+        found = await self._target.redis.config_get("dir")
+        lengths = _lengths(pathlib.Path(found["dir"]))
+        await asyncio.sleep(self._rng.uniform(0.5, 3))
+        server = self._target.servers.redis
+        await asyncio.to_thread(server.kill, signal.SIGKILL)
+        for file, length in lengths.items():
+            os.truncate(file, length)
+        await asyncio.to_thread(server.start)
+
+    async def postgres(self) -> None:
+        """Kill Postgres and start it again."""
+        await self._server(self._target.servers.postgres)
+
+    async def flush(self) -> None:
+        """Empty Redis."""
+        await self._target.redis.flushall()
+
+    async def flush_all_down(self) -> None:
+        """Empty Redis while no instance runs."""
+        hit = self._some(len(self._target.instances))
+        for instance in hit:
+            instance.kill()
+            self.killed += 1
+        await self.flush()
+        for instance in hit:
+            instance.start()
+
+    async def partition(self) -> None:
+        """Add a partition: users move."""
+        self._publisher.forget(10)
+        await self._target.add_partition()
+
+
+def _lengths(directory: pathlib.Path) -> dict[pathlib.Path, int]:
+    return {file: file.stat().st_size for file in directory.rglob("appendonly*.aof*")}
+
+
+_INJECT: dict[str, Callable[[Schedule], Awaitable[None]]] = {
+    "kill": lambda s: s.kill(1),
+    "kill two at once": lambda s: s.kill(2),
+    "kill all": lambda s: s.kill(len(s._target.instances)),
+    "pause": lambda s: s.pause(),
+    "restart": lambda s: s.restart(),
+    "broker restarted": lambda s: s.broker(hard=False),
+    "broker killed": lambda s: s.broker(hard=True),
+    "redis killed": lambda s: s.redis(),
+    "redis without power": lambda s: s.redis_power(),
+    "redis flushed": lambda s: s.flush(),
+    "redis flushed while all are down": lambda s: s.flush_all_down(),
+    "postgres killed": lambda s: s.postgres(),
+    "partition added": lambda s: s.partition(),
+}

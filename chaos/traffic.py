@@ -1,0 +1,283 @@
+"""What flows in: a seeded stream of transactions, good and bad, and a stream of questions."""
+
+import asyncio
+import collections
+import contextlib
+import datetime
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import httpx
+from aiokafka.errors import KafkaError
+
+from chaos import cluster
+
+_TICK_S = 0.02
+_ASK_S = 5.0
+_SPAN_MS, _KEEP_MS, _SKEW_MS = 20_000, 30_000, 5_000
+
+
+def now_ms() -> int:
+    """Return the wall clock, ms since the Unix epoch."""
+    return time.time_ns() // 1_000_000
+
+
+def stamp(at_ms: int) -> str:
+    """Write ms since the Unix epoch as RFC 3339."""
+    moment = datetime.datetime.fromtimestamp(at_ms / 1000, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Payment(NamedTuple):
+    """A transaction as it is published, and asked about."""
+
+    user_id: int
+    name: str
+    at_ms: int
+    cents: int
+
+    def document(self, **more: Any) -> dict[str, Any]:
+        """Return it as on the wire."""
+        return {
+            "user_id": self.user_id,
+            "transaction_id": self.name,
+            "timestamp": stamp(self.at_ms),
+            "amount": self.cents / 100,
+        } | more
+
+
+class Publisher:
+    """Sends `total` records, at a rate that others set, until all are acknowledged or refused.
+
+    Of the records 5 % are duplicates (half of them stamped anew, a tenth with another amount),
+    10 % lie within the lateness, 1 % are expired, 0.5 % poison, 0.5 % stamped ahead.
+
+    Args:
+        target: Whose topic.
+        users: Who pays.
+        total: How many records to send.
+        rng: Draws everything.
+        name: Begins the names of the transactions.
+
+    Attributes:
+        rate: Records a second.
+        sent: How many were handed to a producer.
+        failed: How many were not acknowledged.
+        acked_s: Wall time of each acknowledgement, by (partition, offset).
+        recent: What was published last.
+    """
+
+    def __init__(
+        self,
+        target: cluster.Cluster,
+        users: Sequence[int],
+        total: int,
+        rng: random.Random,
+        name: str = "t",
+    ) -> None:
+        self.rate = 0.0
+        self.sent = self.failed = 0
+        self.total = total
+        self.acked_s: dict[tuple[int, int], float] = {}
+        self.recent: collections.deque[Payment] = collections.deque(maxlen=500)
+        self._target = target
+        self._users = users
+        self._rng = rng
+        self._name = name
+        self._broken = False
+        self._unlike_s = 0.0
+
+    def forget(self, for_s: float) -> None:
+        """Send no duplicate of what was sent until `for_s` from now.
+
+        While users move between partitions a duplicate may fall into another than its original,
+        where it is another transaction's first record, by rule.
+        """
+        self._unlike_s = time.monotonic() + for_s
+
+    async def run(self) -> None:
+        """Send all records; producers that fail are built anew."""
+        while self.sent < self.total:
+            producer = self._target.producer()
+            try:
+                async with asyncio.timeout(10):
+                    await producer.start()
+                self._broken = False
+                await self._send(producer)
+            except (TimeoutError, OSError, KafkaError):
+                await asyncio.sleep(0.2)
+            finally:
+                with contextlib.suppress(TimeoutError, OSError, KafkaError):
+                    async with asyncio.timeout(10):
+                        await producer.stop()
+
+    async def backlog(self, from_ms: int, until_ms: int) -> None:
+        """Send all records at once, as if they had come evenly between two moments."""
+        async with self._target.producer() as producer:
+            for sent in range(self.total):
+                now = from_ms + (until_ms - from_ms) * sent // self.total
+                user_id, value = self._draw(now)
+                acknowledged = await producer.send(
+                    self._target.topic, value, key=b"%d" % user_id, timestamp_ms=now
+                )
+                acknowledged.add_done_callback(self._acknowledged)
+                self.sent += 1
+
+    async def _send(self, producer: Any) -> None:
+        due, before_s = 0.0, time.monotonic()
+        while self.sent < self.total and not self._broken:
+            await asyncio.sleep(_TICK_S)
+            now_s = time.monotonic()
+            due = min(due + self.rate * (now_s - before_s), self.rate)
+            before_s = now_s
+            while due >= 1 and self.sent < self.total and not self._broken:
+                due -= 1
+                now = now_ms()
+                user_id, value = self._draw(now)
+                async with asyncio.timeout(10):
+                    sent = await producer.send(
+                        self._target.topic, value, key=b"%d" % user_id, timestamp_ms=now
+                    )
+                self.sent += 1
+                sent.add_done_callback(self._acknowledged)
+
+    def _acknowledged(self, sent: "asyncio.Future[Any]") -> None:
+        if sent.cancelled() or sent.exception() is not None:
+            self.failed += 1
+            self._broken = True
+        else:
+            place = sent.result()
+            self.acked_s[place.partition, place.offset] = time.time()
+
+    def _draw(self, now: int) -> tuple[int, bytes | None]:
+        rng = self._rng
+        user_id = rng.choice(self._users)
+        payment = Payment(user_id, f"{self._name}{self.sent}", now, rng.randrange(1, 1_000_000))
+        if time.monotonic() < self._unlike_s:
+            self.recent.clear()
+        draw = rng.random()
+        if draw < 0.05 and self.recent:
+            payment = rng.choice(self.recent)
+            if draw < 0.025:
+                payment = payment._replace(at_ms=now)
+            elif draw < 0.03:
+                payment = payment._replace(cents=payment.cents + 1)
+        elif draw < 0.15:
+            payment = payment._replace(at_ms=now - rng.randrange(5_000))
+        elif draw < 0.16:
+            payment = payment._replace(at_ms=now - _KEEP_MS - rng.randrange(5_100, 60_000))
+        elif draw < 0.165:
+            return user_id, self._poison(payment)
+        elif draw < 0.17:
+            payment = payment._replace(at_ms=now + rng.randrange(3_000))
+        self.recent.append(payment)
+        more = {"merchant_id": f"m{rng.randrange(50)}"}
+        return payment.user_id, json.dumps(payment.document(**more)).encode()
+
+    def _poison(self, payment: Payment) -> bytes | None:
+        broken = payment.document() | self._rng.choice(
+            (
+                {"amount": -1.0},
+                {"amount": 1.001},
+                {"amount": "1"},
+                {"user_id": None},
+                {"transaction_id": 7},
+                {"timestamp": "yesterday"},
+                {"timestamp": stamp(payment.at_ms + _SKEW_MS + 1_000)},
+            )
+        )
+        return self._rng.choice((None, b"", b"{", b"[]", *[json.dumps(broken).encode()] * 4))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question and what came of it; times are wall clock, s.
+
+    Attributes:
+        sent_s: When it was asked.
+        received_s: When the answer was there.
+        payment: The transaction in hand; None when a user alone was asked about.
+        status: Of HTTP; 0 when the connection was refused or broke, -1 when no answer came in time.
+        body: Of the answer.
+    """
+
+    sent_s: float
+    received_s: float
+    user_id: int
+    payment: Payment | None
+    status: int
+    body: dict[str, Any]
+
+    @property
+    def degraded(self) -> tuple[str, ...]:
+        """Why the answer may be wrong, as it says."""
+        return tuple(self.body.get("degraded", ()))
+
+
+class Asker:
+    """Asks `rate` questions a second, of one instance after the other, until cancelled.
+
+    Attributes:
+        answers: All that came back, in order of their end.
+        publisher: Whose payments are asked about.
+    """
+
+    def __init__(
+        self,
+        target: cluster.Cluster,
+        users: Sequence[int],
+        rng: random.Random,
+        publisher: Publisher,
+        rate: float = 50.0,
+    ) -> None:
+        self.answers: list[Answer] = []
+        self.publisher = publisher
+        self._target = target
+        self._users = users
+        self._rng = rng
+        self._rate = rate
+
+    async def run(self) -> None:
+        """Ask until cancelled; a slow answer delays no other question."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=50)
+        async with (
+            httpx.AsyncClient(timeout=_ASK_S, limits=limits) as client,
+            asyncio.TaskGroup() as group,
+        ):
+            next_s = time.monotonic()
+            while True:
+                for instance in self._target.instances:
+                    next_s = max(next_s + 1 / self._rate, time.monotonic() - 1)
+                    await asyncio.sleep(next_s - time.monotonic())
+                    url = f"http://127.0.0.1:{instance.port}/predict"
+                    group.create_task(self._ask(client, url))
+
+    async def _ask(self, client: httpx.AsyncClient, url: str) -> None:
+        question, payment = self._question()
+        sent_s, status, body = time.time(), 0, {}
+        try:
+            answer = await client.post(url, json=question)
+            status, body = answer.status_code, answer.json()
+        except httpx.TimeoutException:
+            status = -1
+        except httpx.TransportError:
+            pass
+        self.answers.append(Answer(sent_s, time.time(), question["user_id"], payment, status, body))
+
+    def _question(self) -> tuple[dict[str, Any], Payment | None]:
+        rng, draw, now = self._rng, self._rng.random(), now_ms()
+        user_id = rng.choice(self._users)
+        if draw < 0.6:
+            return {"user_id": user_id}, None
+        if draw < 0.7:
+            return {"user_id": user_id, "timestamp": stamp(now - rng.randrange(5_000))}, None
+        payment = Payment(user_id, f"q{rng.getrandbits(64)}", now, rng.randrange(1_000_000))
+        if draw < 0.85 and self.publisher.recent:
+            payment = rng.choice(self.publisher.recent)
+            if payment.at_ms > now:
+                payment = payment._replace(at_ms=now)
+        return payment.document(), payment
