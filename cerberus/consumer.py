@@ -124,6 +124,7 @@ class Consumer:
         self._parts.clear()
         self._parked.clear()
         self._fresh.clear()
+        self._judged.clear()
         try:
             if not await self._connect(progress):
                 return
@@ -426,7 +427,12 @@ class Consumer:
             known = self._client.partitions_for_topic(self._topic) or ()
             # Where there are more, records wait that nobody reads yet.
             if len(known) == self._count:
-                self._marks = {tp: (end, asked_ms) for tp, end in ends.items()}
+                self._marks = {
+                    # An open transaction hides what stands behind it from the end that was asked.
+                    tp: (max(end, self._client.highwater(tp) or 0), asked_ms)
+                    for tp, end in ends.items()
+                    if tp in self._parts
+                }
 
     async def _restore(self, progress: supervision.Progress) -> None:
         """Write the partitions' states; where Redis has lost a state or a trail, it has lost rows.

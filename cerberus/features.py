@@ -50,7 +50,8 @@ class PartitionState:
     Attributes:
         epoch: As in `Fence`.
         offset: Where the owner stands.
-        state: "live", "replaying" (windows up to the commit) or "rebuilding" (a new epoch).
+        state: "live", "replaying" (windows up to the commit), "rebuilding" (a new epoch) or
+            "restoring" (what the store has lost).
         caught_up_ms: Wall clock at which the owner last stood at the log's end.
         known_from_ms: Events at or before this time may be missing, because the log began later.
         progress: Share of the replay that is done, 0..1.
@@ -79,8 +80,9 @@ class PartitionState:
 
     @classmethod
     def unpack(cls, value: bytes) -> "PartitionState":
-        """Read what `pack` wrote."""
-        return cls(**orjson.loads(value))
+        """Read what `pack` wrote, of a later version too."""
+        told = orjson.loads(value)
+        return cls(**{name: told[name] for name in cls.__slots__ if name in told})
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ _REFUSED = (
     asyncpg.InvalidPasswordError,
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidCatalogNameError,
+    asyncpg.ClientConfigurationError,
 )
 _DOWN = (
     OSError,
@@ -92,9 +93,11 @@ WHERE excluded.fence_epoch > d.fence_epoch
 """
 
 _EPOCH = """
-INSERT INTO log_epochs AS l (topic, cluster, partitions) VALUES ($1, $2, $3)
+INSERT INTO log_epochs AS l (topic, cluster, partitions, epoch)
+VALUES ($1, $2, $3, extract(epoch FROM clock_timestamp())::bigint)
 ON CONFLICT (topic) DO UPDATE SET
-    epoch = nextval('log_epoch'), cluster = excluded.cluster, partitions = excluded.partitions
+    epoch = greatest(l.epoch + 1, excluded.epoch), cluster = excluded.cluster,
+    partitions = excluded.partitions
 WHERE l.cluster <> excluded.cluster OR l.partitions <> excluded.partitions OR l.epoch = $4
 RETURNING epoch
 """
@@ -401,7 +404,9 @@ class OfflineStore:
         try:
             await self._pool.release(connection, timeout=2)
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-            connection.terminate()
+            # The pool ends it by itself when the release took too long.
+            with contextlib.suppress(asyncpg.InterfaceError):
+                connection.terminate()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Commands are those of Redis 6.2.
 """
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -74,8 +75,8 @@ return 1
 # (-1); an empty one is not asked for.
 _FENCED = """
 local stored = redis.call('HGET', KEYS[1], ARGV[1])
-if stored then
-  local s = cjson.decode(stored)
+local readable, s = pcall(cjson.decode, stored)
+if stored and readable then
   local e, o = tonumber(ARGV[2]), tonumber(ARGV[3])
   if s.epoch > e or (s.epoch == e and s.offset > o) then return 0 end
 end
@@ -89,7 +90,7 @@ return 1
 """
 # Further ARGV: state as JSON, whether to make what is not there, the number of partitions.
 _WRITE_STATE = f"""{_FENCED}
-if not stored and ARGV[7] == '0' then return -1 end
+if not (stored and readable) and ARGV[7] == '0' then return -1 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[6], 'count', ARGV[8])
 return 1
 """
@@ -132,9 +133,16 @@ def options(config: settings.Settings) -> dict[str, Any]:
 
 
 def connect(config: settings.Settings) -> "redis.asyncio.Redis | redis.asyncio.RedisCluster":
-    """Make the shared pool; nothing is sent yet."""
+    """Make the shared pool; nothing is sent yet.
+
+    Raises:
+        ConfigError: The address has a parameter that no client knows.
+    """
     client = redis.asyncio.RedisCluster if config.redis_cluster else redis.asyncio.Redis
-    return client(**options(config))
+    try:
+        return client(**options(config))
+    except (TypeError, ValueError) as error:
+        raise errors.ConfigError(f"REDIS_URL: {error}") from error
 
 
 class OnlineStore:
@@ -427,10 +435,13 @@ def _readable(
 
 
 def _states(found: Mapping[bytes, bytes]) -> dict[int, features.PartitionState]:
-    """Read the states; a topic that was made anew with fewer partitions leaves some behind."""
-    count = int(found.get(b"count", 0))
-    return {
-        int(field): features.PartitionState.unpack(value)
-        for field, value in found.items()
-        if field.isdigit() and int(field) < count
-    }
+    """Read the states; one that is broken counts as gone, and its owner makes it anew.
+
+    A topic that was made anew with fewer partitions leaves some behind.
+    """
+    told, count = {}, int(found.get(b"count", 0))
+    for field, value in found.items():
+        if field.isdigit() and int(field) < count:
+            with contextlib.suppress(ValueError, TypeError):
+                told[int(field)] = features.PartitionState.unpack(value)
+    return told

@@ -114,6 +114,9 @@ async def send(config: settings.Settings, lines: Iterable[bytes]) -> int:
             continue
         try:
             transaction = transactions.decode(line, config.currency)
+            ahead_ms = transaction.event_ms - _now_ms()
+            if ahead_ms > config.max_future_skew_ms:
+                raise errors.InvalidTransaction("timestamp", f"lies {ahead_ms} ms in the future")
         except errors.InvalidTransaction as error:
             raise errors.InvalidTransaction(
                 f"line {number}: {error.field}", error.reason
@@ -134,7 +137,7 @@ async def _client(config: settings.Settings) -> AsyncIterator[Any]:
             await client.start()
         yield client
     except (TimeoutError, OSError, KafkaError) as error:
-        raise errors.StoreUnavailable(f"Kafka took no transactions: {error!r}") from error
+        raise errors.StoreUnavailable(f"Kafka did not take all transactions: {error!r}") from error
     finally:
         await kafka.stop(client)
 

@@ -48,7 +48,15 @@ def clean(directory: pathlib.Path = DIRECTORY) -> None:
     Raises:
         ServerUnavailable: It is running.
     """
+    if directory.exists():
+        _end_service(process.Site(directory.resolve(), os.environ, _say))
     stack.clean(directory)
+
+
+def _end_service(site: process.Site) -> None:
+    left = process.Process("service", site).end_leftover(lambda found: _APP in found.cmdline())
+    if left:
+        site.tell("service", f"ended process {left}, left by a run that was killed")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -196,9 +204,7 @@ def _serve(
     pool: concurrent.futures.Executor,
 ) -> int:
     service = process.Process("service", site)
-    left = service.end_leftover(lambda candidate: _APP in candidate.cmdline())
-    if left:
-        site.tell("service", f"ended process {left}, left by a run that was killed")
+    _end_service(site)
     port = _free_port(wanted, site)
     command = [sys.executable, "-m", "uvicorn", _APP, "--host", "127.0.0.1", "--port", str(port)]
     # In a thread: an interrupt between fork and bookkeeping would leave it behind.

@@ -275,16 +275,19 @@ def _kafka(read: _Reader) -> Kafka:
     addresses = read.words(name)
     if not addresses:
         raise errors.ConfigError("KAFKA_BROKER is not set: give host:port of a Kafka broker")
-    bootstrap, schemes = [], set()
+    bootstrap: list[str] = []
+    schemes = set()
     for address in addresses:
         url = urllib.parse.urlsplit(address if "://" in address else f"kafka://{address}")
         try:
             host, port = url.hostname, url.port or 9092
         except ValueError:
             host, port = None, 0
-        if not host or url.scheme not in ("kafka", "kafka+ssl"):
+        if not host or url.scheme not in ("kafka", "kafka+ssl") or "@" in url.netloc:
+            # Not the address itself: it may hold a password.
             raise errors.ConfigError(
-                f"{name}: {address!r} is not host:port or kafka+ssl://host:port"
+                f"{name}: address {len(bootstrap) + 1} is not host:port or kafka+ssl://host:port; "
+                "a user name and a password belong in KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD"
             )
         bootstrap.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         schemes.add(url.scheme)
@@ -292,7 +295,9 @@ def _kafka(read: _Reader) -> Kafka:
         raise errors.ConfigError(f"{name} mixes kafka:// and kafka+ssl://; use one of them")
     return Kafka(
         bootstrap=tuple(bootstrap),
-        prefix=read.text("KAFKA_PREFIX"),
+        prefix=read.matching(
+            "KAFKA_PREFIX", "[A-Za-z0-9._-]{0,200}", "letters, digits, dots, dashes, underscores"
+        ),
         tls=schemes == {"kafka+ssl"},
         ca_pem=read.text("KAFKA_TRUSTED_CERT"),
         client_pem=(read.text("KAFKA_CLIENT_CERT"), read.text("KAFKA_CLIENT_CERT_KEY")),

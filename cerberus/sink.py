@@ -202,6 +202,8 @@ class Sink:
         if len(key or b"") + len(value or b"") > _DEAD_LETTER_BYTES:
             headers.append(("omitted", b"too long to be copied: read it where the headers say"))
             key = value = None
+        if key is None and value is None:
+            value = b""  # aiokafka sends no record without both
         topic = self._config.kafka.topic(kafka.DEAD_LETTERS)
         return await self._producer.send(topic, value, key=key, headers=headers)
 

@@ -323,7 +323,9 @@ class Supervisor:
 
     def _bearable(self, task: _Task, fault: _Fault) -> bool:
         task.last_error = fault.reason
-        log.error("failed: %s", fault.reason, exc_info=fault.error, extra={"action": "task_failed"})
+        # A wrong setting is a sentence, not a traceback.
+        trace = None if isinstance(fault.error, errors.ConfigError) else fault.error
+        log.error("failed: %s", fault.reason, exc_info=trace, extra={"action": "task_failed"})
         if fault.error is not None and _group(fault.error).split(AWAY)[1] is None:
             return True
         now = self._clock()

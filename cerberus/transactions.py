@@ -8,6 +8,7 @@ Unix epoch, and RFC 3339 in UTC outside.
 import datetime
 import functools
 import hashlib
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ import orjson
 
 from cerberus import errors
 
-MAX_AMOUNT_MINOR = 10**13
+MAX_AMOUNT_MINOR = 10**12
 MAX_USER_ID = 2**63 - 1
 MAX_TEXT = 128
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MS = datetime.timedelta(milliseconds=1)
+_RFC_3339 = re.compile(
+    r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
+)
 _YEAR_2200_MS = 7_258_118_400_000
 
 
@@ -214,8 +218,8 @@ def parse_currency(document: Mapping[str, Any], currency: str) -> str:
     Raises:
         InvalidTransaction: naming the field.
     """
-    value = document.get("currency", currency)
-    if value != currency:
+    value = document.get("currency")
+    if value not in (None, currency):
         raise errors.InvalidTransaction(
             "currency", f"must be {currency}, the currency of this deployment"
         )
@@ -229,7 +233,8 @@ def parse_timestamp(document: Mapping[str, Any]) -> int:
         InvalidTransaction: naming the field.
     """
     value = document.get("timestamp")
-    if not isinstance(value, str) or len(value) < 20 or value[10] not in "Tt ":
+    # What fromisoformat takes beyond this differs between Python's versions.
+    if not isinstance(value, str) or not _RFC_3339.fullmatch(value):
         raise errors.InvalidTransaction(
             "timestamp", "must be RFC 3339 such as 2026-01-31T12:00:00.000Z"
         )

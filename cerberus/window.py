@@ -114,7 +114,7 @@ class UserWindow:
     order and needs no set of identities.
     """
 
-    __slots__ = ("_base", "_head", "ids", "merchants", "times", "totals")
+    __slots__ = ("_head", "ids", "merchants", "times", "totals")
 
     def __init__(self) -> None:
         self.times = array("q")
@@ -122,7 +122,6 @@ class UserWindow:
         self.ids = array("Q")
         self.merchants = array("I")
         self._head = 0
-        self._base = 0
 
     def __len__(self) -> int:
         return len(self.times) - self._head
@@ -133,7 +132,7 @@ class UserWindow:
         return self.times[-1] if self.times else 0
 
     def _total_before(self, index: int) -> int:
-        return self.totals[index - 1] if index else self._base
+        return self.totals[index - 1] if index else 0
 
     def insert(self, event: Event) -> Outcome:
         """Add one event unless its identity is here. Cost: O(1) in order, else O(log n + late)."""
@@ -141,7 +140,7 @@ class UserWindow:
         times, totals, ids = self.times, self.totals, self.ids
         size = len(times)
         if size == self._head or event_ms > times[-1]:
-            totals.append((totals[-1] if size else self._base) + amount_minor)
+            totals.append((totals[-1] if size else 0) + amount_minor)
             times.append(event_ms)
             ids.append(id_hash)
             self.merchants.append(merchant)
@@ -176,7 +175,8 @@ class UserWindow:
             return
         head = self._head = bisect_right(self.times, until_ms, self._head)
         if head >= _COMPACT_AT and head * 2 >= len(self.times):
-            self._base = self.totals[head - 1]
+            # Totals begin again at zero, or a busy user's would leave 64 bits one day.
+            np.frombuffer(self.totals, np.int64)[:] -= self.totals[head - 1]
             for column in (self.times, self.totals, self.ids, self.merchants):
                 del column[:head]
             self._head = 0

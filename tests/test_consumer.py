@@ -7,7 +7,7 @@ import signal
 
 import orjson
 import pytest
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
 from pipeline import live, now_ms, payment, running, until, world
 
@@ -348,3 +348,58 @@ async def test_while_a_partition_replays_its_users_are_answered_and_doubted(here
             assert all(0 <= s < 60 for s in remaining.values())
     assert "replaying" in seen
     assert any(0 < share < 1 for share in progress)
+
+
+async def test_a_record_too_large_to_be_copied_is_described_and_one_without_anything_kept(here):
+    at, key = now_ms() - 5_000, transactions.key(1000)
+    topic = here.config.kafka.topic(kafka.TRANSACTIONS)
+    await here.kafka.send_and_wait(topic, b"x" * 950_000, key=key, timestamp_ms=at)
+    await here.kafka.send_and_wait(topic, b"", key=None, timestamp_ms=at)
+    async with running(one := here.consumer()):
+        await drained(here, one)
+    letters = [r for rs in (await here.log(kafka.DEAD_LETTERS)).values() for r in rs]
+    assert sorted((len(r.value), "omitted" in dict(r.headers)) for r in letters) == [
+        (0, False),
+        (0, True),
+    ]
+
+
+async def test_what_stands_behind_an_open_transaction_is_doubted(here):
+    at = now_ms() - 5_000
+    name = here.config.kafka.topic(kafka.TRANSACTIONS)
+    writer = AIOKafkaProducer(
+        bootstrap_servers=here.config.kafka.bootstrap, transactional_id=f"{name}.test"
+    )
+    await writer.start()
+    async with running(one := here.consumer()):
+        await drained(here, one)
+        await writer.begin_transaction()
+        await writer.send_and_wait(name, payment(1, 1000, at), key=b"1000", timestamp_ms=at)
+        await here.publish([(1000, payment(2, 1000, at + 1), at + 1)])
+
+        async def doubted():
+            return "stale" in (await here.read(1000, now_ms())).degraded
+
+        await until(doubted, "what is hidden is doubted")
+        assert one.lag()[transactions.partition_of(1000, PARTITIONS)] > 0
+        await writer.commit_transaction()
+        await asyncio.sleep(1.2)
+        await drained(here, one)
+        assert (await here.read(1000, now_ms())).stats[0].count == 2
+    await writer.stop()
+
+
+async def test_a_broken_state_harms_no_reader_and_is_mended(here):
+    at = now_ms() - 5_000
+    await here.publish([(u, payment(u, u, at), at) for u in USERS])
+    async with running(one := here.consumer()):
+        await drained(here, one)
+        key = f"cerberus:partitions:{here.config.kafka.topic(kafka.TRANSACTIONS)}"
+        await here.redis.hset(key, "0", "garbage")
+        assert all([await here.read(user, now_ms()) for user in USERS])
+
+        async def mended():
+            return all([(await here.read(user, now_ms())).degraded == () for user in USERS])
+
+        await until(mended, "the state is whole again")
+        assert not one.problems

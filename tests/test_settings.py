@@ -1,6 +1,6 @@
 import pytest
 
-from cerberus import errors, settings
+from cerberus import errors, online, settings
 
 BASE = {
     "KAFKA_BROKER": "127.0.0.1:9092",
@@ -26,6 +26,8 @@ def test_a_missing_address_is_named(missing):
     [
         ("KAFKA_BROKER", "http://x"),
         ("KAFKA_BROKER", "h:99999"),
+        ("KAFKA_BROKER", "user:sesame@h:1"),
+        ("KAFKA_PREFIX", "bad topic/"),
         ("REDIS_URL", "http://x"),
         ("REDIS_URL", "redis://h:port"),
         ("REDIS_TLS_VERIFY", "no"),
@@ -48,6 +50,20 @@ def test_a_missing_address_is_named(missing):
 def test_a_wrong_value_is_named(name, value):
     with pytest.raises(errors.ConfigError, match=name):
         settings.load({**BASE, name: value})
+
+
+@pytest.mark.parametrize("broker", ["https://user:sesame@h:1", "user:sesame@h:1"])
+def test_a_secret_in_a_wrong_address_is_not_repeated(broker):
+    with pytest.raises(errors.ConfigError) as caught:
+        settings.load(BASE | {"KAFKA_BROKER": broker})
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize("parameter", ["bogus=1", "socket_timeout=abc"])
+def test_a_parameter_that_redis_does_not_know_is_a_setting_s_fault(parameter):
+    config = settings.load(BASE | {"REDIS_URL": f"redis://h?{parameter}"})
+    with pytest.raises(errors.ConfigError, match="REDIS_URL"):
+        online.connect(config)
 
 
 def test_a_platform_s_addresses_are_understood():

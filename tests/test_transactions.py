@@ -57,6 +57,9 @@ def test_decode_reads_back_what_encode_wrote(transaction):
         ("timestamp", 1738324800),
         ("timestamp", "2026-01-31T12:00:00"),
         ("timestamp", "2026-02-30T12:00:00Z"),
+        ("timestamp", "2026-W48-2T22:00:00Z"),
+        ("timestamp", "2026-01-31T22+00:00:00"),
+        ("timestamp", "2026-01-31T22:00:00,5Z"),
         ("timestamp", "1969-12-31T23:59:59Z"),
     ],
 )

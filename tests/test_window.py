@@ -196,3 +196,11 @@ def test_a_user_with_all_events_and_all_users_with_one_are_both_exact(users):
     for user_id in (0, users // 2, users - 1):
         assert summary(windows.stats(user_id, windows.frontier_ms)) == [(each, each * 100)]
     assert len(windows) == users
+
+
+def test_a_user_may_pay_more_than_64_bits_hold_as_long_as_the_window_does_not():
+    user, amount = window.UserWindow(), 2**55
+    for i in range(1_000):
+        assert user.insert(window.Event(i, amount, i, 0)) is window.Outcome.ACCEPTED
+        user.evict(i - 10)
+        assert user.stats(i - 5, i) == window.WindowStats(min(i + 1, 5), min(i + 1, 5) * amount)

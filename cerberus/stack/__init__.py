@@ -88,7 +88,7 @@ def servers(
 
 
 def clean(directory: pathlib.Path) -> None:
-    """Remove a stack's data and logs, wherever they are.
+    """End what a killed run left behind, then remove a stack's data and logs, wherever they are.
 
     Raises:
         ServerUnavailable: It is running.
@@ -96,7 +96,15 @@ def clean(directory: pathlib.Path) -> None:
     directory = directory.resolve()
     if directory.exists():
         with _alone(directory):
-            shutil.rmtree(postgres.home(directory), ignore_errors=True)
+            home = postgres.home(directory)
+            places = (directory, home)
+            site = process.Site(directory, os.environ)
+            for name in _VARIABLES:
+                process.Process(name, site).end_leftover(
+                    lambda found: any(pathlib.Path(found.cwd()).is_relative_to(p) for p in places),
+                    (home / "data" / "postmaster.pid",) if name == "postgres" else (),
+                )
+            shutil.rmtree(home, ignore_errors=True)
             shutil.rmtree(directory)
 
 
