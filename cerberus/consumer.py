@@ -225,8 +225,12 @@ class Consumer:
         self._count = resolved.count
         for tp, part in resolved.parts.items():
             self._parts[tp], self._since_s[tp] = part, time.monotonic()
-            if (last := told.get(part.number)) is not None:
+            last = told.get(part.number)
+            if last is not None:
                 part.caught_up_ms = max(part.caught_up_ms, last.caught_up_ms)
+            if last is None or last.state == "restoring":
+                # What the owner before has not finished is not told by the trail.
+                part.restoring, self._scores_lost = True, None
             self._client.seek(tp, part.offset)
             log.info(
                 "partition %d: epoch %d, reads from %d, silent below %d",
@@ -442,13 +446,10 @@ class Consumer:
         loaded again, too, it stays "restoring".
         """
         due = time.monotonic() - self._resent_s >= self._config.resend_s
-        if (lost := await self._write_states()) or self._scores_lost is None:
-            self._scores_lost = await self._offline.has_served_scores()
-        if self._scores_lost:
-            self._scores_lost = await self._online.materialized_ms() is None
-        for part in self._parts.values():
-            part.unloaded = self._scores_lost
-        if lost:
+        if self._scores_lost is not False:
+            await self._look_for_scores()
+        if lost := await self._write_states():
+            await self._look_for_scores()
             await self._online.write_states(self._count, self.states(), create=True)
         for part in list(self._parts.values()):
             if part.replaying or not (due or part.restoring):
@@ -463,6 +464,13 @@ class Consumer:
             self._resent_s = time.monotonic()
         if lost:
             await self._write_states()
+
+    async def _look_for_scores(self) -> None:
+        self._scores_lost = (
+            await self._online.materialized_ms() is None and await self._offline.has_served_scores()
+        )
+        for part in self._parts.values():
+            part.unloaded = self._scores_lost
 
     async def _write_states(self) -> bool:
         """Write the states and say whether Redis has lost rows."""

@@ -223,7 +223,8 @@ class OfflineStore:
         """Return the epoch of a topic's present life.
 
         It rises when the cluster or the number of partitions changes, and when the caller has
-        seen that epoch `ended` is over (several callers may; it rises once).
+        seen that epoch `ended` is over (several callers may; it rises once). It follows the clock,
+        so that a database which lost its data goes on above the fences that Redis has kept.
         """
         async with self._connection() as connection:
             risen = await connection.fetchval(_EPOCH, topic, cluster, partitions, ended)

@@ -83,7 +83,7 @@ class Instance:
     def __init__(self, name: str, site: process.Site, environ: Mapping[str, str], app: str) -> None:
         self.name = name
         self.port = ports.assign({name: 0}, site.directory / f"{name}.ports.json")[name]
-        self.up = False
+        self.up = self._started = False
         self._process = process.Process(name, site)
         self._environ = environ
         self._command = [sys.executable, "-m", "uvicorn", app, "--port", str(self.port)]
@@ -103,7 +103,7 @@ class Instance:
     def start(self) -> None:
         """Start it; it serves some seconds later."""
         self._process.start(self._command, _ROOT, self._environ)
-        self.up = True
+        self.up = self._started = True
 
     def pause(self) -> None:
         """Stop it where it stands."""
@@ -117,8 +117,10 @@ class Instance:
 
     def kill(self) -> None:
         """End it at once, by SIGKILL."""
-        self.up = False
-        self._process.stop(0)
+        if self._started:
+            self._process.kill(signal.SIGKILL)
+            self._process.stop()
+        self.up = self._started = False
 
     def end(self) -> int | None:
         """Ask it to end and return its status; None when it had to be killed after 30 s."""
@@ -128,7 +130,7 @@ class Instance:
         while self.status is None and time.monotonic() < end_s:
             time.sleep(0.05)
         status = self.status
-        self._process.stop(0)
+        self.kill()
         return status
 
 
@@ -274,7 +276,7 @@ async def opened(
     environ = {**environ, **SETTINGS, **more}
     config = settings.load(environ)
     spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
-    plan = _pin_model(config, spans)
+    plan = pin_model(config, spans)
     site = process.Site(directory, environ, lambda line: None)
     redis = online.connect(config)
     async with offline.connect(config) as pool, redis:
@@ -302,7 +304,8 @@ async def opened(
                 instance.kill()
 
 
-def _pin_model(config: settings.Settings, spans: window.Spans) -> feast_layout.Plan:
+def pin_model(config: settings.Settings, spans: window.Spans) -> feast_layout.Plan:
+    """Train a small model where the settings want one, and write the plan beside it."""
     training.train(
         training.Plan(spans=config.spans, events=3_000), config.model_path, lambda _: None
     )

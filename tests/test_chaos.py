@@ -1,0 +1,187 @@
+"""Exactness under fire, in a minute; and that the harness sees when a rule is removed."""
+
+import asyncio
+import contextlib
+import random
+
+import pytest
+
+from chaos import cluster, compare, runs, traffic
+
+pytestmark = [pytest.mark.anyio, pytest.mark.servers, pytest.mark.timeout(240)]
+FAULTS = (
+    "kill",
+    "redis without power",
+    "pause",
+    "partition added",
+    "postgres killed",
+    "kill",
+    "redis flushed",
+    "broker restarted",
+)
+# Each removes one rule of the service and nothing else.
+REMOVED = {
+    "the fence": """
+import re
+from cerberus import offline, online
+online._WRITE_ROW = "redis.call('HSET', KEYS[1], unpack(ARGV, 5)) return 1"
+offline._WRITE_STATS = re.sub("WHERE .*", "", offline._WRITE_STATS)
+""",
+    "the epoch": """
+from cerberus import offline
+async def epoch(self, cluster, topic, partitions, *, ended=None):
+    return 1
+offline.OfflineStore.epoch = epoch
+""",
+    "half of the replay": """
+from cerberus import assignment
+start = assignment.Resolver._start
+async def half(self, client, log):
+    found = await start(self, client, log)
+    return found if log.commit is None else (found + log.commit.offset) // 2
+assignment.Resolver._start = half
+""",
+    "a clock for each partition": """
+from cerberus import window
+clock = [0]
+observe = window.PartitionWindows.observe
+def shared(self, transaction):
+    clock[0] = max(clock[0], transaction.event_ms)
+    self.frontier_ms = clock[0] - 1
+    self.lower_ms = self.frontier_ms - self._keep_ms
+    return observe(self, transaction)
+window.PartitionWindows.observe = shared
+""",
+    "the time in an identity": """
+from cerberus import transactions, window
+full = transactions.id_hash64
+transactions.id_hash64 = lambda user_id, name, event_ms: full(user_id, name, 0)
+insert = window.UserWindow.insert
+def alone(self, event):
+    known = event.id_hash64 in self.ids[self._head :]
+    return window.Outcome.DUPLICATE if known else insert(self, event)
+window.UserWindow.insert = alone
+""",
+}
+
+
+@contextlib.asynccontextmanager
+async def opened(servers, environ, directory, without=None, instances=1):
+    """Open a cluster whose instances lack a rule."""
+    app = cluster.APP
+    if without is not None:
+        source = f"{REMOVED[without]}\nfrom cerberus.app import app\n"
+        (directory / "without.py").write_text(source)
+        app = "without:app"
+    async with cluster.opened(
+        servers, environ, directory, users=runs.USERS, instances=instances, app=app, credit=False
+    ) as target:
+        yield target
+
+
+async def test_a_minute_under_fire_loses_nothing_and_counts_nothing_twice(
+    servers, environ, new_directory
+):
+    plan = runs.Plan(20_000, FAULTS, reborn=2_000, seed=11)
+    async with opened(servers, environ, new_directory(), instances=3) as target:
+        told = await runs.run(target, plan, print)
+    assert told.differences == []
+    assert told.outcomes["exact"] > 100
+    assert told.events >= 21_500
+
+
+async def lives_through(target, *, reborn):
+    """Let one instance work off a backlog, be killed, work off another; then compare."""
+    [one], rng = target.instances, random.Random(5)
+    now = traffic.now_ms()
+    one.start()
+    for part, (from_ms, until_ms) in enumerate(((100_000, 50_000), (50_000, 0))):
+        publisher = traffic.Publisher(target, range(1_000, 1_040), 1_000, rng, f"{part}-")
+        await publisher.backlog(now - from_ms, now - until_ms)
+        await cluster.until(target.drained, "all is stored", 60)
+        one.kill()
+        one.start()
+    await cluster.until(target.answer, "it serves again", 60)
+    lives = [await compare.read_log(target)]
+    if reborn:
+        await target.recreate_topic()
+        publisher = traffic.Publisher(target, range(1_000, 1_040), 300, rng, "r")
+        await publisher.backlog(now, now + 3_000)
+        with contextlib.suppress(TimeoutError):  # without epochs its state is refused for ever
+            await cluster.until(target.drained, "all is stored", 8)
+        lives.append(await compare.read_log(target))
+    return (await compare.stores(target, lives)).differences
+
+
+async def test_the_rules_hold_and_the_comparison_finds_nothing(servers, environ, new_directory):
+    async with opened(servers, environ, new_directory()) as target:
+        assert await lives_through(target, reborn=True) == []
+
+
+@pytest.mark.parametrize("rule", [rule for rule in REMOVED if rule != "the fence"])
+async def test_a_rule_that_is_removed_is_found(servers, environ, new_directory, rule):
+    async with opened(servers, environ, new_directory(), rule) as target:
+        assert await lives_through(target, reborn=rule == "the epoch")
+
+
+async def zombie_comes_back(target, *, sessions):
+    """Stop an owner for some sessions while another takes over, let it go on; look at each row.
+
+    Returns what was wrong: rows that are not the oracle's at their fence or older than one shown
+    before, and what is wrong in the stores once all is over.
+    """
+    users = range(1_000, 1_400)
+    one, two = target.instances
+    one.start()
+    await cluster.until(target.live, "the first instance owns all", 60)
+    publisher = traffic.Publisher(target, users, 100_000, random.Random(3))
+    publisher.rate = 400.0
+    seen, wrong = {}, []
+
+    async def look():
+        newest = {}
+        while True:
+            for row in await target.online.read(users, 0, 5.0):
+                if row.recent is None:
+                    continue
+                fence = row.recent.fence
+                if newest.setdefault(row.user_id, fence) > fence:
+                    wrong.append(f"{row.user_id}: {fence} after {newest[row.user_id]}")
+                newest[row.user_id] = max(fence, newest[row.user_id])
+                seen[row.user_id, fence] = row.recent
+            await asyncio.sleep(0.1)
+
+    async with runs.beside(publisher.run()), runs.beside(look()):
+        await asyncio.sleep(2)
+        one.pause()
+        two.start()
+        stopped_s = traffic.now_ms() / 1000
+        await cluster.until(lambda: target.live(stopped_s), "the other has taken over", 60)
+        slept_s = traffic.now_ms() / 1000 - stopped_s
+        await asyncio.sleep(max(0, sessions * cluster.SESSION_S - slept_s))
+        one.resume()
+        await asyncio.sleep(4)
+        publisher.total = publisher.sent
+        await cluster.until(target.drained, "all is stored", 60)
+        await asyncio.sleep(1)
+    log = await compare.read_log(target)
+    for (user_id, fence), recent in seen.items():
+        (expected, _), got = compare.packed(log[recent.partition], user_id, recent)
+        if expected != got:
+            wrong.append(f"{user_id} at {fence}: expected {expected}, found {got}")
+    assert len(seen) > 1_000
+    one.kill()
+    two.kill()
+    two.start()  # from the commits alone: what they pass over would be missing
+    await cluster.until(target.drained, "all is stored", 60)
+    return wrong + (await compare.stores(target, [log])).differences
+
+
+async def test_a_zombie_shows_nothing_wrong_and_loses_nothing(servers, environ, new_directory):
+    async with opened(servers, environ, new_directory(), instances=2) as target:
+        assert await zombie_comes_back(target, sessions=3) == []
+
+
+async def test_a_zombie_without_a_fence_is_found(servers, environ, new_directory):
+    async with opened(servers, environ, new_directory(), "the fence", instances=2) as target:
+        assert await zombie_comes_back(target, sessions=1.5)
