@@ -228,7 +228,7 @@ class Consumer:
             last = told.get(part.number)
             if last is not None:
                 part.caught_up_ms = max(part.caught_up_ms, last.caught_up_ms)
-            if last is None or last.state == "restoring":
+            if last is None or last.state != "live":
                 # What the owner before has not finished is not told by the trail.
                 part.restoring, self._scores_lost = True, None
             self._client.seek(tp, part.offset)

@@ -23,6 +23,8 @@ METADATA_MS = 1_000
 """How long a new partition, or a topic that was made anew, may go unnoticed."""
 _TOPIC_EXISTS = 36
 _CALL_S = 15.0
+_PAUSE_S = 0.1
+_stopping: set["asyncio.Task[None]"] = set()
 
 
 @contextlib.asynccontextmanager
@@ -140,7 +142,7 @@ async def advise_retention(config: settings.Settings, keep_ms: int) -> str | Non
 
 def consumer(config: settings.Settings) -> "aiokafka.AIOKafkaConsumer":
     """Build the group's consumer; nothing is committed or skipped by itself."""
-    return aiokafka.AIOKafkaConsumer(
+    client = aiokafka.AIOKafkaConsumer(
         **config.kafka.client_options(),
         group_id=config.kafka.topic(GROUP),
         enable_auto_commit=False,
@@ -154,24 +156,57 @@ def consumer(config: settings.Settings) -> "aiokafka.AIOKafkaConsumer":
         metadata_max_age_ms=METADATA_MS,
         request_timeout_ms=20_000,
     )
+    _pause_between_questions(client._client)
+    return client
 
 
 def producer(config: settings.Settings, linger_ms: int = 5) -> "aiokafka.AIOKafkaProducer":
-    """Build an idempotent producer. Build a new one after a send error.
+    """Build a producer that waits for all replicas. Build a new one after a send error.
 
-    An idempotent aiokafka producer fails its next send after one refused record.
+    Not an idempotent one: aiokafka's never lets go of a record while no broker answers, and fails
+    its next send after one refused record. A record that is sent twice is one identity, or one
+    name, and counts once.
     """
-    return aiokafka.AIOKafkaProducer(
+    client = aiokafka.AIOKafkaProducer(
         **config.kafka.client_options(),
-        enable_idempotence=True,
+        acks="all",
         compression_type="lz4",
         linger_ms=linger_ms,
         request_timeout_ms=10_000,
     )
+    _pause_between_questions(client.client)
+    return client
+
+
+def _pause_between_questions(inner: Any) -> None:
+    """Make a client wait after a question for metadata that no broker has answered.
+
+    aiokafka 0.14 repeats it thousands of times a second while a producer holds records whose
+    partition has no leader, as when a broker has just gone.
+    """
+    ask = inner._metadata_update
+
+    async def ask_patiently(*arguments: Any) -> bool:
+        answered: bool = await ask(*arguments)
+        if not answered:
+            await asyncio.sleep(_PAUSE_S)
+        return answered
+
+    inner._metadata_update = ask_patiently
 
 
 async def stop(client: Any) -> None:
-    """Stop a client within 5 s, whatever its brokers do."""
-    with contextlib.suppress(TimeoutError, OSError, KafkaError):
-        async with asyncio.timeout(5.0):
-            await client.stop()
+    """Stop a client; after 5 s without a broker it goes on stopping by itself.
+
+    A stop of aiokafka's that is cut off would leave tasks and connections behind for ever.
+    """
+    stopping = asyncio.create_task(client.stop())
+    _stopping.add(stopping)
+    stopping.add_done_callback(_stopped)
+    await asyncio.wait({stopping}, timeout=5.0)
+
+
+def _stopped(stopping: "asyncio.Task[None]") -> None:
+    _stopping.discard(stopping)
+    if not stopping.cancelled() and (error := stopping.exception()) is not None:
+        log.warning("a client stopped badly: %r", error, extra={"action": "client_stopped"})

@@ -187,7 +187,7 @@ class Sink:
                 sent += [await self._send_dead_letter(*refused) for refused in rejected]
                 await asyncio.gather(*sent)
         except (TimeoutError, OSError, KafkaError) as error:
-            # An idempotent producer fails its next send after one refused record.
+            # Or what it still holds would come between the records of the next attempt.
             await self.close()
             raise errors.StoreUnavailable(f"Kafka took no records: {error!r}") from error
 

@@ -80,6 +80,15 @@ class World:
             spans=self.spans,
         )
 
+    async def certain(self, user_id, as_of_ms):
+        """Evaluate a user's row once nothing about it is in doubt: a busy machine may be late."""
+
+        async def row():
+            found = await self.read(user_id, as_of_ms)
+            return found if found.degraded == () else None
+
+        return await until(row, f"user {user_id} is read without a doubt")
+
     async def log(self, topic=kafka.TRANSACTIONS):
         """Read a whole topic back, partition by partition, into oracles."""
         name = self.config.kafka.topic(topic)

@@ -14,7 +14,11 @@ pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
 
 async def test_no_part_makes_a_blocking_call_in_the_loop(environ):
-    changes = {"CERBERUS_RATE": "50", "CERBERUS_PARTITIONS": "2"}
+    changes = {
+        "CERBERUS_RATE": "50",
+        "CERBERUS_PARTITIONS": "2",
+        "CERBERUS_READ_TIMEOUT_MS": "10000",
+    }
     async with world(environ | changes) as here:
         with blockbuster_ctx() as watch:
             for function in watch.functions.values():

@@ -5,7 +5,9 @@ import contextlib
 import random
 
 import pytest
+from pipeline import world
 
+from cerberus import features, online, transactions, window
 from chaos import cluster, compare, runs, traffic
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers, pytest.mark.timeout(240)]
@@ -21,12 +23,6 @@ FAULTS = (
 )
 # Each removes one rule of the service and nothing else.
 REMOVED = {
-    "the fence": """
-import re
-from cerberus import offline, online
-online._WRITE_ROW = "redis.call('HSET', KEYS[1], unpack(ARGV, 5)) return 1"
-offline._WRITE_STATS = re.sub("WHERE .*", "", offline._WRITE_STATS)
-""",
     "the epoch": """
 from cerberus import offline
 async def epoch(self, cluster, topic, partitions, *, ended=None):
@@ -118,7 +114,7 @@ async def test_the_rules_hold_and_the_comparison_finds_nothing(servers, environ,
         assert await lives_through(target, reborn=True) == []
 
 
-@pytest.mark.parametrize("rule", [rule for rule in REMOVED if rule != "the fence"])
+@pytest.mark.parametrize("rule", REMOVED)
 async def test_a_rule_that_is_removed_is_found(servers, environ, new_directory, rule):
     async with opened(servers, environ, new_directory(), rule) as target:
         assert await lives_through(target, reborn=rule == "the epoch")
@@ -182,6 +178,21 @@ async def test_a_zombie_shows_nothing_wrong_and_loses_nothing(servers, environ, 
         assert await zombie_comes_back(target, sessions=3) == []
 
 
-async def test_a_zombie_without_a_fence_is_found(servers, environ, new_directory):
-    async with opened(servers, environ, new_directory(), "the fence", instances=2) as target:
-        assert await zombie_comes_back(target, sessions=1.5)
+async def test_an_older_row_wins_only_where_the_fence_is_removed(environ, monkeypatch):
+    at = traffic.now_ms()
+    async with world(environ) as here:
+        for removed in (False, True):
+            if removed:
+                monkeypatch.setattr(
+                    online, "_WRITE_ROW", "redis.call('HSET', KEYS[1], unpack(ARGV, 5)) return 1"
+                )
+            user = 1000 + removed
+            windows = window.PartitionWindows(here.spans)
+            windows.observe(transactions.Transaction("t", user, 100, "USD", "", at))
+            for offset in (10, 5):
+                fence = features.Fence(1, offset, at)
+                packed = features.pack(windows.user(user), fence, 0, windows.lower_ms, here.spans)
+                stats = windows.stats(user, at)
+                await here.online.write([online.StreamRow(user, packed, stats, fence, 0)])
+            [row] = await here.online.read([user], at, 5.0)
+            assert row.recent.fence.offset == (5 if removed else 10)

@@ -100,8 +100,7 @@ async def assert_rows_equal_the_log(here, oracles):
         told = oracles[transactions.partition_of(user, len(oracles))]
         for back_ms in (0, 1, 30_000, 119_000):
             as_of_ms = told.frontier - back_ms
-            row = await here.read(user, as_of_ms)
-            assert row.degraded == ()
+            row = await here.certain(user, as_of_ms)
             [stats] = row.stats
             assert (stats.count, stats.total_minor) == told.stats(user, as_of_ms)
 

@@ -87,8 +87,7 @@ async def assert_rows_equal_the_log(here):
     oracles = await here.oracles()
     for user in USERS:
         told = oracles[transactions.partition_of(user, len(oracles))]
-        row = await here.read(user, told.frontier)
-        assert row.degraded == ()
+        row = await here.certain(user, told.frontier)
         assert tuple(row.stats[0].__getstate__()) == told.stats(user, told.frontier)
 
 
@@ -288,8 +287,7 @@ async def test_a_partition_that_begins_anew_leaves_the_long_windows_of_others(en
             oracles = await here.oracles()
             for user in USERS:
                 told = oracles[transactions.partition_of(user, 2)]
-                row = await here.read(user, told.frontier)
-                assert row.degraded == ()
+                row = await here.certain(user, told.frontier)
                 assert row.stats[1].count == told.stats(user, told.frontier)[0]
 
 
@@ -327,3 +325,35 @@ async def test_a_replay_without_longer_windows_asks_postgres_nothing(here, monke
         await drained(here, two)
     assert two.counts["replayed"] > 0
     assert seeds == []
+
+
+@pytest.mark.parametrize("sends", [True, False])
+async def test_a_client_whose_broker_goes_neither_spins_nor_outlives_its_stop(
+    here, servers, caplog, sends
+):
+    await kafka.create_topics(here.config)
+    await here.kafka.stop()
+    before = asyncio.all_tasks()
+    client = (kafka.producer if sends else kafka.consumer)(here.config)
+    topic = here.config.kafka.topic(kafka.DECISIONS)
+    if not sends:
+        client.subscribe([topic])
+    await client.start()
+    if sends:
+        await client.send_and_wait(topic, b"{}", key=b"1")
+    # Politely: before it goes, it says that its partitions have no leader now.
+    stopping = asyncio.create_task(asyncio.to_thread(servers.kafka.stop))
+    try:
+        while not stopping.done():
+            if sends:
+                sent = await client.send(topic, b"{}", key=b"1")
+                sent.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(2)
+        await kafka.stop(client)
+        await until(lambda: not asyncio.all_tasks() - before, "its tasks are gone", 20)
+    finally:
+        await stopping
+        servers.kafka.start()
+    questions = sum("Unable to update metadata" in record.message for record in caplog.records)
+    assert questions < 200
