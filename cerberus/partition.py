@@ -189,9 +189,10 @@ class Partition:
         self._seeded.update(user_ids)
 
     def _touch(self, user_id: int) -> None:
-        self.touched.add(user_id)
-        if not self.at_home(user_id):
-            self._strangers.add(user_id)
+        if user_id not in self.touched:
+            self.touched.add(user_id)
+            if not self.at_home(user_id):
+                self._strangers.add(user_id)
 
     def replay(self, offset: int, verdict: transactions.Transaction | Rejected) -> None:
         """Let a record take effect whose effects are stored already."""
@@ -224,7 +225,10 @@ class Partition:
         as_of_ms, user_id = transaction.event_ms, transaction.user_id
         after_ms = as_of_ms - self.windows.spans.longest_ms
         degraded: tuple[str, ...] = ()
-        if after_ms < self.state().known_from(user_id, self.number):
+        known_from_ms = self.known_from_ms
+        if self.moved[0]:
+            known_from_ms = self.state().known_from(user_id, self.number)
+        if after_ms < known_from_ms:
             degraded = ("warming",)
         elif after_ms < self.windows.lower_ms:
             degraded = ("as_of_too_old",)

@@ -5,10 +5,13 @@ Prints what was injected and compared; the status is 1 on any difference.
 
 import argparse
 import asyncio
+import functools
+import logging
 import os
 import pathlib
 import secrets
 import sys
+from collections.abc import Mapping
 
 import asyncpg
 import redis.asyncio
@@ -17,6 +20,8 @@ from cerberus import errors, stack
 from chaos import cluster, runs
 
 DIRECTORY = pathlib.Path(".cerberus/chaos")
+# Never the servers or the settings of whoever calls.
+_FOREIGN = ("CERBERUS_", "KAFKA_", "REDIS_", "DATABASE_")
 
 
 def main() -> int:
@@ -29,36 +34,42 @@ def main() -> int:
     if chosen.events < 1_000 or chosen.kills < 3:
         parser.error("--events must be at least 1000, --kills at least 3")
     plan = runs.default(chosen.events, chosen.kills, chosen.seed)
-    # What was killed before leaves servers behind; their directory names them.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # brokers go away on purpose
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "CERBERUS_STACK" or not name.startswith(_FOREIGN)
+    }
+    # A run that was interrupted leaves servers behind; they are ended by what is written here.
+    directory = DIRECTORY.absolute()
     try:
-        with stack.servers(DIRECTORY, os.environ, durable=False) as servers:
-            told = asyncio.run(_run(servers, plan))
+        with stack.servers(directory, environ, durable=False) as servers:
+            told = asyncio.run(_run(servers, environ, directory, plan))
     except errors.CerberusError as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 2
     if not told.differences:
-        stack.clean(DIRECTORY)
+        stack.clean(directory)
     return 1 if told.differences else 0
 
 
-async def _run(servers: stack.Stack, plan: runs.Plan) -> runs.Told:
+async def _run(
+    servers: stack.Stack, environ: Mapping[str, str], directory: pathlib.Path, plan: runs.Plan
+) -> runs.Told:
     name = f"chaos{secrets.token_hex(4)}"
     connection = await asyncpg.connect(servers.postgres.url, timeout=10)
     await connection.execute(f"CREATE DATABASE {name}")
     await connection.close()
     async with redis.asyncio.Redis.from_url(servers.redis.url) as client:
         await client.flushall()
-    environ = (
-        os.environ
-        | servers.environ
-        | {
-            "KAFKA_PREFIX": f"{name}.",
-            "DATABASE_URL": f"{servers.postgres.url.rpartition('/')[0]}/{name}",
-        }
-    )
-    async with cluster.opened(servers, environ, DIRECTORY, users=runs.USERS) as target:
-        told = await runs.run(target, plan, print)
-    print(runs.table(told))
+    own = {
+        "KAFKA_PREFIX": f"{name}.",
+        "DATABASE_URL": f"{servers.postgres.url.rpartition('/')[0]}/{name}",
+    }
+    environ = {**environ, **servers.environ, **own}
+    async with cluster.opened(servers, environ, directory, users=runs.USERS) as target:
+        told = await runs.run(target, plan, functools.partial(print, flush=True))
+    print(runs.table(told), flush=True)
     return told
 
 

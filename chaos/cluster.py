@@ -5,8 +5,6 @@ import contextlib
 import datetime
 import pathlib
 import shutil
-import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from typing import Any
 
 import httpx
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
+from aiokafka.admin import NewPartitions
 
 from cerberus import (
     feast_layout,
@@ -28,7 +26,8 @@ from cerberus import (
     training,
     window,
 )
-from cerberus.stack import ports, process
+from cerberus.stack import process
+from chaos import service
 
 APP = "cerberus.app:app"
 PARTITIONS = 6
@@ -43,8 +42,6 @@ SETTINGS = {
     "CERBERUS_MAX_REJECTED_SHARE": "1",
     "CERBERUS_MATERIALIZE_S": "86400",
 }
-_ROOT = pathlib.Path(__file__).parent.parent
-_STOP_S = 30.0
 
 
 async def until(condition: Callable[[], Any], what: str, within_s: float) -> float:
@@ -71,69 +68,6 @@ def credit_score(user_id: int) -> int:
     return 300 + user_id % 551
 
 
-class Instance:
-    """One process that runs the service.
-
-    Attributes:
-        name: Of its log and pid file.
-        port: Where it answers.
-        up: Whether it was started and neither killed, stopped nor paused since.
-    """
-
-    def __init__(self, name: str, site: process.Site, environ: Mapping[str, str], app: str) -> None:
-        self.name = name
-        self.port = ports.assign({name: 0}, site.directory / f"{name}.ports.json")[name]
-        self.up = self._started = False
-        self._process = process.Process(name, site)
-        self._environ = environ
-        self._command = [sys.executable, "-m", "uvicorn", app, "--port", str(self.port)]
-        self._command += ["--app-dir", str(site.directory), "--no-access-log"]
-        self._process.end_leftover(lambda candidate: app in candidate.cmdline())
-
-    @property
-    def status(self) -> int | None:
-        """How it ended; None while it runs."""
-        return self._process.status
-
-    @property
-    def log(self) -> pathlib.Path:
-        """Everything it wrote."""
-        return self._process.log
-
-    def start(self) -> None:
-        """Start it; it serves some seconds later."""
-        self._process.start(self._command, _ROOT, self._environ)
-        self.up = self._started = True
-
-    def pause(self) -> None:
-        """Stop it where it stands."""
-        self.up = False
-        self._process.kill(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """Let it go on."""
-        self._process.kill(signal.SIGCONT)
-        self.up = True
-
-    def kill(self) -> None:
-        """End it at once, by SIGKILL."""
-        if self._started:
-            self._process.kill(signal.SIGKILL)
-            self._process.stop()
-        self.up = self._started = False
-
-    def end(self) -> int | None:
-        """Ask it to end and return its status; None when it had to be killed after 30 s."""
-        self.up = False
-        self._process.kill(signal.SIGTERM)
-        end_s = time.monotonic() + _STOP_S
-        while self.status is None and time.monotonic() < end_s:
-            time.sleep(0.05)
-        status = self.status
-        self.kill()
-        return status
-
-
 @dataclass
 class Cluster:
     """Servers, instances, and clients of our own.
@@ -153,7 +87,7 @@ class Cluster:
     servers: stack.Stack
     config: settings.Settings
     spans: window.Spans
-    instances: Sequence[Instance]
+    instances: Sequence[service.Instance]
     online: online.OnlineStore
     redis: Any
     pool: Any
@@ -175,15 +109,9 @@ class Cluster:
             request_timeout_ms=10_000,
         )
 
-    @contextlib.asynccontextmanager
-    async def admin(self) -> AsyncIterator[AIOKafkaAdminClient]:
-        """Open an admin client."""
-        async with kafka.admin(self.config.kafka) as client:
-            yield client
-
     async def add_partition(self) -> int:
         """Give the topic one partition more and return how many there are."""
-        async with self.admin() as client:
+        async with kafka.admin(self.config.kafka) as client:
             count = await kafka.partition_count(client, self.topic) + 1
             await client.create_partitions({self.topic: NewPartitions(count)})
         return count
@@ -191,11 +119,11 @@ class Cluster:
     async def recreate_topic(self) -> None:
         """Delete the topic with all that is in it and make it again."""
         self.former = max(s.epoch for s in (await self.online.states()).values())
-        async with self.admin() as client:
+        async with kafka.admin(self.config.kafka) as client:
             await client.delete_topics([self.topic])
 
         async def gone() -> bool:
-            async with self.admin() as client:
+            async with kafka.admin(self.config.kafka) as client:
                 return self.topic not in await client.list_topics()
 
         await until(gone, "the topic is gone", 30)
@@ -237,7 +165,7 @@ class Cluster:
     async def live(self, since_s: float = 0.0) -> bool:
         """Say whether each partition's owner is live and stood at the log's end since then."""
         try:
-            async with self.admin() as client:
+            async with kafka.admin(self.config.kafka) as client:
                 count = await kafka.partition_count(client, self.topic)
             states = await self.online.states()
         except Exception:
@@ -291,17 +219,18 @@ async def opened(
             servers=servers,
             config=config,
             spans=spans,
-            instances=[Instance(f"service-{i}", site, environ, app) for i in range(instances)],
+            instances=[
+                service.Instance(f"service-{i}", site, environ, app) for i in range(instances)
+            ],
             online=online.OnlineStore(redis, plan, spans, config.kafka.topic(kafka.TRANSACTIONS)),
             redis=redis,
             pool=pool,
             credit=credit,
         )
-        try:
-            yield cluster
-        finally:
+        with contextlib.ExitStack() as undo:
             for instance in cluster.instances:
-                instance.kill()
+                undo.callback(instance.kill)
+            yield cluster
 
 
 def pin_model(config: settings.Settings, spans: window.Spans) -> feast_layout.Plan:

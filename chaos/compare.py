@@ -8,15 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cerberus import feast_layout, features, kafka, online
-from chaos import cluster, oracle, traffic
+from chaos import cluster, oracle
 
-UNSEEN_S = 6.0
-"""A record acknowledged this long before a question must be in its answer, or the answer says that
-it may not be: 5 s of staleness, and a second in which the number of partitions may go unnoticed."""
 RULES = oracle.Rules()
 Log = Mapping[int, oracle.Partition]
 _AGGREGATES = ("transaction_count", "total_amount")
-_OUTCOMES = {0: "connection refused or broken", -1: "no answer in 5 s", 503: "503"}
 
 
 @dataclass(slots=True)
@@ -104,7 +100,7 @@ async def _decided(
         "SELECT user_id, transaction_id, as_of_ms, features, fence_offset, decision_id::text "
         "FROM decisions WHERE door = 'stream'"
     )
-    got = {tuple(r)[:3]: (*_stats(json.loads(r["features"])), r["fence_offset"]) for r in stored}
+    got = {tuple(r)[:3]: (*shown(json.loads(r["features"])), r["fence_offset"]) for r in stored}
     names = {r["decision_id"]: tuple(r)[:3] for r in stored}
     found.equal("decision", "all names", len(stored), len(got))
     _each("decision", decisions, got, found)
@@ -117,7 +113,7 @@ async def _decided(
     published: dict[Any, set[Any]] = collections.defaultdict(set)
     for record in itertools.chain.from_iterable((await target.log(kafka.DECISIONS)).values()):
         told = json.loads(record.value)
-        value = (*_stats(told["features"]), told["fence"]["offset"])
+        value = (*shown(told["features"]), told["fence"]["offset"])
         published[names.get(told["decision_id"])].add(value)
     for identity, values in decisions.items():
         # A rebuilt life publishes again; each name must come, and never with another content.
@@ -133,7 +129,8 @@ def _each(kind: str, expected: dict[Any, set[Any]], got: dict[Any, Any], found: 
         found.equal(kind, key, None, value)
 
 
-def _stats(values: Mapping[str, Any]) -> tuple[int, int]:
+def shown(values: Mapping[str, Any]) -> tuple[int, int]:
+    """Read count and cents as the API shows them."""
     return values["txn_count_20s"], round(values["total_amount_20s"] * 100)
 
 
@@ -195,88 +192,3 @@ async def _aggregates(target: cluster.Cluster, user_id: int) -> tuple[Any, int]:
     key = feast_layout.entity_key(user_id, feast_layout.PROJECT)
     count, total = map(feast_layout.decode, await target.redis.hmget(key, names))
     return count, round(float(total) * 100)
-
-
-@dataclass(frozen=True, slots=True)
-class Life:
-    """One life of the topic.
-
-    Attributes:
-        log: All that was in it.
-        acked_s: When each record was acknowledged, wall clock, by (partition, offset).
-        epoch: The greatest that its fences have.
-        began_s: When it was made.
-    """
-
-    log: Log
-    acked_s: Mapping[tuple[int, int], float]
-    epoch: int
-    began_s: float
-
-
-def answers(
-    target: cluster.Cluster, given: Iterable[traffic.Answer], lives: Sequence[Life]
-) -> tuple[collections.Counter[str], Findings]:
-    """Compare every answer that does not say `degraded` with the log that its fence is of.
-
-    Returns:
-        How many there were by outcome, and what the comparison found.
-    """
-    outcomes: collections.Counter[str] = collections.Counter()
-    found = Findings()
-    for answer in given:
-        if answer.status != 200:
-            outcomes[_OUTCOMES.get(answer.status, f"status {answer.status}")] += 1
-            if answer.status not in _OUTCOMES:
-                found.equal("answer", answer.body, 200, answer.status)
-        elif answer.degraded:
-            outcomes["degraded"] += 1
-            outcomes.update(f"degraded: {reason}" for reason in answer.degraded)
-        else:
-            outcomes["exact"] += 1
-            _exact(target, answer, lives, found)
-    return outcomes, found
-
-
-def _exact(
-    target: cluster.Cluster, answer: traffic.Answer, lives: Sequence[Life], found: Findings
-) -> None:
-    body, fence = answer.body, answer.body["fence"]
-    what = f"{answer.user_id} as of {body['as_of']} at {fence}, asked at {answer.sent_s:.3f}"
-    if target.credit:
-        score = cluster.credit_score(answer.user_id)
-        found.equal("answered credit score", what, score, body["features"]["credit_score"])
-    # A life that began a moment ago may not be known yet; the one before it may be answered from.
-    begun = [life for life in lives if life.began_s < answer.received_s]
-    known = sum(life.began_s < answer.sent_s - UNSEEN_S for life in begun)
-    possible = begun[max(0, known - 1) :]
-    if fence is not None:
-        possible = [life for life in possible if fence["epoch"] <= life.epoch][:1]
-    held = [_held(answer, life) for life in possible] or [("an older life of the topic", None)]
-    expected, got = next((pair for pair in held if pair[0] == pair[1]), held[-1])
-    found.equal("answer", what, expected, got)
-
-
-def _held(answer: traffic.Answer, life: Life) -> tuple[Any, Any]:
-    """Return what an answer had to be by one life of the topic, and what it was."""
-    body, fence, payment = answer.body, answer.body["fence"], answer.payment
-    until_ms = oracle.to_ms(body["as_of"])
-    after_ms = until_ms - RULES.span_ms
-    stats, seen = oracle.Stats(0, 0), (-1, 0)
-    if fence is not None:
-        seen = fence["partition"], fence["offset"]
-        stats = life.log[seen[0]].stats(
-            answer.user_id, after_ms, until_ms, seen[1], payment and payment.name
-        )
-    if payment is not None:
-        stats = oracle.Stats(stats.count + 1, stats.cents + payment.cents)
-    missed = []
-    for number, part in life.log.items():
-        if (user := part.users.get(answer.user_id)) is None:
-            continue
-        for offset in user.offsets[user.inside(after_ms, until_ms, part.end)].tolist():
-            unseen = number != seen[0] or offset >= seen[1]
-            age_s = answer.sent_s - life.acked_s.get((number, offset), answer.sent_s)
-            if unseen and age_s > UNSEEN_S:
-                missed.append(f"missed {number}:{offset}, {age_s:.1f} s old")
-    return (*stats, []), (*_stats(body["features"]), missed)

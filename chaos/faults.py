@@ -10,7 +10,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from chaos import cluster, traffic
+from cerberus import stack
+from chaos import cluster, service, traffic
 
 RECOVER_S = 180.0
 _FIRST_GUESS_S = 12.0
@@ -97,7 +98,7 @@ class Schedule:
                 instance.start()
         return await self._target.answer() and await self._target.live(since_s)
 
-    def _some(self, count: int) -> list[cluster.Instance]:
+    def _some(self, count: int) -> list[service.Instance]:
         return self._rng.sample(list(self._target.instances), count)
 
     async def kill(self, count: int) -> None:
@@ -129,7 +130,7 @@ class Schedule:
         """Restart the broker, politely or by SIGKILL."""
         await self._server(self._target.servers.kafka, hard=hard)
 
-    async def _server(self, server: "cluster.stack.Server", *, hard: bool = True) -> None:
+    async def _server(self, server: stack.Server, *, hard: bool = True) -> None:
         if not hard:
             await asyncio.to_thread(server.restart)
             return

@@ -10,12 +10,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from chaos import cluster, compare, faults, traffic
+from chaos import cluster, compare, faults, questions, traffic
 
 USERS = range(1_000, 3_000)
 _READY_S, _DRAIN_S = 120.0, 600.0
 _LAST_RATE = 3_000.0
 _SHOWN = 10
+_REBORN = "topic deleted and made again"
 _HEAD = f"{'fault':<34}{'times':>6}{'recovered, s':>16}{'degraded, s':>16}{'share':>10}"
 
 
@@ -58,7 +59,7 @@ class Told:
     stores: list[compare.Findings] = field(default_factory=list)
     outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
     answers: compare.Findings = field(default_factory=compare.Findings)
-    given: list[traffic.Answer] = field(default_factory=list)
+    given: list[questions.Answer] = field(default_factory=list)
 
     @property
     def findings(self) -> list[compare.Findings]:
@@ -94,10 +95,10 @@ async def run(target: cluster.Cluster, plan: Plan, say: Callable[[str], None]) -
     """
     rng, told = random.Random(plan.seed), Told()
     publisher = traffic.Publisher(target, USERS, plan.events, rng)
-    asker = traffic.Asker(target, USERS, rng, publisher)
+    asker = questions.Asker(target, USERS, rng, publisher)
     schedule = faults.Schedule(target, publisher, plan.kinds, rng)
     told.injected, told.unasked, told.given = schedule.done, schedule.unasked, asker.answers
-    lives: list[compare.Life] = []
+    lives: list[questions.Life] = []
     try:
         for instance in target.instances:
             instance.start()
@@ -111,12 +112,17 @@ async def run(target: cluster.Cluster, plan: Plan, say: Callable[[str], None]) -
                     publisher.rate, asker.publisher = _LAST_RATE / 3, publisher
                     await target.recreate_topic()
                 async with beside(publisher.run()) as publishing:
-                    if not reborn:
+                    if reborn:
+                        await cluster.until(target.live, "the new topic is read", _READY_S)
+                        took_s = time.time() - began_s
+                        told.injected.append(faults.Fault(_REBORN, began_s, took_s))
+                        say(f"{_REBORN:<34} recovered after {took_s:5.1f} s")
+                    else:
                         await schedule.run(say)
                         publisher.rate = _LAST_RATE
                     await asyncio.wait([publishing])
                 took_s = await cluster.until(target.drained, "all is stored", _DRAIN_S)
-                say(f"{'topic made again' if reborn else 'drain':<34} took {took_s:5.1f} s")
+                say(f"{'drain':<34} took            {took_s:5.1f} s")
                 await asyncio.sleep(2)
             lives.append(await _life(target, publisher, began_s))
             told.stores.append(await compare.stores(target, [life.log for life in lives]))
@@ -126,7 +132,7 @@ async def run(target: cluster.Cluster, plan: Plan, say: Callable[[str], None]) -
     told.killed = schedule.killed
     told.events = sum(part.end for life in lives for part in life.log.values())
     if lives:
-        told.outcomes, told.answers = compare.answers(target, asker.answers, lives)
+        told.outcomes, told.answers = questions.answers(target, asker.answers, lives)
     return told
 
 
@@ -138,10 +144,10 @@ async def _ready(target: cluster.Cluster) -> bool:
 
 async def _life(
     target: cluster.Cluster, publisher: traffic.Publisher, began_s: float
-) -> compare.Life:
+) -> questions.Life:
     query = "SELECT epoch FROM log_epochs WHERE topic = $1"
     epoch = await target.pool.fetchval(query, target.topic)
-    return compare.Life(await compare.read_log(target), publisher.acked_s, epoch, began_s)
+    return questions.Life(await compare.read_log(target), publisher.acked_s, epoch, began_s)
 
 
 @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""What flows in: a seeded stream of transactions, good and bad, and a stream of questions."""
+"""What flows in: a seeded stream of transactions, good and bad."""
 
 import asyncio
 import collections
@@ -8,16 +8,13 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import httpx
 from aiokafka.errors import KafkaError
 
 from chaos import cluster
 
 _TICK_S = 0.02
-_ASK_S = 5.0
 _SPAN_MS, _KEEP_MS, _SKEW_MS = 20_000, 30_000, 5_000
 
 
@@ -191,93 +188,3 @@ class Publisher:
             )
         )
         return self._rng.choice((None, b"", b"{", b"[]", *[json.dumps(broken).encode()] * 4))
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One question and what came of it; times are wall clock, s.
-
-    Attributes:
-        sent_s: When it was asked.
-        received_s: When the answer was there.
-        payment: The transaction in hand; None when a user alone was asked about.
-        status: Of HTTP; 0 when the connection was refused or broke, -1 when no answer came in time.
-        body: Of the answer.
-    """
-
-    sent_s: float
-    received_s: float
-    user_id: int
-    payment: Payment | None
-    status: int
-    body: dict[str, Any]
-
-    @property
-    def degraded(self) -> tuple[str, ...]:
-        """Why the answer may be wrong, as it says."""
-        return tuple(self.body.get("degraded", ()))
-
-
-class Asker:
-    """Asks `rate` questions a second, of one instance after the other, until cancelled.
-
-    Attributes:
-        answers: All that came back, in order of their end.
-        publisher: Whose payments are asked about.
-    """
-
-    def __init__(
-        self,
-        target: cluster.Cluster,
-        users: Sequence[int],
-        rng: random.Random,
-        publisher: Publisher,
-        rate: float = 50.0,
-    ) -> None:
-        self.answers: list[Answer] = []
-        self.publisher = publisher
-        self._target = target
-        self._users = users
-        self._rng = rng
-        self._rate = rate
-
-    async def run(self) -> None:
-        """Ask until cancelled; a slow answer delays no other question."""
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=50)
-        async with (
-            httpx.AsyncClient(timeout=_ASK_S, limits=limits) as client,
-            asyncio.TaskGroup() as group,
-        ):
-            next_s = time.monotonic()
-            while True:
-                for instance in self._target.instances:
-                    next_s = max(next_s + 1 / self._rate, time.monotonic() - 1)
-                    await asyncio.sleep(next_s - time.monotonic())
-                    url = f"http://127.0.0.1:{instance.port}/predict"
-                    group.create_task(self._ask(client, url))
-
-    async def _ask(self, client: httpx.AsyncClient, url: str) -> None:
-        question, payment = self._question()
-        sent_s, status, body = time.time(), 0, {}
-        try:
-            answer = await client.post(url, json=question)
-            status, body = answer.status_code, answer.json()
-        except httpx.TimeoutException:
-            status = -1
-        except httpx.TransportError:
-            pass
-        self.answers.append(Answer(sent_s, time.time(), question["user_id"], payment, status, body))
-
-    def _question(self) -> tuple[dict[str, Any], Payment | None]:
-        rng, draw, now = self._rng, self._rng.random(), now_ms()
-        user_id = rng.choice(self._users)
-        if draw < 0.6:
-            return {"user_id": user_id}, None
-        if draw < 0.7:
-            return {"user_id": user_id, "timestamp": stamp(now - rng.randrange(5_000))}, None
-        payment = Payment(user_id, f"q{rng.getrandbits(64)}", now, rng.randrange(1_000_000))
-        if draw < 0.85 and self.publisher.recent:
-            payment = rng.choice(self.publisher.recent)
-            if payment.at_ms > now:
-                payment = payment._replace(at_ms=now)
-        return payment.document(), payment

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import functools
 import random
+import signal
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
 from aiokafka.structs import OffsetAndMetadata
 from pipeline import live, now_ms, payment, running, until, world
 
@@ -312,6 +314,26 @@ async def test_a_coordinator_that_still_loads_is_asked_again(here, monkeypatch):
     assert len(asked) >= 3
 
 
+async def test_what_retention_took_from_under_a_waiting_owner_is_said_to_miss(here, servers):
+    at, user = now_ms() - 5_000, 1000
+    place = TopicPartition(
+        here.config.kafka.topic(kafka.TRANSACTIONS), transactions.partition_of(user, PARTITIONS)
+    )
+    async with running(one := here.consumer()):
+        await drained(here, one)
+        servers.redis.kill(signal.SIGSTOP)
+        try:
+            await here.publish([(user, payment(i, user, at + i), at + i) for i in range(3_000)])
+            await until(lambda: "store" in one.problems, "the trouble is said")
+            async with admin_of(here) as admin:
+                await admin.delete_records({place: RecordsToDelete(2_900)})
+        finally:
+            servers.redis.kill(signal.SIGCONT)
+        await drained(here, one)
+        row = await here.read(user, now_ms())
+        assert "warming" in row.degraded
+
+
 async def test_a_replay_without_longer_windows_asks_postgres_nothing(here, monkeypatch):
     rng = random.Random(1)
     start = now_ms() - 1_000_000
@@ -327,27 +349,23 @@ async def test_a_replay_without_longer_windows_asks_postgres_nothing(here, monke
     assert seeds == []
 
 
-@pytest.mark.parametrize("sends", [True, False])
-async def test_a_client_whose_broker_goes_neither_spins_nor_outlives_its_stop(
-    here, servers, caplog, sends
+@pytest.mark.parametrize("hard", [True, False])
+async def test_a_producer_whose_broker_goes_neither_spins_nor_outlives_its_stop(
+    here, servers, caplog, hard
 ):
     await kafka.create_topics(here.config)
     await here.kafka.stop()
     before = asyncio.all_tasks()
-    client = (kafka.producer if sends else kafka.consumer)(here.config)
-    topic = here.config.kafka.topic(kafka.DECISIONS)
-    if not sends:
-        client.subscribe([topic])
+    client, topic = kafka.producer(here.config), here.config.kafka.topic(kafka.DECISIONS)
     await client.start()
-    if sends:
-        await client.send_and_wait(topic, b"{}", key=b"1")
-    # Politely: before it goes, it says that its partitions have no leader now.
-    stopping = asyncio.create_task(asyncio.to_thread(servers.kafka.stop))
+    await client.send_and_wait(topic, b"{}", key=b"1")
+    # A broker that goes politely says before that its partitions have no leader now.
+    end = functools.partial(servers.kafka.kill, signal.SIGKILL) if hard else servers.kafka.stop
+    stopping = asyncio.create_task(asyncio.to_thread(end))
     try:
         while not stopping.done():
-            if sends:
-                sent = await client.send(topic, b"{}", key=b"1")
-                sent.add_done_callback(lambda done: done.cancelled() or done.exception())
+            sent = await client.send(topic, b"{}", key=b"1")
+            sent.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.sleep(0.01)
         await asyncio.sleep(2)
         await kafka.stop(client)
