@@ -2,17 +2,20 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import random
 import signal
+import time
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.structs import OffsetAndMetadata
 from pipeline import live, now_ms, payment, running, until, world
 
-from cerberus import features, kafka, online, settings, transactions, window
+from cerberus import features, kafka, online, settings, supervision, transactions, window
 from chaos import cluster
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -48,6 +51,17 @@ def drained(here, one, partitions=PARTITIONS):
     return until(at_the_end, "all partitions live and at the log's end")
 
 
+def stored(here):
+    """Wait until all effects of the log are stored: what is observed alone is not."""
+
+    async def committed():
+        ends = {n: records[-1].offset + 1 for n, records in (await here.log()).items() if records}
+        found = await commits(here)
+        return all(found[number][0] >= end for number, end in ends.items())
+
+    return until(committed, "all is committed")
+
+
 async def remake_topic(here):
     name = here.config.kafka.topic(kafka.TRANSACTIONS)
     async with admin_of(here) as admin:
@@ -58,6 +72,17 @@ async def remake_topic(here):
 
         await until(gone, "the topic is gone")
     await kafka.create_topics(here.config)
+
+
+async def set_topic(here, topic, name, value):
+    async with admin_of(here) as admin:
+        changed = ConfigResource(ConfigResourceType.TOPIC, topic, configs={name: value})
+        await admin.alter_configs([changed])
+
+        async def known():  # a moment after it was acknowledged
+            return (await kafka.topic_config(admin, topic)).get(name) == value
+
+        await until(known, f"{topic} has {name} {value}")
 
 
 async def commits(here, partitions=PARTITIONS):
@@ -170,6 +195,13 @@ async def test_an_owner_of_fewer_partitions_says_nothing_of_how_many_there_are(h
     assert (await here.online.states()).keys() == {0, 3}
     await here.online.write_states(2, {0: state(3)}, create=True)
     assert (await here.online.states()).keys() == {0}  # what 3 said is of a former life
+
+
+async def test_an_owner_that_is_behind_says_nothing_of_its_partition(here):
+    for offset, state in ((5, "live"), (4, "replaying")):
+        told = features.PartitionState(1, offset, state, now_ms())
+        await here.online.write_states(1, {0: told}, create=True)
+    assert (await here.online.states())[0].state == "live"
 
 
 async def snapshot(here):
@@ -347,6 +379,293 @@ async def test_a_replay_without_longer_windows_asks_postgres_nothing(here, monke
         await drained(here, two)
     assert two.counts["replayed"] > 0
     assert seeds == []
+
+
+async def test_a_log_or_a_store_that_may_lose_what_a_window_needs_is_advised_against(here):
+    name = here.config.kafka.topic(kafka.TRANSACTIONS)
+    await set_topic(here, name, "retention.ms", "60000")
+    await here.redis.config_set("maxmemory", "1gb")
+    await here.redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        async with running(one := here.consumer()):
+            await drained(here, one)
+            assert "set retention.ms" in one.problems["retention"]
+            assert "noeviction" in one.problems["eviction"]
+    finally:
+        await here.redis.config_set("maxmemory-policy", "noeviction")
+        await here.redis.config_set("maxmemory", "0")
+
+
+async def stored_facts(here):
+    return await here.pool.fetchval("SELECT count(*) FROM transactions")
+
+
+async def test_while_a_store_is_away_nothing_is_committed_and_state_ahead_is_not_used(
+    here, servers
+):
+    at = now_ms() - 5_000
+    one, two = here.consumer(), here.consumer()
+    async with running(one):
+        try:
+            async with running(two):
+                await until(lambda: one.states() and two.states(), "both own something")
+                await until(lambda: live(one, two, partitions=PARTITIONS), "both are live")
+                before, generation = await commits(here), one._generation
+                servers.redis.kill(signal.SIGSTOP)
+                await here.publish([(u, payment(u, u, at), at) for u in USERS])
+                await until(
+                    lambda: "store" in one.problems and "store" in two.problems, "both say it"
+                )
+                assert await commits(here) == before
+            # What the windows have observed and no store has is set aside, then comes back.
+            await until(lambda: one._generation >= generation + 2, "partitions are shared anew")
+        finally:
+            servers.redis.kill(signal.SIGCONT)
+        await drained(here, one)
+        await stored(here)
+        assert await stored_facts(here) == len(USERS)
+        await assert_rows_equal_the_log(here)
+
+
+@pytest.mark.parametrize("step", ["resolve", "commit"])
+async def test_what_a_rebalance_overtakes_is_left_undone(here, monkeypatch, step):
+    at, held, goes_on = now_ms() - 5_000, asyncio.Event(), asyncio.Event()
+    one, two = here.consumer(), here.consumer()
+    await here.publish([(u, payment(u, u, at), at) for u in USERS])
+
+    def hold(owner, name):
+        call = getattr(owner, name)
+
+        async def late(*arguments):
+            answer = await call(*arguments)
+            held.set()
+            await goes_on.wait()
+            return answer
+
+        monkeypatch.setattr(owner, name, late)
+
+    if step == "resolve":
+        hold(one._resolver, "resolve")
+    async with running(one):
+        if step == "commit":
+            await drained(here, one)
+            hold(one._client, "commit")
+            await here.publish([(u, payment(-u, u, at + 1), at + 1) for u in USERS])
+        await until(held.is_set, "the call is under way")
+        generation = one._generation
+        async with running(two):
+            await until(lambda: one._generation >= generation + 2, "partitions are shared")
+            goes_on.set()
+            await until(
+                lambda: live(one, two, partitions=PARTITIONS), "both own something, and live", 20
+            )
+            await stored(here)
+            await assert_rows_equal_the_log(here)
+
+
+async def test_a_batch_is_not_repeated_once_its_partitions_are_gone(here, servers):
+    at = now_ms() - 5_000
+    one, two = here.consumer(), here.consumer()
+    async with running(one):
+        await drained(here, one)
+        generation = one._generation
+        servers.redis.kill(signal.SIGSTOP)
+        try:
+            await here.publish([(u, payment(u, u, at), at) for u in USERS])
+            await until(lambda: "store" in one.problems, "the trouble is said")
+            joining = asyncio.create_task(two._connect(supervision.Progress(time.monotonic)))
+            await until(lambda: one._generation >= generation + 2, "partitions are shared")
+            await asyncio.sleep(3)
+        finally:
+            servers.redis.kill(signal.SIGCONT)
+        await joining
+        await kafka.stop(two._client)
+        await drained(here, one)
+        await stored(here)
+        await assert_rows_equal_the_log(here)
+
+
+async def test_a_commit_beyond_the_log_s_end_is_of_another_life(here):
+    at = now_ms() - 5_000
+    await here.publish([(u, payment(u, u, at), at) for u in USERS])
+    async with running(one := here.consumer()):
+        await drained(here, one)
+    old = await commits(here)
+    await remake_topic(here)
+    await commit(here, old)
+    async with running(two := here.consumer()):
+        await until(lambda: live(two, partitions=PARTITIONS), "all partitions live", 20)
+        await here.publish([(u, payment(-u, u, at + 1), at + 1) for u in USERS])
+        await stored(here)
+        await assert_rows_equal_the_log(here)
+
+
+async def test_while_another_life_is_read_no_answer_is_certain(here):
+    at = now_ms() - 5_000
+    await here.publish([(u, payment(u, u, at), at) for u in USERS])
+    async with running(one := here.consumer()):
+        await drained(here, one)
+    await remake_topic(here)
+    await here.publish([(u, payment(i, u, at + 9), at + 9) for i in range(500) for u in USERS])
+    seen = set()
+    async with running(two := here.consumer()):
+        while not live(two, partitions=PARTITIONS):
+            for number, state in (await here.online.states()).items():
+                if number in two.states() and state.epoch == two.states()[number].epoch:
+                    rows = [await here.read(user, now_ms()) for user in USERS]
+                    seen |= {(r.degraded, r.stats[0].count) for r in rows if r.fence is None}
+                    seen |= {
+                        (r.degraded, r.stats[0].count)
+                        for r in rows
+                        if r.fence and r.fence.epoch == state.epoch
+                    }
+            await asyncio.sleep(0)
+    assert {count for degraded, count in seen if degraded == ()} <= {500}
+    assert any("rebuilding" in degraded for degraded, _ in seen)
+
+
+async def test_a_dead_letter_that_is_not_taken_holds_the_commit_back(here):
+    letters = here.config.kafka.topic(kafka.DEAD_LETTERS)
+
+    async with running(one := here.consumer()):
+        await drained(here, one)
+        before = await commits(here)
+        await set_topic(here, letters, "max.message.bytes", "10")
+        await here.publish([(1000, b"not json", now_ms())])
+        await until(lambda: "store" in one.problems, "the trouble is said", 20)
+        assert await commits(here) == before
+        await set_topic(here, letters, "max.message.bytes", "1000000")
+        await drained(here, one)
+    assert sum(map(len, (await here.log(kafka.DEAD_LETTERS)).values())) == 1
+
+
+async def test_a_replay_sends_nothing_again_and_is_no_schema_break(here):
+    at = now_ms() - 5_000
+    good = [(u, payment((u, i), u, at), at) for u in USERS for i in range(20)]
+    bad = [(u, b"not json", at) for u in USERS for _ in range(20)]
+    all_taken = dataclasses.replace(here.config, max_rejected_share=1.0)
+    strict, here.config = here.config, all_taken
+    await here.publish(good[:1] + bad + good[1:])
+    async with running(one := here.consumer()):
+        await drained(here, one)
+
+    async def sent():
+        return [
+            sum(map(len, (await here.log(topic)).values()))
+            for topic in (kafka.DEAD_LETTERS, kafka.DECISIONS)
+        ]
+
+    assert await sent() == [len(bad), len(good)]
+    here.config = strict
+    async with running(two := here.consumer()):
+        await until(lambda: live(two, partitions=PARTITIONS), "all partitions live", 20)
+        assert two.counts["replayed"] >= len(good)
+    assert await sent() == [len(bad), len(good)]
+
+
+async def test_a_commit_has_a_deadline(here, servers, monkeypatch, caplog):
+    async with running(one := here.consumer()):
+        await drained(here, one)
+        call = one._client.commit
+
+        async def to_nobody(*arguments):
+            servers.kafka.kill(signal.SIGSTOP)
+            monkeypatch.setattr(one._client, "commit", call)
+            return await call(*arguments)
+
+        monkeypatch.setattr(one._client, "commit", to_nobody)
+        await here.publish([(u, payment(u, u, now_ms()), now_ms()) for u in USERS])
+        try:
+            await until(
+                lambda: any("commit failed" in r.message for r in caplog.records),
+                "the commit is given up",
+                15,
+            )
+        finally:
+            servers.kafka.kill(signal.SIGCONT)
+        await stored(here)
+        await assert_rows_equal_the_log(here)
+
+
+async def test_while_a_store_is_away_the_group_keeps_its_member(here, servers, monkeypatch):
+    build = kafka.aiokafka.AIOKafkaConsumer
+    monkeypatch.setattr(
+        kafka.aiokafka,
+        "AIOKafkaConsumer",
+        lambda **options: build(**options | {"max_poll_interval_ms": 3_500}),
+    )
+    async with running(one := here.consumer()):
+        await drained(here, one)
+        generation = one._generation
+        servers.redis.kill(signal.SIGSTOP)
+        try:
+            await here.publish([(u, payment(u, u, now_ms()), now_ms()) for u in USERS])
+            await until(lambda: "store" in one.problems, "the trouble is said")
+            await asyncio.sleep(7)
+        finally:
+            servers.redis.kill(signal.SIGCONT)
+        await drained(here, one)
+        assert one._generation == generation
+
+
+async def test_who_cannot_ask_for_the_log_s_end_grows_stale(here, servers):
+    async with running(one := here.consumer()):
+        await drained(here, one)
+
+        async def stale():
+            return "stale" in (await here.read(1000, now_ms())).degraded
+
+        servers.kafka.kill(signal.SIGSTOP)
+        try:
+            await until(stale, "the answers are stale", 15)
+        finally:
+            servers.kafka.kill(signal.SIGCONT)
+        await drained(here, one)
+
+
+@pytest.mark.parametrize("meanwhile", ["nobody runs", "the owner runs"])
+async def test_a_row_that_was_lost_alone_is_sent_again(here, meanwhile):
+    at = now_ms() - 5_000
+    await here.publish([(u, payment(u, u, at), at) for u in USERS])
+
+    async def back():
+        return (await here.read(1000, now_ms())).stats[0].count == 1
+
+    async def lose():
+        # The hash of the user, not those of the partitions, whose loss would be seen.
+        assert await here.redis.delete(here.online._key(1000)) == 1
+
+    if meanwhile == "the owner runs":
+        here.config = dataclasses.replace(here.config, resend_s=1.0)
+    async with running(one := here.consumer()):
+        await drained(here, one)
+        await asyncio.sleep(1)
+        if meanwhile == "the owner runs":
+            await lose()
+            await until(back, "the row is back", 10)
+            return
+    await lose()
+    here.config = dataclasses.replace(here.config, resend_s=86_400.0)
+    async with running(two := here.consumer()):
+        two._resent_s = time.monotonic()
+        await drained(here, two)
+        await until(back, "the row is back", 10)
+
+
+async def test_a_replay_begins_early_enough_for_events_ahead_of_their_records(here):
+    at, user = now_ms() - 900_000, 1000
+    ahead = at + here.spans.max_future_skew_ms - 1_000
+    # When the last has come the first is still kept, though its record's own time is not.
+    last = ahead + here.spans.keep_ms - 500
+    await here.publish([(user, payment(1, user, ahead), at), (user, payment(2, user, last), last)])
+    as_of = last - here.spans.slack_ms
+    counts = []
+    for _ in range(2):
+        async with running(one := here.consumer()):
+            await drained(here, one)
+            part = next(p for p in one._parts.values() if p.windows.user(user))
+            counts.append(part.windows.stats(user, as_of)[0].count)
+    assert counts == [1, 1]
 
 
 @pytest.mark.parametrize("hard", [True, False])

@@ -7,7 +7,7 @@ import random
 import pytest
 from pipeline import live, now_ms, payment, running, until, world
 
-from cerberus import feast_layout, features, training, transactions, window
+from cerberus import feast_layout, features, offline, training, transactions, window
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 SPANS = ("1m", "20m")
@@ -88,3 +88,13 @@ async def test_a_short_replay_gives_the_long_window_and_so_does_a_flush(here):
 
         await until(restored, "the rows are back")
         await assert_rows_equal_the_log(here)
+
+
+async def test_a_seed_is_of_one_life_of_one_partition(here):
+    txn = [transactions.Transaction(f"t{i}", 1000, 500, "USD", "", now_ms() + i) for i in range(4)]
+    places = [(2, 0), (1, 0), (2, 1), (2, 0)]
+    facts = [offline.TransactionFact(t, *at, 5) for t, at in zip(txn, places, strict=True)]
+    await here.offline.write("a", facts[:3], [], [])
+    await here.offline.write("b", facts[3:], [], [])
+    past = await here.offline.seed("a", features.Fence(2, 9, 0), 0, 0)
+    assert [t.transaction_id for t in past] == ["t0"]

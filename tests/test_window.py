@@ -148,6 +148,24 @@ def test_the_packed_window_answers_as_the_window_and_counts_the_one_in_hand_once
     ]
 
 
+@pytest.mark.parametrize(("short_ms", "reason"), [(0, ()), (1, ("warming",))])
+def test_a_row_whose_window_reaches_behind_what_is_known_says_so(short_ms, reason):
+    user = window.UserWindow()
+    user.insert(window.Event(START_MS, 500, 1, 0))
+    fence = features.Fence(1, 9, START_MS)
+    lower_ms = START_MS - SPANS.longest_ms + short_ms
+    recent = features.unpack(features.pack(user, fence, 0, lower_ms, SPANS), SPANS)
+    row = features.as_of(
+        features.OnlineRow(1, recent, None, 0, features.PartitionState(1, 9, "live", START_MS)),
+        START_MS,
+        None,
+        now_ms=START_MS,
+        max_staleness_ms=60_000,
+        spans=SPANS,
+    )
+    assert row.degraded == reason
+
+
 def kept(user):
     if user is None:
         return []
