@@ -2,10 +2,10 @@
 
     python benchmarks/predict.py [--rounds 5] [--seconds 2]
 
-Both run under the same uvicorn settings and are called by the same client in turns of one run, at
-1 and at 32 connections, so the ratios hold where the figures of a busy machine do not. Only Redis
-is needed: REDIS_URL, or one of our own that is started and stopped. The rows it writes are those of
-users that no deployment has, under a prefix of their own, and are deleted at the end.
+Asked about a user alone, and about a transaction in hand, which is claimed. All run under the same
+uvicorn settings and are called by the same client in turns of one run, at 1 and at 32 connections,
+so the ratios hold where the figures of a busy machine do not. Kafka, Redis and Postgres are started
+for it and take every decision meanwhile.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import pathlib
-import random
 import socket
 import statistics
 import subprocess
@@ -35,8 +34,8 @@ from starlette.routing import Route
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONNECTIONS = (1, 32)
-FIRST_USER, USERS = 9 * 10**15, 1_000
-PREFIX = "benchmark."
+ROUTES = ("echo", "user", "in hand")
+FIRST_USER, USERS = 1_000, 1_000
 DEADLINE_S = 20.0
 
 
@@ -81,16 +80,22 @@ class _Caller(asyncio.Protocol):
         self.closed.set_result(None)
 
 
-def _request(user_id, port):
-    body = b'{"user_id": %d}' % user_id
-    head = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n"
-    return head % port + b"Content-Length: %d\r\n\r\n" % len(body) + body
+def _requests(port, in_hand):
+    """Yield requests about one user after the other."""
+    head = (
+        b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n" % port
+    )
+    for i in itertools.count(time.time_ns()):
+        told = {"user_id": FIRST_USER + i % USERS}
+        if in_hand:
+            told |= {"transaction_id": str(i), "amount": 42.5}
+        body = orjson.dumps(told)
+        yield head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
-async def call(port, connections, seconds):
+async def call(port, connections, route, seconds):
     """Call for that long over that many connections, and print what it took as JSON."""
-    users = random.Random(7).choices(range(FIRST_USER, FIRST_USER + USERS), k=10_000)
-    requests = itertools.cycle([_request(user_id, port) for user_id in users])
+    requests = _requests(port, route == "in hand")
     loop = asyncio.get_running_loop()
     began_s = time.perf_counter()
     callers = []
@@ -141,15 +146,14 @@ def _wait_for(port, process):
     raise RuntimeError(f"no server came up: {process.stderr.read().decode()}")
 
 
-@contextlib.asynccontextmanager
 async def rows(environ):
-    """Write some events of each user, as the consumer does; delete them at the end."""
-    from cerberus import feast_layout, features, online, settings, transactions, window
+    """Write some events of each user, as the consumer does."""
+    from cerberus import feast_layout, features, online, pools, settings, transactions, window
 
     config = settings.load(environ)
     spans = window.Spans(config.spans)
     plan = feast_layout.Plan.load(config.model_path.with_name("feature_plan.json"))
-    client = online.connect(config)
+    client = pools.connect_redis(config)
     topic = config.kafka.topic("transactions")
     store = online.OnlineStore(client, plan, spans, topic)
     now_ms, windows = time.time_ns() // 1_000_000, window.PartitionWindows(spans)
@@ -172,14 +176,17 @@ async def rows(environ):
     ]
     # Caught up an hour ahead: nobody refreshes it while this runs.
     state = features.PartitionState(1, 3 * USERS, "live", now_ms + 3_600_000)
-    try:
-        await store.write(packed)
-        await store.write_states(1, {0: state}, create=True)
-        yield
-    finally:
-        keys = [feast_layout.entity_key(user_id, plan.project) for user_id in users]
-        await client.delete(*keys, f"cerberus:partitions:{topic}")
-        await store.close()
+    await store.write(packed)
+    await store.write_states(1, {0: state}, create=True)
+    await store.close()
+
+
+async def vouch(environ):
+    """Let Redis vouch for claims, as it does a minute after it was new."""
+    from cerberus import pools, settings
+
+    async with pools.connect_redis(settings.load(environ)) as client:
+        await client.mset({f"cerberus:claim:{{{bucket}}}": 0 for bucket in range(64)})
 
 
 def measure(ports, rounds, seconds):
@@ -189,7 +196,7 @@ def measure(ports, rounds, seconds):
         for connections in CONNECTIONS:
             turn = list(ports.items())
             for name, port in turn if number % 2 else reversed(turn):
-                command = [sys.executable, __file__, "--call", str(port), str(connections)]
+                command = [sys.executable, __file__, "--call", str(port), str(connections), name]
                 command += ["--seconds", str(seconds)]
                 done = subprocess.run(
                     command, check=True, stdout=subprocess.PIPE, timeout=seconds + 2 * DEADLINE_S
@@ -199,41 +206,45 @@ def measure(ports, rounds, seconds):
 
 
 def report(found, rounds, seconds):
-    """Print medians over the rounds, and the ratios of the two."""
-    print(f"medians of {rounds} rounds of {seconds:g} s, {os.cpu_count()} cores; ms")
-    print(
-        f"{'connections':>11} {'route':<8} {'requests/s':>10} {'p50':>8} {'p99':>8} {'refused':>8}"
-    )
+    """Print medians over the rounds, and their ratios to the echo's."""
+    print(f"medians of {rounds} rounds of {seconds:g} s, {os.cpu_count()} cores; ms, × echo")
+    print(f"{'connections':>11} {'asked':<8}{'requests/s':>18}{'p50':>16}{'p99':>16}{'refused':>9}")
     for connections in CONNECTIONS:
-        median = {
+        medians = {
             name: [
                 statistics.median(told[figure] for told in found[name, connections])
                 for figure in ("rps", "p50", "p99")
             ]
-            for name in ("echo", "predict")
+            for name in ROUTES
         }
-        for name, (rps, p50, p99) in median.items():
+        for name, values in medians.items():
             refused = sum(told["refused"] for told in found[name, connections])
-            print(f"{connections:>11} {name:<8} {rps:>10.0f} {p50:>8.3f} {p99:>8.3f} {refused:>8}")
-        ratios = [p / e for p, e in zip(median["predict"], median["echo"], strict=True)]
-        print(f"{'':>11} {'ratio':<8} {ratios[0]:>10.2f} {ratios[1]:>8.2f} {ratios[2]:>8.2f}")
+            shown = [
+                f"{value:>{width}.{places}f} ×{value / of_echo:>6.2f}"
+                for value, of_echo, width, places in zip(
+                    values, medians["echo"], (10, 8, 8), (0, 3, 3), strict=True
+                )
+            ]
+            print(f"{connections:>11} {name:<8}{''.join(shown)}{refused:>9}")
 
 
 async def run(rounds, seconds):
     """Start what is needed, measure, report, stop it."""
     from cerberus import stack
 
-    unused = {"KAFKA_BROKER": "127.0.0.1:9092", "DATABASE_URL": "postgresql://127.0.0.1/unused"}
-    ours = {"KAFKA_PREFIX": PREFIX, "CERBERUS_TASKS": "api", "CERBERUS_API_KEY": ""}
+    ours = {"CERBERUS_TASKS": "api", "CERBERUS_API_KEY": ""}
+    given = {
+        k: v for k, v in os.environ.items() if not k.startswith(("KAFKA", "REDIS", "DATABASE"))
+    }
     with tempfile.TemporaryDirectory(prefix="cerberus-") as directory:
-        given = os.environ | unused
         with stack.servers(pathlib.Path(directory), given, durable=False) as running:
             environ = given | running.environ | ours
-            async with rows(environ):
-                with serving("predict:echo", environ) as echo_port:
-                    with serving("cerberus.app:app", environ) as predict_port:
-                        ports = {"echo": echo_port, "predict": predict_port}
-                        found = await asyncio.to_thread(measure, ports, rounds, seconds)
+            await rows(environ)
+            with serving("predict:echo", environ) as echo_port:
+                with serving("cerberus.app:app", environ) as predict_port:
+                    await vouch(environ)
+                    ports = dict(zip(ROUTES, (echo_port, predict_port, predict_port), strict=True))
+                    found = await asyncio.to_thread(measure, ports, rounds, seconds)
     report(found, rounds, seconds)
 
 
@@ -241,10 +252,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--call", nargs=2, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--call", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.call:
-        uvloop.run(call(*asked.call, asked.seconds))
+        port, connections, route = asked.call
+        uvloop.run(call(int(port), int(connections), route, asked.seconds))
     else:
         sys.path.insert(0, str(ROOT))
         asyncio.run(run(asked.rounds, asked.seconds))

@@ -28,6 +28,7 @@ from cerberus import (  # noqa: E402
     offline,
     online,
     partition,
+    pools,
     scoring,
     settings,
     stack,
@@ -122,9 +123,9 @@ async def measure(environ, options):
     model = scoring.Model.load(config.model_path, config.spans)
     plan = feast_layout.Plan.load(config.plan_path)
     topic = config.kafka.topic(kafka.TRANSACTIONS)
-    store = online.OnlineStore(online.connect(config), plan, spans, topic)
+    store = online.OnlineStore(pools.connect_redis(config), plan, spans, topic)
     await kafka.create_topics(config)
-    async with offline.connect(config) as pool:
+    async with pools.connect_postgres(config) as pool:
         history = offline.OfflineStore(pool, config.spans)
         await history.migrate()
         tps, total = await publish(config, options.events, options.users)

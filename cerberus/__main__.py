@@ -4,12 +4,33 @@ import argparse
 import asyncio
 import contextlib
 import os
-import pathlib
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
-from cerberus import errors, feature_store, kafka, offline, producer, run, settings
+import tqdm
+
+from cerberus import (
+    accuracy,
+    errors,
+    feast_layout,
+    feature_store,
+    forgetting,
+    importing,
+    kafka,
+    labels,
+    lookups,
+    offline,
+    online,
+    pools,
+    run,
+    sending,
+    serving,
+    settings,
+    verification,
+    window,
+)
 
 CONFIG_STATUS, FAILED_STATUS = 78, 1
 
@@ -22,8 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=meaning, add_help=name not in _OWN_ARGUMENTS)
         if name in _OWN_ARGUMENTS:
             continue
-        if name == "send":
-            command.add_argument("file", type=pathlib.Path, help="one JSON object a line")
+        if name == "inspect":
+            command.add_argument("user", help="a user id")
+        if name == "replay":
+            command.add_argument("--verify", action="store_true", required=True, help="compare")
+            command.add_argument("--since", default="1970-01-01", help="a date, or RFC 3339")
+        if name == "accuracy":
+            command.add_argument("--since", help="of decisions: a date, or RFC 3339")
+            command.add_argument("--model", help="the beginning of a model's sha256")
         if name == "features":
             command.add_argument("action", choices=("render", "compile", "apply"))
     known, rest = parser.parse_known_args(arguments)
@@ -70,11 +97,63 @@ def _migrate(known: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _import(known: argparse.Namespace, rest: list[str]) -> int:
+    return importing.main(rest)
+
+
 def _send(known: argparse.Namespace, rest: list[str]) -> int:
+    return sending.main(rest)
+
+
+def _forget(known: argparse.Namespace, rest: list[str]) -> int:
+    return forgetting.main(rest)
+
+
+def _inspect(known: argparse.Namespace, rest: list[str]) -> int:
     config = settings.load(os.environ)
-    with known.file.open("rb") as lines:
-        count = asyncio.run(producer.send(config, lines))
-    print(f"{count} transactions sent to {config.kafka.topic(kafka.TRANSACTIONS)}")
+    spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
+    plan = feast_layout.Plan.load(config.plan_path)
+
+    async def look_up() -> dict[str, Any]:
+        topic = config.kafka.topic(kafka.TRANSACTIONS)
+        redis = pools.connect_redis(config)
+        async with redis, _offline(config) as history:
+            store = online.OnlineStore(redis, plan, spans, topic)
+            asked = lookups.Lookups(config, spans, store, history.ledger, serving.now_ms)
+            return await asked.user(known.user)
+
+    print(lookups.describe(asyncio.run(look_up())))
+    return 0
+
+
+def _replay(known: argparse.Namespace, rest: list[str]) -> int:
+    config = settings.load(os.environ)
+    since_ms = accuracy.parse_since(known.since)
+
+    async def verify() -> verification.Verified:
+        async with _offline(config) as history:
+            total = await history.ledger.count(since_ms)
+            with tqdm.tqdm(total=total, unit=" decisions", disable=None) as bar:
+                return await verification.verify(history.ledger, since_ms, bar.update)
+
+    found = asyncio.run(verify())
+    for line in found.examples:
+        print(line)
+    print(f"{found.repeated} decisions taken again, {found.differing} differ")
+    if found.unknown:
+        print(f"{found.unknown} were taken by a model or policy that is not kept")
+    return 1 if found.differing else 0
+
+
+def _accuracy(known: argparse.Namespace, rest: list[str]) -> int:
+    config = settings.load(os.environ)
+    query = {name: v for name in ("since", "model") if (v := getattr(known, name)) is not None}
+
+    async def judge() -> dict[str, Any]:
+        async with _offline(config) as history:
+            return await history.accuracy.report(serving.now_ms(), query)
+
+    print(accuracy.describe(asyncio.run(judge())))
     return 0
 
 
@@ -99,19 +178,25 @@ def _materialize(known: argparse.Namespace, rest: list[str]) -> int:
 
 @contextlib.asynccontextmanager
 async def _offline(config: settings.Settings) -> AsyncIterator[offline.OfflineStore]:
-    async with offline.connect(config) as pool:
-        yield offline.OfflineStore(pool, config.spans)
+    async with pools.connect_postgres(config) as pool:
+        rules = labels.Rules(config.label_maturity_ms, config.friendly_fraud_is_fraud)
+        yield offline.OfflineStore(pool, config.spans, rules)
 
 
-_OWN_ARGUMENTS = ("run", "train")
+_OWN_ARGUMENTS = ("run", "train", "import", "send", "forget")
 _COMMANDS = {
     "run": ("start what is missing and serve, on this machine", _run),
     "clean": ("remove what `run` has left behind", _clean),
     "migrate": ("bring tables and topics up to date", _migrate),
     "features": ("render, compile or apply the feature definitions", _features),
     "materialize": ("load the batch views from Postgres to Redis", _materialize),
+    "inspect": ("show a user's window now, and the last decisions", _inspect),
+    "replay": ("take stored decisions again and compare them, bit by bit", _replay),
+    "accuracy": ("compare decisions with the truth, once that is known", _accuracy),
     "train": ("train the model on simulated traffic", _train),
-    "send": ("publish transactions of one's own", _send),
+    "import": ("load a bank's past from files", _import),
+    "send": ("publish a file of transactions", _send),
+    "forget": ("remove one person from every store", _forget),
 }
 
 if __name__ == "__main__":

@@ -10,23 +10,29 @@ import gc
 import multiprocessing
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, NoReturn
 
 import anyio
 from starlette.applications import Starlette
 
 from cerberus import (
+    claims,
     consumer,
+    decision_log,
     errors,
     feast_layout,
     health,
     kafka,
+    label_consumer,
+    labels,
     logs,
     materializer,
     offline,
     online,
+    pools,
     producer,
+    retention,
     routes,
     scoring,
     settings,
@@ -35,7 +41,7 @@ from cerberus import (
     window,
 )
 
-STOP_ORDER = ("producer", "materializer", "consumer")
+STOP_ORDER = ("producer", "retention", "materializer", "labels", "consumer", "decisions")
 _CLOSE_S = 2.0
 _CONFIG_STATUS, _STARTUP_FAILURE = 78, 3
 Run = Callable[[supervision.Progress], Awaitable[None]]
@@ -46,11 +52,12 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
     try:
         config = settings.load(os.environ)
         tls = config.kafka.client_options().get("ssl_context")
-        model = scoring.Model.load(config.model_path, config.spans)
+        model = scoring.Model.load(config.model_path, config.spans, config.policy_path)
         spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
         topic = config.kafka.topic(kafka.TRANSACTIONS)
         plan = feast_layout.Plan.load(config.plan_path)
-        store = online.OnlineStore(online.connect(config), plan, spans, topic)
+        redis = pools.connect_redis(config, claims.recognise(config))
+        store = online.OnlineStore(redis, plan, spans, topic)
     except (errors.ConfigError, errors.ModelMismatch) as error:
         _refuse_to_start(error)
     logs.configure(config.log_level)
@@ -60,20 +67,30 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
     try:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(store.close)
-            pool = await offline.connect(config)
+            pool = await pools.connect_postgres(config)
             stack.push_async_callback(_close, pool)
-            history = offline.OfflineStore(pool, spans.names)
-            consumed = consumer.Consumer(config, spans, model, store, history)
-            for name, run in _tasks(config, consumed, store, history).items():
+            rules = labels.Rules(config.label_maturity_ms, config.friendly_fraud_is_fraud)
+            history = offline.OfflineStore(pool, spans.names, rules)
+            claimed = claims.Claims(config, redis, history.ledger)
+            kept = decision_log.DecisionLog(config, model, history)
+            stack.push_async_callback(kept.close)
+            consumed = consumer.Consumer(config, spans, model, store, history, claimed)
+            labelled = label_consumer.LabelConsumer(config, history)
+            others = {"labels": labelled.run, "api": kept.run, "consumer": consumed.run}
+            for name, run in _tasks(config, others, store, history).items():
                 supervisor.add(name, run)
             running.state.parts = routes.assemble(
                 config,
                 spans,
                 model,
                 store,
+                history,
                 supervisor,
+                claimed=claimed,
+                kept=kept,
                 probes=_probes(config, history, tls),
                 consumed=consumed if "consumer" in config.tasks else None,
+                labelled=labelled,
             )
             # Or a full collection walks all that was imported: 25 ms in which nobody is answered.
             gc.collect()
@@ -89,16 +106,18 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
 
 def _tasks(
     config: settings.Settings,
-    consumed: consumer.Consumer,
+    others: Mapping[str, Run],
     store: online.OnlineStore,
     history: offline.OfflineStore,
 ) -> dict[str, Run]:
-    every: dict[str, Run] = {
-        "consumer": consumed.run,
+    every = {
+        **others,
         "producer": producer.Producer(config, history).run,
         "materializer": materializer.Materializer(config, store, history).run,
+        "retention": retention.Retention(config, history).run,
     }
-    return {name: run for name, run in every.items() if name in config.tasks}
+    names = {"api": "decisions"}
+    return {names.get(n, n): run for n, run in every.items() if n in config.tasks}
 
 
 async def _stop(supervisor: supervision.Supervisor, asked: asyncio.Event) -> None:

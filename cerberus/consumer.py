@@ -7,7 +7,6 @@ idempotent, so a crash or a rebalance at any point ends in the same values.
 
 import asyncio
 import collections
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -23,9 +22,11 @@ from aiokafka.errors import (
 
 from cerberus import (
     assignment,
+    claims,
     errors,
     features,
     kafka,
+    liveness,
     offline,
     online,
     partition,
@@ -41,16 +42,11 @@ log = logging.getLogger(__name__)
 
 _POLL_MS, _POLL_RECORDS, _CHUNK_RECORDS = 200, 1000, 100
 _BREAK_RECORDS, _BREAK_S = 200, 60.0
-_TELL_S, _MARK_MS = 1.0, 2_000
 _COMMIT_S, _RETRY_MS, _PAUSE_S = 5.0, 500, 1.0
 _SPLIT = (
     "records of one user are in several partitions: key every record with user_id as ASCII digits "
     "and the default (murmur2) partitioner; where partitions were added it passes by itself"
 )
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 class Consumer:
@@ -62,6 +58,7 @@ class Consumer:
         model: Decides.
         online_store: Takes the rows.
         offline_store: Takes the facts.
+        claimed: Says which decision on a transaction was the first.
 
     Attributes:
         problems: What is wrong now, a sentence each, by name.
@@ -75,55 +72,45 @@ class Consumer:
         model: scoring.Model,
         online_store: online.OnlineStore,
         offline_store: offline.OfflineStore,
+        claimed: claims.Claims,
     ) -> None:
         self._config = config
         self._spans = spans
         self._online = online_store
         self._offline = offline_store
-        self._sink = sink.Sink(config, spans, model, online_store, offline_store)
+        self._sink = sink.Sink(config, spans, model, online_store, offline_store, claimed)
         self._resolver = assignment.Resolver(config, spans, offline_store)
+        self._liveness = liveness.Liveness(
+            config, online_store, offline_store, self._sink, self._resolver
+        )
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._client: Any = None
         self._generation = 0
-        self._count = 0
         self._fresh: set[aiokafka.TopicPartition] = set()
         self._parts: dict[aiokafka.TopicPartition, partition.Partition] = {}
         self._parked: dict[aiokafka.TopicPartition, partition.Partition] = {}
         self._committed: dict[aiokafka.TopicPartition, int] = {}
-        self._marks: dict[aiokafka.TopicPartition, tuple[int, int]] = {}
-        self._since_s: dict[aiokafka.TopicPartition, float] = {}
         self._judged: collections.deque[tuple[float, int, int]] = collections.deque()
-        self._marking: asyncio.Task[None] | None = None
-        self._ended: set[aiokafka.TopicPartition] = set()
-        self._scores_lost: bool | None = None
-        self._told_s = self._resent_s = self._split_s = 0.0
+        self._split_s = 0.0
         self.problems: dict[str, str] = {}
         self.counts: collections.Counter[str] = collections.Counter()
 
     def states(self) -> Mapping[int, features.PartitionState]:
         """Return the state of each owned partition."""
-        return {part.number: part.state() for part in self._parts.values()}
+        return liveness.states(self._parts)
 
     def lag(self) -> Mapping[int, int]:
         """Return how many offsets each owned partition was behind when that was last asked."""
-        marks = {tp: end for tp, (end, _) in self._marks.items() if tp in self._parts}
-        return {tp.partition: max(0, end - self._parts[tp].offset) for tp, end in marks.items()}
+        return self._liveness.lag(self._parts)
 
     def remaining_s(self) -> Mapping[int, float]:
         """Estimate how long each replay will still take, s, from its speed so far."""
-        now_s = time.monotonic()
-        done = {
-            tp: (now_s - since_s, self._parts[tp].state().progress)
-            for tp, since_s in self._since_s.items()
-            if tp in self._parts and self._parts[tp].replaying
-        }
-        return {tp.partition: took * (1 - p) / p for tp, (took, p) in done.items() if p > 0}
+        return self._liveness.remaining_s(self._parts)
 
     async def run(self, progress: supervision.Progress) -> None:
         """Consume until told to stop; a new client is built at each call."""
-        self._parts.clear()
-        self._parked.clear()
-        self._fresh.clear()
+        for held in (self._parts, self._parked, self._fresh):
+            held.clear()
         self._judged.clear()
         try:
             if not await self._connect(progress):
@@ -131,8 +118,7 @@ class Consumer:
             while not progress.stopping.is_set():
                 await self._turn(progress)
         finally:
-            if self._marking is not None:
-                self._marking.cancel()
+            self._liveness.stop()
             if self._client is not None:
                 await kafka.stop(self._client)
             await self._sink.close()
@@ -168,10 +154,10 @@ class Consumer:
 
     async def _turn(self, progress: supervision.Progress) -> None:
         generation = self._generation
-        if ended := self._ended & self._parts.keys():
+        if ended := self._liveness.ended & self._parts.keys():
             log.warning("the topic was made anew", extra={"action": "topic_ended"})
             self._hold(ended)
-        self._ended.clear()
+        self._liveness.ended.clear()
         if self._fresh and "schema" not in self.problems:
             await self._resolve(generation, progress)
         polled = await self._poll(_POLL_MS)
@@ -207,14 +193,8 @@ class Consumer:
         fresh = set(self._fresh)
         try:
             resolved = await self._resolver.resolve(self._client, fresh, self._parked)
-            # The rows are those of the owner before: as old as it has said last.
             told = await self._online.states()
-        except (
-            TimeoutError,
-            KafkaError,
-            errors.StoreUnavailable,
-            errors.FeaturesUnavailable,
-        ) as error:
+        except (TimeoutError, KafkaError, *supervision.AWAY) as error:
             self._trouble("resolve", f"cannot find where to start: {error!r}")
             progress.beat()
             await progress.wait(_PAUSE_S)
@@ -222,15 +202,9 @@ class Consumer:
         if generation != self._generation:
             return
         self.problems.pop("resolve", None)
-        self._count = resolved.count
+        self._liveness.succeed(resolved, told)
         for tp, part in resolved.parts.items():
-            self._parts[tp], self._since_s[tp] = part, time.monotonic()
-            last = told.get(part.number)
-            if last is not None:
-                part.caught_up_ms = max(part.caught_up_ms, last.caught_up_ms)
-            if last is None or last.state != "live":
-                # What the owner before has not finished is not told by the trail.
-                part.restoring, self._scores_lost = True, None
+            self._parts[tp] = part
             self._client.seek(tp, part.offset)
             log.info(
                 "partition %d: epoch %d, reads from %d, silent below %d",
@@ -332,7 +306,7 @@ class Consumer:
         while generation == self._generation:
             try:
                 await call()
-            except (errors.StoreUnavailable, errors.FeaturesUnavailable) as error:
+            except supervision.AWAY as error:
                 self._trouble("store", f"a store is down, retrying: {error}")
             else:
                 self.problems.pop("store", None)
@@ -375,7 +349,7 @@ class Consumer:
             for tp, part in self._parts.items()
             if not part.replaying
             and part.offset != self._committed.get(tp)
-            and tp not in self._ended
+            and tp not in self._liveness.ended
         }
         if not due or generation != self._generation:
             return
@@ -391,97 +365,19 @@ class Consumer:
                 self._committed[tp] = self._parts[tp].commit = offset
 
     async def _tell(self, generation: int, progress: supervision.Progress, *, now: bool) -> None:
-        """Say who is live, and send again the rows that Redis has lost."""
-        elapsed_s = time.monotonic() - self._told_s
-        if not now and elapsed_s < _TELL_S:
+        """Say who is live; what hinders that does not hinder consuming."""
+        if not self._liveness.look(self._client, self._parts, progress, now=now):
             return
-        if elapsed_s >= _TELL_S:
-            if self._marking is None or self._marking.done():
-                self._marking = asyncio.create_task(self._mark())
-            progress.lagging(any(self.lag().values()))
         if time.monotonic() - self._split_s > self._spans.longest_ms / 1000:
             self.problems.pop("split_user", None)
-        for tp, part in self._parts.items():
-            end, asked_ms = self._marks.get(tp, (part.offset + 1, 0))
-            if part.offset >= end and _now_ms() - asked_ms < _MARK_MS:
-                part.caught_up_ms, part.rebuilding = asked_ms, False
         if generation != self._generation:
             return
         try:
-            await self._restore(progress)
-        except (errors.FeaturesUnavailable, errors.StoreUnavailable) as error:
+            await self._liveness.tell(self._parts, progress.beat)
+        except supervision.AWAY as error:
             self._trouble("store", f"cannot say who is live: {error}")
         else:
             self.problems.pop("store", None)
-            if elapsed_s >= _TELL_S:
-                self._told_s = time.monotonic()
-
-    async def _mark(self) -> None:
-        """Ask where the log begins and ends; without an answer the age of the last one shows.
-
-        In a task of its own: the question waits behind a fetch that waits for records.
-        """
-        asked_ms, owned = _now_ms(), list(self._parts)
-        with contextlib.suppress(TimeoutError, KafkaError):
-            async with asyncio.timeout(_MARK_MS / 1000):
-                ends = await self._client.end_offsets(owned) if owned else {}
-                self._ended |= self._resolver.ended(
-                    await assignment.first_records(self._client, owned)
-                )
-            known = self._client.partitions_for_topic(self._topic) or ()
-            # Where there are more, records wait that nobody reads yet.
-            if len(known) == self._count:
-                self._marks = {
-                    # An open transaction hides what stands behind it from the end that was asked.
-                    tp: (max(end, self._client.highwater(tp) or 0), asked_ms)
-                    for tp, end in ends.items()
-                    if tp in self._parts
-                }
-
-    async def _restore(self, progress: supervision.Progress) -> None:
-        """Write the partitions' states; where Redis has lost a state or a trail, it has lost rows.
-
-        The state is then made anew as "restoring", then the rows follow, then the next state is
-        written only if those still stand: no loss between goes unseen. Until the credit scores are
-        loaded again, too, it stays "restoring".
-        """
-        due = time.monotonic() - self._resent_s >= self._config.resend_s
-        if self._scores_lost is not False:
-            await self._look_for_scores()
-        if lost := await self._write_states():
-            await self._look_for_scores()
-            await self._online.write_states(self._count, self.states(), create=True)
-        for part in list(self._parts.values()):
-            if part.replaying or not (due or part.restoring):
-                continue
-            if part.restoring and part.seeds:
-                past = await self._offline.seed(
-                    self._topic, part.origin, part.number, part.seed_after_ms
-                )
-                part.seed((), past)
-            part.restoring = await self._sink.write_rows(part, part.windows.users, progress.beat)
-        if due:
-            self._resent_s = time.monotonic()
-        if lost:
-            await self._write_states()
-
-    async def _look_for_scores(self) -> None:
-        self._scores_lost = (
-            await self._online.materialized_ms() is None and await self._offline.has_served_scores()
-        )
-        for part in self._parts.values():
-            part.unloaded = self._scores_lost
-
-    async def _write_states(self) -> bool:
-        """Write the states and say whether Redis has lost rows."""
-        owned = list(self._parts.values())
-        lost = await self._online.write_states(
-            self._count, self.states(), trails={part.number: part.trail for part in owned}
-        )
-        for part in owned:
-            if part.number in lost:
-                part.restoring, part.trail = True, partition.Trail()
-        return bool(lost)
 
     def _hold(self, tps: Iterable[aiokafka.TopicPartition]) -> None:
         """Let partitions stand still until they are resolved (again)."""
@@ -506,9 +402,9 @@ class Consumer:
         """Set all state aside; what is stored of it may be used again."""
         self._generation += 1
         self._parked |= self._parts
-        for held in (self._parts, self._committed, self._marks):
+        for held in (self._parts, self._committed, self._fresh):
             held.clear()
-        self._fresh.clear()
+        self._liveness.forget()
 
 
 class _Listener(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]

@@ -24,6 +24,22 @@ class InvalidTransaction(CerberusError):
         self.reason = reason
 
 
+class Conflict(CerberusError):
+    """The same transaction was decided with other content; send what was sent first."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"{field}: differs from the transaction that was decided under this id")
+        self.field = field
+
+
+class DecisionsUnavailable(CerberusError):
+    """Whether the transaction was decided before cannot be looked up now; try again."""
+
+
+class UnknownDecision(CerberusError):
+    """No decision has this id; it may not be stored yet, or be older than what is kept."""
+
+
 class ModelMismatch(CerberusError):
     """The model does not fit this build; `python models/train_model.py` trains one that does."""
 

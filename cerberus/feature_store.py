@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from cerberus import errors, feast_layout, online, settings
+from cerberus import errors, feast_layout, online, pools, settings
 
 REPO = pathlib.Path(__file__).parent.parent / "feature_repo"
 _SERVED = (online.STATS_VIEW, online.WINDOW_VIEW, online.CREDIT_VIEW)
@@ -214,14 +214,14 @@ def _credit_view(store: Any, config: settings.Settings) -> Any:
 
 async def _begin(config: settings.Settings, now_ms: int) -> bool:
     """Leave a mark that is lost with the data, then say whether the batch views are lost."""
-    async with online.connect(config) as client:
+    async with pools.connect_redis(config) as client:
         await client.set(_LOADING, now_ms)
         return not await client.exists(online.MATERIALIZED)
 
 
 async def _finish(config: settings.Settings) -> bool:
     """Turn the mark into the sign that the views are there; False when the mark is gone."""
-    async with online.connect(config) as client:
+    async with pools.connect_redis(config) as client:
         return bool(await client.copy(_LOADING, online.MATERIALIZED, replace=True))
 
 
@@ -282,7 +282,7 @@ def _redis(config: settings.Settings) -> str:
 
     Feast reads each value as JSON, so a password is a JSON string that holds no comma.
     """
-    options = online.options(config)
+    options = pools.redis_options(config)
     host, port = options.pop("host"), options.pop("port")
     if ":" in host:
         raise errors.ConfigError(f"REDIS_URL: Feast needs a host name, not {host}")

@@ -6,7 +6,7 @@ stream has counted it. A silent user's count falls to zero by itself.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ class PartitionState:
         moved_ms: Events at or before it may be in another partition, if the user's was another
             when there were `former` partitions.
         former: How many partitions there were before the number last changed; 0 when unknown.
+        count: How many there are.
     """
 
     epoch: int
@@ -68,6 +69,7 @@ class PartitionState:
     progress: float = 1.0
     moved_ms: int = 0
     former: int = 0
+    count: int = 0
 
     def pack(self) -> bytes:
         """Write it as JSON, readable by people and by Redis' Lua."""
@@ -380,3 +382,22 @@ def public(row: FeatureRow, spans: Sequence[str]) -> dict[str, Any]:
         shown[f"total_amount_{span}"] = stats.total_minor / 100 if stats else None
     shown["credit_score"] = row.credit_score
     return shown
+
+
+def read_public(
+    shown: Mapping[str, Any],
+) -> tuple[tuple[str, ...], tuple[window.WindowStats, ...] | None, int | None]:
+    """Read what `public` showed.
+
+    Returns:
+        The names of the windows, increasing; their stats; the credit score.
+    """
+    names = [name[len("txn_count_") :] for name in shown if name.startswith("txn_count_")]
+    spans = tuple(sorted(names, key=lambda name: window.Spans((name,)).longest_ms))
+    stats = None
+    if all(shown[f"txn_count_{span}"] is not None for span in spans):
+        stats = tuple(
+            window.WindowStats(shown[f"txn_count_{s}"], round(shown[f"total_amount_{s}"] * 100))
+            for s in spans
+        )
+    return spans, stats, shown["credit_score"]

@@ -10,7 +10,15 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from cerberus import consumer, features, scoring, settings, supervision
+from cerberus import (
+    consumer,
+    decision_log,
+    features,
+    label_consumer,
+    scoring,
+    settings,
+    supervision,
+)
 
 _PROBE_S = 1.0
 Probe = Callable[[], Awaitable[Any]]
@@ -74,7 +82,9 @@ class Health:
         model: Decides.
         servers: Behind the parts.
         supervisor: Of the eternal tasks.
+        kept: Decisions on their way to the stores.
         consumed: None where this process consumes nothing.
+        labelled: None likewise.
     """
 
     def __init__(
@@ -83,13 +93,17 @@ class Health:
         model: scoring.Model,
         servers: Servers,
         supervisor: supervision.Supervisor,
+        kept: decision_log.DecisionLog,
         consumed: consumer.Consumer | None,
+        labelled: label_consumer.LabelConsumer | None = None,
     ) -> None:
         self._config = config
         self._model = model
         self._servers = servers
         self._supervisor = supervisor
+        self._log = kept
         self._consumer = consumed
+        self._labels = labelled
 
     async def report(self, now_ms: int, longest_ms: int) -> tuple[bool, dict[str, Any]]:
         """Say whether this instance can serve, and how each part is. Deadline: 1 s."""
@@ -117,7 +131,9 @@ class Health:
             "model": {
                 "sha256": self._model.sha256,
                 "threshold": self._model.manifest.threshold,
+                "policy": self._model.policy.sha256,
             },
+            "decisions": self._log.report(),
             "servers": down,
             "partitions": self._partitions(),
         }
@@ -143,8 +159,17 @@ class Health:
             if not task.sound
         ]
         found += [f"{name} does not answer: {why}" for name, why in down.items() if why]
+        for store, told in self._log.report().items():
+            if told["dropped"]:
+                found.append(
+                    f"{told['dropped']} decisions were not kept: {store} was away too long"
+                )
+            elif told["problem"]:
+                found.append(f"{told['waiting']} decisions wait for {store}: {told['problem']}")
         if self._consumer is not None:
             found += self._consumer.problems.values()
+        if self._labels is not None and self._labels.problem is not None:
+            found.append(f"labels on the topic wait: {self._labels.problem}")
         return found
 
     def _partitions(self) -> dict[str, Any]:

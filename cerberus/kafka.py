@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import aiokafka
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -17,13 +17,14 @@ from cerberus import errors, settings
 log = logging.getLogger(__name__)
 
 TRANSACTIONS, DEAD_LETTERS = "transactions", "transactions.dlq"
-DECISIONS, LABELS = "decisions", "labels"
-GROUP = "cerberus"
+DECISIONS, LABELS, LABEL_DEAD_LETTERS = "decisions", "labels", "labels.dlq"
+GROUP, LABEL_GROUP = "cerberus", "cerberus-labels"
 METADATA_MS = 1_000
 """How long a new partition, or a topic that was made anew, may go unnoticed."""
 _TOPIC_EXISTS = 36
 _CALL_S = 15.0
 _PAUSE_S = 0.1
+_DEAD_LETTER_BYTES = 900_000
 _stopping: set["asyncio.Task[None]"] = set()
 
 
@@ -56,7 +57,9 @@ async def create_topics(config: settings.Settings) -> list[str]:
         StoreUnavailable: The broker did not answer, or refused; the message says what to do.
     """
     kafka = config.kafka
-    wanted: dict[str, dict[str, str]] = {name: {} for name in (DEAD_LETTERS, DECISIONS, LABELS)}
+    wanted: dict[str, dict[str, str]] = {
+        name: {} for name in (DEAD_LETTERS, DECISIONS, LABELS, LABEL_DEAD_LETTERS)
+    }
     # The broker refuses what a consumer would have to refuse at every replay.
     wanted[TRANSACTIONS] = {"message.timestamp.after.max.ms": str(config.max_future_skew_ms)}
     topics = [
@@ -140,13 +143,21 @@ async def advise_retention(config: settings.Settings, keep_ms: int) -> str | Non
     )
 
 
-def consumer(config: settings.Settings) -> "aiokafka.AIOKafkaConsumer":
-    """Build the group's consumer; nothing is committed or skipped by itself."""
+def consumer(
+    config: settings.Settings, group: str = GROUP, reset: str = "none"
+) -> "aiokafka.AIOKafkaConsumer":
+    """Build a group's consumer; nothing is committed by itself.
+
+    Args:
+        config: Settings.
+        group: Without the prefix.
+        reset: Where a partition without a commit begins: "none" (it is sought) or "earliest".
+    """
     client = aiokafka.AIOKafkaConsumer(
         **config.kafka.client_options(),
-        group_id=config.kafka.topic(GROUP),
+        group_id=config.kafka.topic(group),
         enable_auto_commit=False,
-        auto_offset_reset="none",
+        auto_offset_reset=reset,
         isolation_level="read_committed",
         partition_assignment_strategy=(StickyPartitionAssignor,),
         session_timeout_ms=config.session_timeout_ms,
@@ -176,6 +187,81 @@ def producer(config: settings.Settings, linger_ms: int = 5) -> "aiokafka.AIOKafk
     )
     _pause_between_questions(client.client)
     return client
+
+
+class Message(NamedTuple):
+    """One record to be published."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]] = ()
+    timestamp_ms: int | None = None
+
+
+def dead_letter(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> Message:
+    """Lay out a record that cannot be read, as it is, for a topic of such records."""
+    headers = [
+        ("topic", record.topic.encode()),
+        ("partition", b"%d" % record.partition),
+        ("offset", b"%d" % record.offset),
+        ("reason", reason.encode()),
+    ]
+    key, value = record.key, record.value
+    if len(key or b"") + len(value or b"") > _DEAD_LETTER_BYTES:
+        headers.append(("omitted", b"too long to be copied: read it where the headers say"))
+        key = value = None
+    if key is None and value is None:
+        value = b""  # aiokafka sends no record without both
+    return Message(topic, key, value, headers)
+
+
+class Publisher:
+    """Publishes batches; what failed is to be published again, in whole.
+
+    Args:
+        config: Settings.
+    """
+
+    def __init__(self, config: settings.Settings) -> None:
+        self._config = config
+        self._producer: Any = None
+
+    async def publish(self, messages: Sequence[Message]) -> None:
+        """Send messages in order and wait until all are acknowledged, at most 15 s.
+
+        Raises:
+            StoreUnavailable: Not all were.
+        """
+        if not messages:
+            return
+        try:
+            async with asyncio.timeout(_CALL_S):
+                if self._producer is None:
+                    client = producer(self._config)
+                    await client.start()
+                    self._producer = client
+                sent = [
+                    await self._producer.send(
+                        m.topic,
+                        m.value,
+                        key=m.key,
+                        headers=m.headers,
+                        timestamp_ms=m.timestamp_ms,
+                    )
+                    for m in messages
+                ]
+                await asyncio.gather(*sent)
+        except (TimeoutError, OSError, KafkaError) as error:
+            # Or what it still holds would come between the records of the next attempt.
+            await self.close()
+            raise errors.StoreUnavailable(f"Kafka took no records: {error!r}") from error
+
+    async def close(self) -> None:
+        """Stop the producer, within 5 s."""
+        if self._producer is not None:
+            await stop(self._producer)
+            self._producer = None
 
 
 def _pause_between_questions(inner: Any) -> None:

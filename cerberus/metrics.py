@@ -3,11 +3,14 @@
 - `cerberus_requests_total{route, status}`: HTTP requests answered; an unknown path is `other`.
 - `cerberus_requests_in_flight`: predictions being answered.
 - `cerberus_stage_seconds{stage}`: a request's `wait` for a round trip, a batch's `features` (Redis
-  and evaluation) and `model`.
+  and evaluation), `model` and `claim`.
 - `cerberus_predictions_total{prediction, degraded}`: decisions by their first reason of doubt,
   empty when there is none; what is not empty over all is the degraded share.
 - `cerberus_records_total{outcome}`: records of the log, by what became of them.
 - `cerberus_partition_lag{partition}`: records from an owned partition's position to its end.
+- `cerberus_decisions_waiting{store}`: decisions on requests that a store has not acknowledged.
+- `cerberus_decisions_dropped_total{store}`: those that its full buffer did not take.
+- `cerberus_labels_total{outcome}`: labels, told by request or topic, by what became of them.
 - `cerberus_task_up{task}`: 1 while the task runs.
 - `cerberus_task_restarts_total{task}`: restarts since the process began.
 
@@ -32,6 +35,8 @@ class Snapshot:
         in_flight: Predictions being answered.
         records: By outcome.
         lag: By partition.
+        decisions: By store, how many wait and how many were dropped.
+        labels: By outcome.
         up: By task, whether it runs.
         restarts: By task.
     """
@@ -39,6 +44,8 @@ class Snapshot:
     in_flight: int = 0
     records: Mapping[str, int] = field(default_factory=dict)
     lag: Mapping[int, int] = field(default_factory=dict)
+    decisions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    labels: Mapping[str, int] = field(default_factory=dict)
     up: Mapping[str, bool] = field(default_factory=dict)
     restarts: Mapping[str, int] = field(default_factory=dict)
 
@@ -68,7 +75,9 @@ class Metrics:
             buckets=_BUCKETS_S,
             registry=self._registry,
         )
-        self._wait, self._features, self._model = map(stages.labels, ("wait", "features", "model"))
+        self._wait, self._features, self._model, self._claim = map(
+            stages.labels, ("wait", "features", "model", "claim")
+        )
         self._registry.register(_Parts(self))
         prometheus_client.ProcessCollector(registry=self._registry)
         prometheus_client.GCCollector(registry=self._registry)
@@ -81,12 +90,15 @@ class Metrics:
         """Count a decision."""
         self._predictions.labels(prediction, degraded[0] if degraded else "").inc()
 
-    def batch(self, waits_s: Sequence[float], features_s: float, model_s: float) -> None:
+    def batch(
+        self, waits_s: Sequence[float], features_s: float, model_s: float, claim_s: float
+    ) -> None:
         """Record the stages of one batch."""
         for wait_s in waits_s:
             self._wait.observe(wait_s)
         self._features.observe(features_s)
         self._model.observe(model_s)
+        self._claim.observe(claim_s)
 
     def render(self) -> bytes:
         """Write everything in Prometheus' text format."""
@@ -114,6 +126,20 @@ class _Parts(registry.Collector):
         )
         for partition, behind in now.lag.items():
             lag.add_metric((str(partition),), behind)
+        waiting = core.GaugeMetricFamily(
+            "cerberus_decisions_waiting", "Decisions not stored yet", labels=("store",)
+        )
+        dropped = core.CounterMetricFamily(
+            "cerberus_decisions_dropped", "Decisions that were not kept", labels=("store",)
+        )
+        for store, (held, lost) in now.decisions.items():
+            waiting.add_metric((store,), held)
+            dropped.add_metric((store,), lost)
+        told = core.CounterMetricFamily(
+            "cerberus_labels", "Labels by what became of them", labels=("outcome",)
+        )
+        for outcome, count in now.labels.items():
+            told.add_metric((outcome,), count)
         up = core.GaugeMetricFamily("cerberus_task_up", "1 while the task runs", labels=("task",))
         for task, running in now.up.items():
             up.add_metric((task,), running)
@@ -122,4 +148,4 @@ class _Parts(registry.Collector):
         )
         for task, count in now.restarts.items():
             restarts.add_metric((task,), count)
-        yield from (records, lag, up, restarts)
+        yield from (records, lag, waiting, dropped, told, up, restarts)

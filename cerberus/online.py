@@ -5,16 +5,12 @@ trip. Rows are taken only when their fence is not older than the stored one, in 
 Commands are those of Redis 6.2.
 """
 
-import asyncio
 import contextlib
-import functools
-import hashlib
 import itertools
 import secrets
-import ssl
 import struct
 import types
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,24 +22,15 @@ from cerberus import (
     feast_layout,
     features,
     partition,
-    settings,
+    pools,
     transactions,
     window,
 )
 
 STATS_VIEW, WINDOW_VIEW, CREDIT_VIEW = "user_transaction_stats", "user_window", "user_credit"
 MATERIALIZED = "cerberus:{materialized}"  # in braces: what a cluster's keys are placed by
-_CALL_S = 2.0
 _T = TypeVar("_T")
-# A script, its key, its arguments.
-_Call = tuple[str, bytes | str, Sequence[bytes | int | str]]
 _NO_TRAILS: Mapping[int, partition.Trail] = types.MappingProxyType({})
-_DOWN = (
-    TimeoutError,
-    OSError,
-    redis.exceptions.RedisError,
-    redis.exceptions.RedisClusterException,
-)
 _UNREADABLE = (ValueError, IndexError, struct.error)
 
 # KEYS[1] the user's hash. ARGV: the field of `recent`, epoch, offset, as_of_ms, then field and
@@ -115,36 +102,6 @@ class Refused:
     lost: bool = False
 
 
-def options(config: settings.Settings) -> dict[str, Any]:
-    """Return what a Redis client is built with; every command has a deadline of 2 s."""
-    found: dict[str, Any] = {
-        "socket_timeout": _CALL_S,
-        "socket_connect_timeout": _CALL_S,
-        "health_check_interval": 15,
-        "driver_info": None,  # else each connection reads files, then sends what 6.2 has not
-    }
-    if config.redis_url.startswith("rediss://"):
-        found["ssl"] = True
-        if not config.redis_tls_verify:
-            found |= {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}
-    located = redis.asyncio.connection.parse_url(config.redis_url)
-    located.pop("connection_class", None)
-    return {"host": "localhost", "port": 6379, **found, **located}
-
-
-def connect(config: settings.Settings) -> "redis.asyncio.Redis | redis.asyncio.RedisCluster":
-    """Make the shared pool; nothing is sent yet.
-
-    Raises:
-        ConfigError: The address has a parameter that no client knows.
-    """
-    client = redis.asyncio.RedisCluster if config.redis_cluster else redis.asyncio.Redis
-    try:
-        return client(**options(config))
-    except (TypeError, ValueError) as error:
-        raise errors.ConfigError(f"REDIS_URL: {error}") from error
-
-
 class OnlineStore:
     """Reads and writes the rows that decisions are made from.
 
@@ -212,12 +169,15 @@ class OnlineStore:
         pipe.hgetall(self._partitions_key)
         for user_id in user_ids:
             pipe.hmget(self._key(user_id), self._read_fields)
-        found, *hashes = await _answers(pipe.execute(), timeout_s)
+        found, *hashes = await pools.answers(pipe.execute(), timeout_s)
         states = _states(found)
         count = int(found.get(b"count", 0))
         rows = []
         for user_id, values in zip(user_ids, hashes, strict=True):
             home = transactions.partition_of(user_id, count) if count else 0
+            state = states.get(home)
+            if state is not None and state.count not in (0, count):
+                state = None  # who owned it before does not know who has moved there
             # One user's broken value must not take the batch's other users with it.
             recent, broken_window = _readable(self._alive_window, values, now_ms)
             credit_score, broken_credit = _readable(self._alive_credit, values, now_ms)
@@ -227,7 +187,7 @@ class OnlineStore:
                     recent=recent,
                     credit_score=credit_score,
                     partition=home,
-                    state=states.get(home),
+                    state=state,
                     unreadable=("recent",) * broken_window + ("credit_score",) * broken_credit,
                     split_ms=int(values[4] or 0),
                 )
@@ -243,7 +203,7 @@ class OnlineStore:
         pipe = self._client.pipeline(transaction=False)
         for user_id in user_ids:
             pipe.hmget(self._key(user_id), (self._credit, self._ts[CREDIT_VIEW]))
-        values = await _answers(pipe.execute())
+        values = await pools.answers(pipe.execute())
         return {
             user_id: _readable(self._alive_credit, (None, None, *pair), now_ms)[0]
             for user_id, pair in zip(user_ids, values, strict=True)
@@ -261,11 +221,11 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: not all was acknowledged within 2 s; write again.
         """
-        calls: list[_Call] = [
-            (_WRITE_ROW, self._key(row.user_id), self._row_arguments(row)) for row in rows
+        calls: list[pools.Call] = [
+            (_WRITE_ROW, [self._key(row.user_id)], self._row_arguments(row)) for row in rows
         ]
         if trail is None or not rows:
-            return Refused(older=(await self._evaluate(calls)).count(0))
+            return Refused(older=(await pools.evaluate(self._client, calls)).count(0))
         fence, before, new = rows[-1].fence, trail.tried, next(self._trails)
         trail.tried = new
         # Behind the rows: what loses one of them loses the trail.
@@ -277,8 +237,8 @@ class OnlineStore:
             before,
             new,
         ]
-        calls.append((_LEAVE_TRAIL, self._partitions_key, arguments))
-        *answers, led_on = await self._evaluate(calls)
+        calls.append((_LEAVE_TRAIL, [self._partitions_key], arguments))
+        *answers, led_on = await pools.evaluate(self._client, calls)
         if led_on == 1:
             trail.left = new
         return Refused(older=answers.count(0), lost=led_on == -1)
@@ -289,7 +249,9 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: not all was acknowledged within 2 s; write again.
         """
-        await self._evaluate([(_MARK_SPLIT, self._key(u), [ms]) for u, ms in newest.items()])
+        await pools.evaluate(
+            self._client, [(_MARK_SPLIT, [self._key(u)], [ms]) for u, ms in newest.items()]
+        )
 
     async def write_states(
         self,
@@ -313,13 +275,13 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: not acknowledged within 2 s.
         """
-        calls: list[_Call] = []
+        calls: list[pools.Call] = []
         for number, state in states.items():
             trail = trails.get(number, partition.Trail())
             known: list[int | str] = [number, state.epoch, state.offset, trail.left, trail.tried]
             told: list[bytes | int] = [state.pack(), int(create), count]
-            calls.append((_WRITE_STATE, self._partitions_key, [*known, *told]))
-        answers = await self._evaluate(calls)
+            calls.append((_WRITE_STATE, [self._partitions_key], [*known, *told]))
+        answers = await pools.evaluate(self._client, calls)
         return {p for p, answer in zip(states, answers, strict=True) if answer == -1}
 
     async def states(self) -> dict[int, features.PartitionState]:
@@ -328,18 +290,18 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.
         """
-        return _states(await _answers(self._client.hgetall(self._partitions_key)))
+        return _states(await pools.answers(self._client.hgetall(self._partitions_key)))
 
     async def materialized_ms(self) -> int | None:
         """Return when the batch views were last loaded; None when Redis has lost them."""
-        value = await _answers(self._client.get(MATERIALIZED))
+        value = await pools.answers(self._client.get(MATERIALIZED))
         return None if value is None else int(value)
 
     async def advise_policy(self) -> str | None:
         """Return a sentence when Redis may evict rows by itself, else None."""
         try:
             found = await self._client.config_get("maxmemory*")
-        except _DOWN:
+        except pools.REDIS_DOWN:
             return None  # managed services often forbid CONFIG
         if found.get("maxmemory", "0") in ("0", 0) or found["maxmemory-policy"] == "noeviction":
             return None
@@ -387,39 +349,6 @@ class OnlineStore:
             pairs += (count_field, feast_layout.encode_int64(stats.count))
             pairs += (total_field, feast_layout.encode_double(stats.total_minor / 100))
         return pairs
-
-    async def _evaluate(self, calls: Sequence[_Call]) -> list[Any]:
-        """Run scripts in one round trip, in a few where a server has lost them."""
-
-        async def call() -> list[Any]:
-            pipe = self._client.pipeline(transaction=False)
-            for script, key, arguments in calls:
-                # Not `pipe.evalsha`: its cluster form refuses what the cluster itself can do.
-                pipe.execute_command("EVALSHA", _sha(script), 1, key, *arguments)
-            answers: list[Any] = await _answers(pipe.execute())
-            return answers
-
-        try:
-            return await call()
-        except redis.exceptions.NoScriptError:
-            for script in {script for script, _, _ in calls}:
-                await _answers(self._client.script_load(script))
-            return await call()
-
-
-@functools.cache
-def _sha(script: str) -> str:
-    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
-
-
-async def _answers(command: Awaitable[Any], timeout_s: float = _CALL_S) -> Any:
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await command
-    except redis.exceptions.NoScriptError:
-        raise
-    except _DOWN as error:
-        raise errors.FeaturesUnavailable(f"Redis did not answer: {error!r}") from error
 
 
 def _readable(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from cerberus import transactions
+from cerberus import labels, schemas, transactions
 
 PROBLEM_TYPE = "application/problem+json"
 VERSION = "1.0.0"
@@ -35,11 +35,21 @@ PROBLEMS: Mapping[str, Problem] = {
     ),
     "method_not_allowed": Problem(405, "Wrong method", "the path is served, by another method"),
     "body_timeout": Problem(408, "Body too slow", "the body did not arrive within 10 s"),
-    "too_large": Problem(413, "Body too large", "the body has more than 64 KiB"),
+    "unknown_decision": Problem(404, "No such decision", "no decision that is kept has this id"),
+    "conflict": Problem(
+        409, "Decided with other content", "`field` is not what it was when this was decided"
+    ),
+    "too_large": Problem(413, "Body too large", "the body has more than 64 KiB, of labels 1 MiB"),
     "invalid": Problem(422, "A field is invalid", "`field` breaks the contract; `detail` says how"),
     "overloaded": Problem(503, "Too many requests", "retry after `Retry-After` seconds"),
     "features_unavailable": Problem(
         503, "Features unreachable", "no score from invented values; retry after `Retry-After` s"
+    ),
+    "decisions_unavailable": Problem(
+        503, "Decisions unreachable", "earlier decisions cannot be looked up; retry after a second"
+    ),
+    "labels_unavailable": Problem(
+        503, "Labels cannot be stored", "none of the request was; send it again after a second"
     ),
     "starting": Problem(503, "Starting", "the process does not serve yet"),
     "internal": Problem(500, "A fault of ours", "the log of the process has the cause"),
@@ -50,12 +60,23 @@ _OF_PREDICT = (
     "method_not_allowed",
     "body_timeout",
     "too_large",
+    "conflict",
     "invalid",
     "overloaded",
     "features_unavailable",
+    "decisions_unavailable",
+)
+_OF_LOOKUPS = ("api_disabled", "method_not_allowed", "invalid", "decisions_unavailable")
+_OF_LABELS = (
+    "not_json",
+    "api_disabled",
+    "method_not_allowed",
+    "body_timeout",
+    "too_large",
+    "invalid",
+    "labels_unavailable",
 )
 _EVERYWHERE = ("unauthorized", "forbidden", "starting", "internal")
-_TIME = {"type": "string", "format": "date-time", "examples": ["2026-01-31T12:00:00.000Z"]}
 
 
 def problem(code: str, detail: str, field: str | None = None) -> dict[str, Any]:
@@ -82,6 +103,11 @@ def document(spans: Sequence[str], currency: str) -> dict[str, Any]:
         "security": [{"header": []}, {"bearer": []}, {}],
         "paths": {
             "/predict": {"post": _predict()},
+            "/decisions/{decision_id}": {"get": _decision()},
+            "/decisions": {"get": _decisions()},
+            "/users/{user_id}": {"get": _user()},
+            "/labels": {"post": _labels()},
+            "/accuracy": {"get": _accuracy()},
             "/health": {"get": _health()},
             "/health/live": {
                 "get": {
@@ -95,12 +121,7 @@ def document(spans: Sequence[str], currency: str) -> dict[str, Any]:
             "/docs": {"get": _get("This document, to read and to try", "text/html")},
         },
         "components": {
-            "schemas": {
-                "Request": _request_schema(currency),
-                "Prediction": _prediction_schema(spans),
-                "Health": _health_schema(),
-                "Problem": _problem_schema(),
-            },
+            "schemas": {**schemas.every(spans, currency), "Problem": _problem_schema()},
             "securitySchemes": {
                 "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
                 "bearer": {"type": "http", "scheme": "bearer"},
@@ -116,7 +137,9 @@ def _predict() -> dict[str, Any]:
         "description": "`user_id` alone scores the present, with `timestamp` that moment. With "
         "`transaction_id` and `amount` the transaction in hand is counted exactly once, whether or "
         "not the stream has seen it: give the `timestamp` that it carries there, or the two are "
-        "different transactions. Asking feeds no window. The content type may be any, or none.",
+        "different transactions. There is one decision on a transaction: repeats, and the stream, "
+        "get the first one (`replayed`). Asking feeds no window. The content type may be any, or "
+        "none. A `traceparent` header (W3C Trace Context) is kept with the decision.",
         "requestBody": {
             "required": True,
             "content": {
@@ -137,6 +160,112 @@ def _predict() -> dict[str, Any]:
             },
         },
         "responses": {"200": answer} | _problems(*_OF_PREDICT, *_EVERYWHERE),
+    }
+
+
+def _parameter(name: str, place: str, schema: Mapping[str, Any], meaning: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": place,
+        "required": place == "path",
+        "schema": schema,
+        "description": meaning,
+    }
+
+
+def _decision() -> dict[str, Any]:
+    schema = {"type": "string", "format": "uuid"}
+    answer = _answer("The decision as it was taken.", {"$ref": "#/components/schemas/Decision"})
+    return {
+        "summary": "Look up a decision",
+        "parameters": [_parameter("decision_id", "path", schema, "as `POST /predict` gave it")],
+        "responses": {"200": answer} | _problems("unknown_decision", *_OF_LOOKUPS, *_EVERYWHERE),
+    }
+
+
+def _decisions() -> dict[str, Any]:
+    text, number = {"type": "string"}, {"type": "integer", "minimum": 0}
+    limit = {"type": "integer", "minimum": 1, "maximum": 200, "default": 50}
+    item = {"$ref": "#/components/schemas/Decision"}
+    page = schemas.object_of(
+        {
+            "decisions": {"type": "array", "items": item},
+            "next": {"type": ["string", "null"], "description": "goes into `before`"},
+        }
+    )
+    return {
+        "summary": "Look up the decisions on a transaction or a user, newest first",
+        "parameters": [
+            _parameter("transaction_id", "query", text, "either this"),
+            _parameter("user_id", "query", number, "or this"),
+            _parameter("before", "query", text, "of a user: `next` of the page before, or a time"),
+            _parameter("limit", "query", limit, "of one page"),
+        ],
+        "responses": {"200": _answer("A page.", page)} | _problems(*_OF_LOOKUPS, *_EVERYWHERE),
+    }
+
+
+def _user() -> dict[str, Any]:
+    number = {"type": "integer", "minimum": 0, "maximum": transactions.MAX_USER_ID}
+    answer = _answer("The window now.", {"$ref": "#/components/schemas/User"})
+    return {
+        "summary": "Look up a user: the window now, and the last decisions",
+        "parameters": [_parameter("user_id", "path", number, "of the user")],
+        "responses": {"200": answer}
+        | _problems("features_unavailable", *_OF_LOOKUPS, *_EVERYWHERE),
+    }
+
+
+def _labels() -> dict[str, Any]:
+    label = {"$ref": "#/components/schemas/Label"}
+    items = {"type": "array", "items": label, "minItems": 1, "maxItems": labels.MAX_ITEMS}
+    outcome = {"enum": ["stored", "known", "invalid"]}
+    text = {"type": "string"}
+    count = {"type": "integer", "minimum": 0}
+    result = schemas.object_of({"result": outcome}, field=text, detail=text)
+    answer = schemas.object_of(
+        {
+            "results": {
+                "type": "array",
+                "items": result,
+                "description": "in the order of `labels`",
+            },
+            "stored": count,
+            "known": count,
+            "invalid": count,
+        }
+    )
+    return {
+        "summary": "Tell the truth about transactions",
+        "description": "One label, or a list of 1 to 1,000. In a list each stands for itself: a "
+        "wrong one does not stop the others, and `results` names its field. The newest "
+        "`labelled_at` wins; sending a label again changes nothing; one for a transaction that is "
+        "not known yet waits for it.",
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {"oneOf": [label, schemas.object_of({"labels": items})]}
+                }
+            },
+        },
+        "responses": {"200": _answer("What became of each.", answer)}
+        | _problems(*_OF_LABELS, *_EVERYWHERE),
+    }
+
+
+def _accuracy() -> dict[str, Any]:
+    text = {"type": "string"}
+    answer = _answer("Figures of what is mature.", {"$ref": "#/components/schemas/Accuracy"})
+    return {
+        "summary": "Compare decisions with the truth, once that is known",
+        "description": "Only mature decisions are judged; how many are not stands beside. A share "
+        "is null where nothing can be said.",
+        "parameters": [
+            _parameter("since", "query", text, "of decisions: a date, or RFC 3339"),
+            _parameter("model", "query", text, "the beginning of a model's version"),
+        ],
+        "responses": {"200": answer} | _problems("overloaded", *_OF_LOOKUPS, *_EVERYWHERE),
     }
 
 
@@ -174,105 +303,8 @@ def _problems(*codes: str) -> dict[str, Any]:
     }
 
 
-def _request_schema(currency: str) -> dict[str, Any]:
-    text = {"type": "string", "minLength": 1, "maxLength": transactions.MAX_TEXT}
-    amount = {"type": "number", "minimum": 0, "description": "at most two places"}
-    return {
-        "type": "object",
-        "description": "Null counts as absent; fields that are not listed are ignored.",
-        "required": ["user_id"],
-        "properties": {
-            "user_id": {"type": "integer", "minimum": 0, "maximum": transactions.MAX_USER_ID},
-            "transaction_id": text,
-            "amount": amount | {"maximum": transactions.MAX_AMOUNT_MINOR // 100},
-            "timestamp": _TIME | {"description": "now when absent"},
-            "currency": {"const": currency},
-            "merchant_id": {**text, "minLength": 0},
-        },
-        "dependentRequired": {
-            "transaction_id": ["amount"],
-            "amount": ["transaction_id"],
-            "currency": ["transaction_id"],
-            "merchant_id": ["transaction_id"],
-        },
-    }
-
-
-def _object(required: Mapping[str, Any], **optional: Any) -> dict[str, Any]:
-    properties = {**required, **optional}
-    return {"type": "object", "required": list(required), "properties": properties}
-
-
-def _prediction_schema(spans: Sequence[str]) -> dict[str, Any]:
-    features: dict[str, Any] = {}
-    for span in spans:
-        features[f"txn_count_{span}"] = {"type": ["integer", "null"], "minimum": 0}
-        features[f"total_amount_{span}"] = {"type": ["number", "null"], "minimum": 0}
-    features["credit_score"] = {"type": ["integer", "null"]}
-    fence = _object({name: {"type": "integer"} for name in ("epoch", "offset", "partition")})
-    milliseconds = {"type": "number", "minimum": 0}
-    return _object(
-        {
-            "user_id": {"type": "integer"},
-            "prediction": {"enum": ["FRAUD", "LEGIT"]},
-            "probability": {"type": "number", "minimum": 0, "maximum": 1},
-            "features": _object(features) | {"description": "null: could not be had, never 0"},
-            "latency_stats": _object(
-                {"feature_retrieval_ms": milliseconds, "total_latency_ms": milliseconds}
-            ),
-            "as_of": _TIME,
-            "degraded": {
-                "type": "array",
-                "items": {"type": "string"},
-                "description": "why the values may be wrong; empty when they are exact",
-            },
-            "approximate": {"type": "boolean", "description": "an edge cut a summed slice"},
-            "fence": {
-                "oneOf": [fence, {"type": "null"}],
-                "description": "the prefix of the log behind the values; null without a row",
-            },
-            "model": _object({"sha256": {"type": "string"}, "threshold": {"type": "number"}}),
-        },
-        transaction_id={"type": "string"},
-    )
-
-
-def _health_schema() -> dict[str, Any]:
-    reason = {"type": ["string", "null"]}
-    task = _object(
-        {
-            "state": {"type": "string"},
-            "since_s": {"type": "number"},
-            "restarts": {"type": "integer"},
-            "last_error": reason,
-        }
-    )
-    partition = _object(
-        {
-            "state": {"type": "string"},
-            "progress": {"type": "number"},
-            "lag": {"type": ["integer", "null"]},
-        }
-    )
-    return _object(
-        {
-            "status": {"enum": ["ready", "degraded", "starting", "failed"]},
-            "reasons": {"type": "array", "items": {"type": "string"}},
-        },
-        tasks={"type": "object", "additionalProperties": task},
-        model=_object({"sha256": {"type": "string"}, "threshold": {"type": "number"}}),
-        servers={
-            "type": "object",
-            "additionalProperties": reason,
-            "description": "null: it answers; else why not",
-        },
-        partitions={"type": "object", "additionalProperties": partition},
-        producer=_object({"rate": {"type": "number"}, "reason": {"type": "string"}}),
-    )
-
-
 def _problem_schema() -> dict[str, Any]:
-    return _object(
+    return schemas.object_of(
         {
             "type": {"type": "string", "format": "uri-reference"},
             "title": {"type": "string"},
@@ -283,7 +315,7 @@ def _problem_schema() -> dict[str, Any]:
                 "description": "; ".join(f"`{code}`: {p.when}" for code, p in PROBLEMS.items()),
             },
         },
-        field={"type": "string", "description": "with `invalid`: which field"},
+        field={"type": "string", "description": "with `invalid` and `conflict`: which field"},
     )
 
 

@@ -281,4 +281,5 @@ class Partition:
             progress=done / (self.commit - self.begin) if self.replaying else 1.0,
             moved_ms=self.moved[0],
             former=self.moved[1],
+            count=self.count,
         )

@@ -1,26 +1,33 @@
-"""Transactions onto the log: a synthetic population's, or those of a file.
+"""A synthetic population's transactions onto the log.
 
 The record's key is the user and its timestamp the event time. Labels never ride in a transaction:
-the truth about one goes to topic `labels`, later, as it does in life.
+that one was fraud goes to topic `labels`, later, as it does in life. Until then Postgres keeps it.
 """
 
 import asyncio
-import collections
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-import orjson
 from aiokafka.errors import KafkaError
 
-from cerberus import errors, kafka, offline, settings, supervision, synthetic, transactions
+from cerberus import (
+    errors,
+    kafka,
+    labels,
+    offline,
+    settings,
+    supervision,
+    synthetic,
+    transactions,
+)
 
 log = logging.getLogger(__name__)
 
-LABEL_DELAY_MS = 60_000
 _TICK_S, _RETRY_S, _SEND_S = 0.05, 5.0, 30.0
+_TELL_MS = 1_000
 _MOST_A_TICK = 5_000
 
 
@@ -46,7 +53,7 @@ class Producer:
     def __init__(self, config: settings.Settings, offline_store: offline.OfflineStore) -> None:
         self._config = config
         self._offline = offline_store
-        self._labels: collections.deque[tuple[int, synthetic.Labelled]] = collections.deque()
+        self._told_ms = 0
         self.sent = 0
 
     async def run(self, progress: supervision.Progress) -> None:
@@ -56,6 +63,7 @@ class Producer:
             await progress.stopping.wait()
         while not progress.stopping.is_set():
             try:
+                await self._offline.migrate()
                 await kafka.create_topics(self._config)
                 async with self._offline.singleton("producer") as still_held:
                     if still_held is not None:
@@ -84,49 +92,35 @@ class Producer:
                 while ahead.transaction.event_ms <= now_ms and len(due) < _MOST_A_TICK:
                     due.append(ahead)
                     ahead = next(traffic)
-                await self._send(client, due, now_ms)
+                await self._send(client, due)
+                await self._tell(client, now_ms)
                 await still_held()
                 progress.beat()
                 wait_s = (ahead.transaction.event_ms - _now_ms()) / 1000
                 await progress.wait(min(1.0, max(_TICK_S, wait_s)))
 
-    async def _send(self, client: Any, due: list[synthetic.Labelled], now_ms: int) -> None:
-        records = [_record(self._config, labelled.transaction) for labelled in due]
-        self._labels.extend((now_ms + LABEL_DELAY_MS, labelled) for labelled in due)
-        while self._labels and self._labels[0][0] <= now_ms:
-            records.append(_label(self._config, self._labels.popleft()[1], now_ms))
-        await _deliver(client, records)
+    async def _send(self, client: Any, due: list[synthetic.Labelled]) -> None:
+        config = self._config
+        # Kept before the frauds are sent: a crash in between leaves a label too many, which says
+        # nothing, and never a fraud that would pass for genuine.
+        if frauds := [labelled.transaction for labelled in due if labelled.fraud]:
+            await self._offline.labels.expect(
+                [
+                    synthetic.found_out(f, config.seed, config.synthetic_label_delay_s)
+                    for f in frauds
+                ]
+            )
+        await _deliver(client, [_record(config, labelled.transaction) for labelled in due])
         self.sent += len(due)
 
-
-async def send(config: settings.Settings, lines: Iterable[bytes]) -> int:
-    """Publish transactions, one JSON object a line, and return how many.
-
-    All lines are read before the first is sent: a wrong one sends nothing.
-
-    Raises:
-        InvalidTransaction: naming the line and the field.
-        StoreUnavailable: The brokers did not take them.
-    """
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            transaction = transactions.decode(line, config.currency)
-            ahead_ms = transaction.event_ms - _now_ms()
-            if ahead_ms > config.max_future_skew_ms:
-                raise errors.InvalidTransaction("timestamp", f"lies {ahead_ms} ms in the future")
-        except errors.InvalidTransaction as error:
-            raise errors.InvalidTransaction(
-                f"line {number}: {error.field}", error.reason
-            ) from error
-        records.append(_record(config, transaction))
-    await kafka.create_topics(config)
-    async with _client(config) as client:
-        for at in range(0, len(records), _MOST_A_TICK):
-            await _deliver(client, records[at : at + _MOST_A_TICK])
-    return len(records)
+    async def _tell(self, client: Any, now_ms: int) -> None:
+        """Publish the labels that are due, then let go of them; twice changes nothing."""
+        if now_ms - self._told_ms < _TELL_MS:
+            return
+        self._told_ms = now_ms
+        if due := await self._offline.labels.due(now_ms):
+            await _deliver(client, [_label(self._config, label, now_ms) for label in due])
+            await self._offline.labels.told(due)
 
 
 @contextlib.asynccontextmanager
@@ -160,14 +154,6 @@ def _record(config: settings.Settings, transaction: transactions.Transaction) ->
     )
 
 
-def _label(config: settings.Settings, labelled: synthetic.Labelled, now_ms: int) -> _Record:
-    transaction = labelled.transaction
-    value = {
-        "transaction_id": transaction.transaction_id,
-        "user_id": transaction.user_id,
-        "timestamp": transactions.format_ms(transaction.event_ms),
-        "label": "fraud" if labelled.fraud else "legitimate",
-        "labelled_at": transactions.format_ms(now_ms),
-    }
-    key = transactions.key(transaction.user_id)
-    return _Record(config.kafka.topic(kafka.LABELS), key, orjson.dumps(value), now_ms)
+def _label(config: settings.Settings, label: labels.Label, now_ms: int) -> _Record:
+    topic = config.kafka.topic(kafka.LABELS)
+    return _Record(topic, labels.key(label), labels.encode(label), now_ms)

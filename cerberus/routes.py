@@ -16,10 +16,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from cerberus import (
+    claims,
     consumer,
+    decision_log,
     errors,
     health,
+    label_consumer,
+    labels,
+    lookups,
     metrics,
+    offline,
     online,
     openapi,
     scoring,
@@ -30,21 +36,45 @@ from cerberus import (
     window,
 )
 
-MAX_BODY_BYTES = 64 * 1024
+MAX_BODY_BYTES, MAX_LABELS_BYTES = 64 * 1024, 1024 * 1024
 _BODY_S = 10.0
 _ALIVE, _HEALTH = "/health/live", "/health"
-_OF_API = frozenset(("/predict", "/openapi.json", "/docs"))
-_ROUTES = _OF_API | {_ALIVE, _HEALTH, "/metrics"}
+_OF_API = (
+    "/predict",
+    "/decisions",
+    "/users",
+    "/labels",
+    "/accuracy",
+    "/openapi.json",
+    "/docs",
+)
+_ROUTES = frozenset((*_OF_API, _ALIVE, _HEALTH, "/metrics"))
 _CODES: Mapping[type[Exception], str] = {
     errors.InvalidTransaction: "invalid",
     errors.Unauthorized: "unauthorized",
     security.Forbidden: "forbidden",
     errors.Overloaded: "overloaded",
     errors.FeaturesUnavailable: "features_unavailable",
+    errors.DecisionsUnavailable: "decisions_unavailable",
+    errors.StoreUnavailable: "decisions_unavailable",
+    errors.Conflict: "conflict",
+    errors.UnknownDecision: "unknown_decision",
 }
+_HIDDEN: Mapping[type[Exception], Exception] = {
+    # What the servers said is for the log and for /health.
+    errors.FeaturesUnavailable: errors.FeaturesUnavailable(),
+    errors.StoreUnavailable: errors.DecisionsUnavailable(),
+}
+_AGAIN = (
+    "overloaded",
+    "features_unavailable",
+    "decisions_unavailable",
+    "labels_unavailable",
+    "starting",
+)
 _HEADERS = {
     "unauthorized": {"WWW-Authenticate": "Bearer"},
-    **{code: {"Retry-After": "1"} for code in ("overloaded", "features_unavailable", "starting")},
+    **{code: {"Retry-After": "1"} for code in _AGAIN},
 }
 
 
@@ -58,6 +88,8 @@ class Parts:
         model: Decides.
         guard: Knows who may call.
         predictor: Answers `POST /predict`.
+        lookups: Answers `GET /decisions` and `GET /users`.
+        history: Takes `POST /labels` and answers `GET /accuracy`.
         health: Answers `GET /health`.
         meter: Answers `GET /metrics`.
         clock: The wall clock in ms since the Unix epoch.
@@ -68,6 +100,8 @@ class Parts:
     model: scoring.Model
     guard: security.Guard
     predictor: serving.Predictor
+    lookups: lookups.Lookups
+    history: offline.OfflineStore
     health: health.Health
     meter: metrics.Metrics
     clock: Callable[[], int]
@@ -78,10 +112,14 @@ def assemble(
     spans: window.Spans,
     model: scoring.Model,
     store: online.OnlineStore,
+    history: offline.OfflineStore,
     supervisor: supervision.Supervisor,
     *,
+    claimed: claims.Claims,
+    kept: decision_log.DecisionLog,
     probes: Mapping[str, health.Probe],
     consumed: consumer.Consumer | None = None,
+    labelled: label_consumer.LabelConsumer | None = None,
     clock: Callable[[], int] = serving.now_ms,
 ) -> Parts:
     """Put together what answers requests.
@@ -91,13 +129,19 @@ def assemble(
         spans: The window definition.
         model: Decides.
         store: Where features are read.
+        history: Where decisions are looked up and judged, and labels go.
         supervisor: Of the eternal tasks.
+        claimed: Says which decision on a transaction was the first.
+        kept: Takes the decisions that are answered.
         probes: Of the servers behind, beside Redis, which is always asked.
         consumed: None where this process consumes nothing.
+        labelled: None likewise.
         clock: The wall clock in ms since the Unix epoch.
     """
     meter = metrics.Metrics()
-    predictor = serving.Predictor(config, spans, model, store, meter=meter, clock=clock)
+    predictor = serving.Predictor(
+        config, spans, model, store, claimed, keep=kept.put, meter=meter, clock=clock
+    )
 
     def snapshot() -> metrics.Snapshot:
         tasks = supervisor.status()
@@ -105,6 +149,8 @@ def assemble(
             in_flight=predictor.in_flight,
             records=consumed.counts if consumed else {},
             lag=consumed.lag() if consumed else {},
+            decisions={n: (r["waiting"], r["dropped"]) for n, r in kept.report().items()},
+            labels=history.labels.counts,
             up={name: task.sound for name, task in tasks.items()},
             restarts={name: task.restarts for name, task in tasks.items()},
         )
@@ -117,7 +163,9 @@ def assemble(
         model=model,
         guard=security.Guard(config.api_keys),
         predictor=predictor,
-        health=health.Health(config, model, servers, supervisor, consumed),
+        lookups=lookups.Lookups(config, spans, store, history.ledger, clock),
+        history=history,
+        health=health.Health(config, model, servers, supervisor, kept, consumed, labelled),
         meter=meter,
         clock=clock,
     )
@@ -128,6 +176,11 @@ def build(lifespan: Lifespan[Starlette] | None = None) -> Starlette:
     built = Starlette(
         routes=[
             Route("/predict", predict, methods=["POST"]),
+            Route("/decisions", decisions_of),
+            Route("/decisions/{decision_id}", decision),
+            Route("/users/{user_id}", user),
+            Route("/labels", take_labels, methods=["POST"]),
+            Route("/accuracy", judge),
             Route(_HEALTH, report),
             Route(_ALIVE, live),
             Route("/metrics", scrape),
@@ -172,9 +225,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
         return _problem("invalid", error.reason, error.field)
     if (code := _CODES.get(type(error))) is None:
         raise error
-    if isinstance(error, errors.FeaturesUnavailable):
-        error = errors.FeaturesUnavailable()  # what Redis said is for the log and for /health
-    return _problem(code, str(error))
+    field = error.field if isinstance(error, errors.Conflict) else None
+    return _problem(code, str(_HIDDEN.get(type(error), error)), field)
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
@@ -226,7 +278,8 @@ class _Gate:
                 await self._app(scope, receive, note)
         finally:
             if parts is not None:
-                parts.meter.request(path if path in _ROUTES else "other", status)
+                route = path if path in _ROUTES else f"/{path.split('/')[1]}"
+                parts.meter.request(route if route in _ROUTES else "other", status)
 
 
 def _admit(parts: Parts | None, scope: Scope) -> None:
@@ -236,7 +289,7 @@ def _admit(parts: Parts | None, scope: Scope) -> None:
     if parts is None:
         raise _Refusal("starting", "The process does not serve yet; try again in a second.")
     parts.guard.check(scope)
-    if path in _OF_API and "api" not in parts.config.tasks:
+    if path.startswith(_OF_API) and "api" not in parts.config.tasks:
         raise _Refusal(
             "api_disabled", "CERBERUS_TASKS of this process does not name api; ask another."
         )
@@ -250,25 +303,71 @@ async def predict(request: Request) -> Response:
     """Answer `POST /predict`."""
     began_s = time.perf_counter()
     parts: Parts = request.app.state.parts
+    asked = await _document(request, '{"user_id": 1005}')
+    parsed = parts.predictor.parse(asked, request.headers.get("traceparent", ""))
+    prediction = await parts.predictor.predict(parsed)
+    total_ms = (time.perf_counter() - began_s) * 1000
+    return _json(serving.public(prediction, total_ms))
+
+
+async def decision(request: Request) -> Response:
+    """Answer `GET /decisions/{decision_id}`."""
+    parts: Parts = request.app.state.parts
+    return _json(await parts.lookups.decision(request.path_params["decision_id"]))
+
+
+async def decisions_of(request: Request) -> Response:
+    """Answer `GET /decisions?transaction_id=…` and `GET /decisions?user_id=…`."""
+    parts: Parts = request.app.state.parts
+    return _json(await parts.lookups.decisions(request.query_params))
+
+
+async def user(request: Request) -> Response:
+    """Answer `GET /users/{user_id}`."""
+    parts: Parts = request.app.state.parts
+    return _json(await parts.lookups.user(request.path_params["user_id"]))
+
+
+async def take_labels(request: Request) -> Response:
+    """Answer `POST /labels`."""
+    parts: Parts = request.app.state.parts
+    asked = await _document(request, '{"labels": […]}', MAX_LABELS_BYTES)
+    now_ms = parts.clock()
+    told = labels.parse_request(asked, now_ms + parts.config.max_future_skew_ms)
     try:
-        asked = orjson.loads(await _body(request))
+        return _json(await parts.history.labels.answer(told, now_ms))
+    except errors.StoreUnavailable as error:
+        raise _Refusal(
+            "labels_unavailable", "Labels cannot be stored now; send all again."
+        ) from error
+
+
+async def judge(request: Request) -> Response:
+    """Answer `GET /accuracy`."""
+    parts: Parts = request.app.state.parts
+    return _json(await parts.history.accuracy.report(parts.clock(), request.query_params))
+
+
+async def _document(
+    request: Request, example: str, most_bytes: int = MAX_BODY_BYTES
+) -> dict[str, Any]:
+    try:
+        asked = orjson.loads(await _body(request, most_bytes))
     except orjson.JSONDecodeError as error:
         raise _Refusal("not_json", f"The body is not JSON: {error}.") from error
     if not isinstance(asked, dict):
-        raise _Refusal("not_json", 'The body must be a JSON object such as {"user_id": 1005}.')
-    prediction = await parts.predictor.predict(parts.predictor.parse(asked))
-    total_ms = (time.perf_counter() - began_s) * 1000
-    return _json(serving.public(prediction, parts.model, total_ms))
+        raise _Refusal("not_json", f"The body must be a JSON object such as {example}.")
+    return asked
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, most_bytes: int) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(_BODY_S):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > MAX_BODY_BYTES:
-                    raise _Refusal("too_large", f"The body has more than {MAX_BODY_BYTES} bytes.")
+                if len(body) > most_bytes:
+                    raise _Refusal("too_large", f"The body has more than {most_bytes} bytes.")
     except TimeoutError as error:
         raise _Refusal("body_timeout", f"No whole body came within {_BODY_S:g} s.") from error
     return bytes(body)

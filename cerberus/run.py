@@ -19,7 +19,17 @@ from types import FrameType
 
 import orjson
 
-from cerberus import errors, feast_layout, materializer, offline, online, settings, stack, window
+from cerberus import (
+    errors,
+    feast_layout,
+    materializer,
+    offline,
+    online,
+    pools,
+    settings,
+    stack,
+    window,
+)
 from cerberus.stack import ports, process
 
 PORT = 8000
@@ -35,6 +45,11 @@ _REPO = _SOURCE.parent / "feature_repo"
 _DEFINING = ("feature_store", "features", "online", "window")
 # Settings are judged before anything starts; the addresses come with the servers.
 DIRECTORY = pathlib.Path(".cerberus")
+# Minutes for days, so that accuracy moves while somebody looks at the synthetic population.
+_SOON = {
+    "CERBERUS_SYNTHETIC_LABEL_DELAY_S": "60",
+    "CERBERUS_LABEL_MATURITY_DAYS": f"{5 / 1440:.8f}",
+}
 _ADDRESSES = {
     "KAFKA_BROKER": "127.0.0.1:9092",
     "REDIS_URL": "redis://127.0.0.1",
@@ -99,7 +114,10 @@ def run(
     """
     environ = {**environ, "PYTHONUNBUFFERED": "1"}
     given = {name: value for name, value in environ.items() if value}
-    wanted = _spans(settings.load(_ADDRESSES | given))
+    told = settings.load(_ADDRESSES | given)
+    if told.rate > 0:
+        environ = {**environ, **_SOON, **given}
+    wanted = _spans(told)
     if "CERBERUS_MODEL" not in given and wanted != window.Spans():
         # The committed model and plan are for the default windows, and stay.
         environ["CERBERUS_MODEL"] = str(directory.resolve() / "model" / settings.MODEL_PATH.name)
@@ -163,7 +181,7 @@ def _prepare_stores(site: process.Site, servers: stack.Stack, config: settings.S
         stamp.write_text(current)
     try:
         plan = feast_layout.Plan.load(config.plan_path)
-        online.OnlineStore(online.connect(config), plan, _spans(config), "")
+        online.OnlineStore(pools.connect_redis(config), plan, _spans(config), "")
     except errors.ModelMismatch:
         config.plan_path.parent.mkdir(exist_ok=True)
         _step(site, "features", "the feature plan is compiled", "compile")
@@ -174,7 +192,7 @@ def _spans(config: settings.Settings) -> window.Spans:
 
 
 async def _seed(config: settings.Settings) -> None:
-    async with offline.connect(config) as pool:
+    async with pools.connect_postgres(config) as pool:
         await materializer.seed_credit_scores(config, offline.OfflineStore(pool, config.spans))
 
 

@@ -1,23 +1,40 @@
-"""The decision path of requests: one Redis round trip and one model call for all that wait.
+"""The decision path of requests: one read, one model call and one claim for all that wait.
 
 A request that finds no round trip under way starts one at once; those that arrive meanwhile share
-the next. Nothing is added for a lone request, and load makes batches by itself.
+the next. Nothing is added for a lone request, and load makes batches by itself. A transaction in
+hand is claimed before anyone is told, so that there is one decision on it, at every door.
 """
 
 import asyncio
 import logging
+import re
+import secrets
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cerberus import errors, features, metrics, online, scoring, settings, transactions, window
+from cerberus import (
+    claims,
+    decisions,
+    errors,
+    features,
+    metrics,
+    online,
+    scoring,
+    settings,
+    transactions,
+    window,
+)
 
 log = logging.getLogger(__name__)
 
 MAX_BATCH = 256
 _GRACE_S = 1.0
+_LOOK_UP_S = 2.0
+_TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")
 _IN_HAND = ("transaction_id", "amount", "currency", "merchant_id")
 _NEEDED = {
     "transaction_id": "must come with an amount: without it nothing tells whether the stream has "
@@ -38,29 +55,29 @@ class Request:
     user_id: int
     as_of_ms: int
     in_hand: transactions.Transaction | None = None
+    trace_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """A decision, and what the caller is told beside it.
+    """The decision that stands, and what the caller is told beside it.
 
     Attributes:
-        decision: The model's, with the feature row it was taken on.
-        partition: Whose log the row's fence belongs to; None when the user has no row.
-        transaction_id: Of the transaction in hand.
+        record: The decision with all that it was taken from.
+        replayed: Whether it had been taken before, for another request or by the stream.
         retrieval_ms: From the request's arrival here to its features, waiting included.
     """
 
-    decision: scoring.Decision
-    partition: int | None
-    transaction_id: str | None
+    record: decisions.Record
+    replayed: bool
     retrieval_ms: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     request: Request
-    answer: "asyncio.Future[Prediction]"
+    looked_up: bool
+    answer: "asyncio.Future[Prediction | None]"
     since_s: float
 
 
@@ -72,6 +89,8 @@ class Predictor:
         spans: The window definition.
         model: Decides.
         store: Where features are read.
+        claimed: Says which decision on a transaction was the first.
+        keep: Takes each decision that is answered, and never waits.
         meter: Counts what is answered, and how long its stages took.
         clock: The wall clock in ms since the Unix epoch.
     """
@@ -82,7 +101,9 @@ class Predictor:
         spans: window.Spans,
         model: scoring.Model,
         store: online.OnlineStore,
+        claimed: claims.Claims,
         *,
+        keep: Callable[[decisions.Record], None],
         meter: metrics.Metrics,
         clock: Callable[[], int] = now_ms,
     ) -> None:
@@ -90,6 +111,8 @@ class Predictor:
         self._spans = spans
         self._model = model
         self._store = store
+        self._claims = claimed
+        self._keep = keep
         self._meter = meter
         self._clock = clock
         self._timeout_s = config.read_timeout_ms / 1000
@@ -97,13 +120,14 @@ class Predictor:
         self._drain: asyncio.Task[None] | None = None
         self.in_flight = 0
 
-    def parse(self, document: Mapping[str, Any]) -> Request:
+    def parse(self, document: Mapping[str, Any], traceparent: str = "") -> Request:
         """Read a request; null counts as absent, unknown fields are ignored.
 
         `user_id` alone asks about the present, with `timestamp` about that moment. Any other known
         field makes it a transaction in hand, which needs `transaction_id` and `amount`; its
         `timestamp` is now unless given, and must be the one it carries on the stream, or the two
-        are different transactions and both count.
+        are different transactions and both count. The trace is that of `traceparent` (W3C Trace
+        Context), or a new one.
 
         Raises:
             InvalidTransaction: naming the field.
@@ -117,8 +141,10 @@ class Predictor:
             raise errors.InvalidTransaction(
                 "timestamp", f"must not lie more than {skew_ms / 1000:g} s ahead of the clock here"
             )
+        traced = _TRACE.fullmatch(traceparent)
+        trace_id = traced[1] if traced else secrets.token_hex(16)
         if not any(name in known for name in _IN_HAND):
-            return Request(user_id, as_of_ms)
+            return Request(user_id, as_of_ms, trace_id=trace_id)
         for name, reason in _NEEDED.items():
             if name not in known:
                 raise errors.InvalidTransaction(name, reason)
@@ -130,34 +156,70 @@ class Predictor:
             merchant_id=transactions.parse_text(known, "merchant_id", default=""),
             event_ms=as_of_ms,
         )
-        return Request(user_id, as_of_ms, in_hand)
+        return Request(user_id, as_of_ms, in_hand, trace_id)
 
     async def predict(self, request: Request) -> Prediction:
         """Decide one request together with those that wait.
 
-        Deadline: `read_timeout_ms` to wait for a round trip and as much for the round trip.
-        Idempotent: yes. The answer does not depend on the others in its batch, to the bit.
+        Deadline: `read_timeout_ms` to wait for a round trip, as much for each of two round trips;
+        2 s more where an old transaction is looked up. Idempotent: yes; a repeated transaction
+        gets its first decision. The answer does not depend on the others in its batch, to the bit.
 
         Raises:
             Overloaded: `max_in_flight` requests are being answered, or the wait was too long.
             FeaturesUnavailable: Redis did not answer in time.
+            DecisionsUnavailable: The transaction may have been decided before, and Postgres does
+                not say.
+            Conflict: It was decided with other content; names the field.
         """
         if self.in_flight >= self._config.max_in_flight:
             raise errors.Overloaded
         self.in_flight += 1
         try:
-            loop = asyncio.get_running_loop()
-            waiting = _Waiting(request, loop.create_future(), time.perf_counter())
-            self._waiting.append(waiting)
-            # In a task of its own: a client that goes away takes nobody's round trip with it.
-            if self._drain is None:
-                self._drain = loop.create_task(self._answer_all())
-            async with asyncio.timeout(2 * self._timeout_s + _GRACE_S):
+            prediction = await self._settle(request)
+        finally:
+            self.in_flight -= 1
+        record = prediction.record
+        if request.in_hand is not None and (field := record.differing(request.in_hand)):
+            raise errors.Conflict(field)
+        self._keep(record)
+        self._meter.prediction(record.decision.prediction, record.decision.row.degraded)
+        return prediction
+
+    async def _settle(self, request: Request) -> Prediction:
+        in_hand = request.in_hand
+        if in_hand is None or not self._claims.old(in_hand, self._clock()):
+            prediction = await self._decide(request, looked_up=False)
+            if prediction is not None:
+                return prediction
+        began_s = time.perf_counter()
+        if in_hand is not None and (known := await self._look_up(in_hand)) is not None:
+            return Prediction(known, True, (time.perf_counter() - began_s) * 1000)
+        if (prediction := await self._decide(request, looked_up=True)) is None:
+            raise errors.DecisionsUnavailable
+        return prediction
+
+    async def _look_up(self, in_hand: transactions.Transaction) -> decisions.Record | None:
+        try:
+            async with asyncio.timeout(_LOOK_UP_S):
+                found = await self._claims.look_up([in_hand])
+        except (TimeoutError, errors.StoreUnavailable) as error:
+            raise errors.DecisionsUnavailable from error
+        return next(iter(found.values()), None)
+
+    async def _decide(self, request: Request, *, looked_up: bool) -> Prediction | None:
+        """Wait for a batch; None where the transaction must be looked up first."""
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(request, looked_up, loop.create_future(), time.perf_counter())
+        self._waiting.append(waiting)
+        # In a task of its own: a client that goes away takes nobody's round trip with it.
+        if self._drain is None:
+            self._drain = loop.create_task(self._answer_all())
+        try:
+            async with asyncio.timeout(3 * self._timeout_s + _GRACE_S):
                 return await waiting.answer
         except TimeoutError as error:
             raise errors.Overloaded from error
-        finally:
-            self.in_flight -= 1
 
     async def _answer_all(self) -> None:
         try:
@@ -191,9 +253,8 @@ class Predictor:
             if not waiting.answer.done():
                 waiting.answer.set_result(prediction)
 
-    async def _predict(self, batch: Sequence[_Waiting]) -> list[Prediction]:
-        began_s = time.perf_counter()
-        now = self._clock()
+    async def _predict(self, batch: Sequence[_Waiting]) -> list[Prediction | None]:
+        began_s, now = time.perf_counter(), self._clock()
         found = await self._store.read([w.request.user_id for w in batch], now, self._timeout_s)
         rows = [
             features.as_of(
@@ -207,36 +268,71 @@ class Predictor:
             for w, row in zip(batch, found, strict=True)
         ]
         read_s = time.perf_counter()
-        decisions = self._model.decide(rows)
+        decided = self._model.decide(rows)
         decided_s = time.perf_counter()
+        stages_ms = {"features": (read_s - began_s) * 1000, "model": (decided_s - read_s) * 1000}
+        records = [
+            decisions.Record(
+                decision_id=decisions.of_transaction(w.request.in_hand)
+                if w.request.in_hand
+                else uuid.uuid4(),
+                decision=decision,
+                transaction=w.request.in_hand,
+                door=decisions.HTTP,
+                partition=row.recent.partition if row.recent and decision.row.fence else None,
+                decided_ms=now,
+                spans=self._spans.names,
+                latency_ms=_rounded({"wait": (began_s - w.since_s) * 1000, **stages_ms}),
+                trace_id=w.request.trace_id,
+            )
+            for w, row, decision in zip(batch, found, decided, strict=True)
+        ]
+        standing = await self._claim(batch, records, now)
         self._meter.batch(
             waits_s=[began_s - w.since_s for w in batch],
             features_s=read_s - began_s,
             model_s=decided_s - read_s,
+            claim_s=time.perf_counter() - decided_s,
         )
-        predictions = []
-        for w, row, decision in zip(batch, found, decisions, strict=True):
-            self._meter.prediction(decision.prediction, decision.row.degraded)
-            predictions.append(
-                Prediction(
-                    decision=decision,
-                    partition=row.recent.partition if row.recent and decision.row.fence else None,
-                    transaction_id=w.request.in_hand.transaction_id if w.request.in_hand else None,
-                    retrieval_ms=(read_s - w.since_s) * 1000,
-                )
+        return [
+            None
+            if stands is None
+            else Prediction(stands, stands is not record, (read_s - w.since_s) * 1000)
+            for w, record, stands in zip(batch, records, standing, strict=True)
+        ]
+
+    async def _claim(
+        self, batch: Sequence[_Waiting], records: Sequence[decisions.Record], now_ms: int
+    ) -> list[decisions.Record | None]:
+        """Return the decisions that stand; what has no transaction stands by itself."""
+        claiming = [(at, r) for at, r in enumerate(records) if r.transaction is not None]
+        standing: list[decisions.Record | None] = list(records)
+        if claiming:
+            looked_up = {r.decision_id for w, r in zip(batch, records, strict=True) if w.looked_up}
+            claimed = await self._claims.claim(
+                [record for _, record in claiming], now_ms, looked_up, self._timeout_s
             )
-        return predictions
+            for (at, _), stands in zip(claiming, claimed, strict=True):
+                standing[at] = stands
+        return standing
 
 
-def public(prediction: Prediction, model: scoring.Model, total_ms: float) -> dict[str, Any]:
+def _rounded(stages_ms: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(ms, 3) for name, ms in stages_ms.items()}
+
+
+def public(prediction: Prediction, total_ms: float) -> dict[str, Any]:
     """Lay a prediction out as `POST /predict` answers it."""
-    decision, row = prediction.decision, prediction.decision.row
-    fence = row.fence
+    record = prediction.record
+    decision, row, paid = record.decision, record.decision.row, record.transaction
     shown: dict[str, Any] = {
         "user_id": row.user_id,
         "prediction": decision.prediction,
         "probability": decision.probability,
-        "features": features.public(row, model.manifest.spans),
+        "decision": decision.action,
+        "decision_id": str(record.decision_id),
+        "replayed": prediction.replayed,
+        "features": features.public(row, record.spans),
         "latency_stats": {
             "feature_retrieval_ms": round(prediction.retrieval_ms, 3),
             "total_latency_ms": round(total_ms, 3),
@@ -244,10 +340,10 @@ def public(prediction: Prediction, model: scoring.Model, total_ms: float) -> dic
         "as_of": transactions.format_ms(row.as_of_ms),
         "degraded": row.degraded,
         "approximate": row.approximate,
-        "fence": fence
-        and {"epoch": fence.epoch, "offset": fence.offset, "partition": prediction.partition},
-        "model": {"sha256": decision.model_sha256, "threshold": model.manifest.threshold},
+        "fence": decisions.fence(row.fence, record.partition),
+        "model_version": decision.model_sha256,
+        "policy_version": decision.policy_sha256,
     }
-    if prediction.transaction_id is not None:
-        shown["transaction_id"] = prediction.transaction_id
+    if paid is not None:
+        shown["transaction_id"] = paid.transaction_id
     return shown

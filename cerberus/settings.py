@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from cerberus import errors
 
-TASKS = ("api", "consumer", "producer", "materializer")
+TASKS = ("api", "consumer", "producer", "materializer", "labels", "retention")
 MODEL_PATH = pathlib.Path(__file__).parent.parent / "models" / "fraud_model.json"
+POLICY_PATH = MODEL_PATH.with_name("policy.json")
 AUTO_RATE = 2.0
 
 
@@ -61,13 +62,26 @@ VARIABLES = (
     ),
     Variable("CERBERUS_SESSION_TIMEOUT_S", "15", "of the consumer group, s"),
     Variable("CERBERUS_MATERIALIZE_S", "300", "between loads of the batch views, s"),
+    Variable("CERBERUS_RETENTION_DAYS", "0", "what happened is kept so long, 0: for ever, days"),
     Variable("CERBERUS_RESEND_S", "300", "between full writes of the live rows, s"),
     Variable("CERBERUS_MAX_IN_FLIGHT", "512", "requests above it get 503"),
     Variable("CERBERUS_READ_TIMEOUT_MS", "250", "deadline of the feature read, ms"),
+    Variable("CERBERUS_CLAIM_S", "900", "how long Redis vouches for one answer a transaction, s"),
+    Variable(
+        "CERBERUS_DECISION_FLUSH_MS", "200", "HTTP decisions are stored at least so often, ms"
+    ),
+    Variable("CERBERUS_DECISION_BUFFER", "20000", "HTTP decisions that wait to be stored, at most"),
+    Variable(
+        "CERBERUS_LABEL_MATURITY_DAYS", "30", "without a fraud label this long: genuine, days"
+    ),
+    Variable("CERBERUS_FRIENDLY_FRAUD_IS_FRAUD", "0", "1 where `friendly_fraud` counts as fraud"),
+    Variable("CERBERUS_SYNTHETIC_LABEL_DELAY_S", "259200", "mean, until a fraud is found out, s"),
     Variable("CERBERUS_MODEL", "models/fraud_model.json", "the model file"),
+    Variable("CERBERUS_POLICY", "models/policy.json", "what is approved, reviewed, declined"),
     Variable("CERBERUS_LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR"),
 )
 _DEFAULTS = {v.name: v.default for v in VARIABLES}
+_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +179,18 @@ class Settings:
     max_rejected_share: float
     session_timeout_ms: int
     materialize_s: float
+    retention_days: int
     resend_s: float
     max_in_flight: int
     read_timeout_ms: int
+    claim_ms: int
+    decision_flush_ms: int
+    decision_buffer: int
+    label_maturity_ms: int
+    friendly_fraud_is_fraud: bool
+    synthetic_label_delay_s: float
     model_path: pathlib.Path
+    policy_path: pathlib.Path
     log_level: str
 
     @property
@@ -224,6 +246,9 @@ class _Reader:
             raise errors.ConfigError(f"{name} must be {meaning}, not {value!r}")
         return value
 
+    def flag(self, name: str) -> bool:
+        return self.matching(name, "[01]", "0 or 1") == "1"
+
 
 def load(environ: Mapping[str, str]) -> Settings:
     """Read all settings.
@@ -239,8 +264,8 @@ def load(environ: Mapping[str, str]) -> Settings:
         redis_url=_url(
             read, "REDIS_TLS_URL" if read.text("REDIS_TLS_URL") else "REDIS_URL", "redis", "rediss"
         ),
-        redis_tls_verify=read.matching("REDIS_TLS_VERIFY", "[01]", "0 or 1") == "1",
-        redis_cluster=read.matching("REDIS_CLUSTER", "[01]", "0 or 1") == "1",
+        redis_tls_verify=read.flag("REDIS_TLS_VERIFY"),
+        redis_cluster=read.flag("REDIS_CLUSTER"),
         database_url=_url(read, "DATABASE_URL", "postgres", "postgresql"),
         api_keys=read.words("CERBERUS_API_KEY"),
         tasks=_tasks(read),
@@ -260,10 +285,18 @@ def load(environ: Mapping[str, str]) -> Settings:
         max_rejected_share=read.number("CERBERUS_MAX_REJECTED_SHARE", 0, 1),
         session_timeout_ms=read.ms("CERBERUS_SESSION_TIMEOUT_S", 6, 300),
         materialize_s=read.number("CERBERUS_MATERIALIZE_S", 1, 86_400),
+        retention_days=_retention(read),
         resend_s=read.number("CERBERUS_RESEND_S", 1, 86_400),
         max_in_flight=read.integer("CERBERUS_MAX_IN_FLIGHT", 1, 100_000),
         read_timeout_ms=read.integer("CERBERUS_READ_TIMEOUT_MS", 1, 60_000),
+        claim_ms=read.ms("CERBERUS_CLAIM_S", 60, 86_400),
+        decision_flush_ms=read.integer("CERBERUS_DECISION_FLUSH_MS", 10, 10_000),
+        decision_buffer=read.integer("CERBERUS_DECISION_BUFFER", 100, 10_000_000),
+        label_maturity_ms=round(read.number("CERBERUS_LABEL_MATURITY_DAYS", 0, 3_650) * 86_400_000),
+        friendly_fraud_is_fraud=read.flag("CERBERUS_FRIENDLY_FRAUD_IS_FRAUD"),
+        synthetic_label_delay_s=read.number("CERBERUS_SYNTHETIC_LABEL_DELAY_S", 0, 31_536_000),
         model_path=pathlib.Path(environ.get("CERBERUS_MODEL") or MODEL_PATH),
+        policy_path=pathlib.Path(environ.get("CERBERUS_POLICY") or POLICY_PATH),
         log_level=read.matching(
             "CERBERUS_LOG_LEVEL", "DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR"
         ),
@@ -353,12 +386,21 @@ def _tasks(read: _Reader) -> frozenset[str]:
 
 def _spans(read: _Reader) -> tuple[str, ...]:
     names = read.words("CERBERUS_SPANS")
-    units_s = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
     good = all(re.fullmatch(r"[1-9]\d{0,4}[smhd]", name) for name in names)
-    lengths = [units_s[name[-1]] * int(name[:-1]) for name in names] if good else []
+    lengths = [_UNITS_S[name[-1]] * int(name[:-1]) for name in names] if good else []
     if not lengths or sorted(set(lengths)) != lengths:
         raise errors.ConfigError("CERBERUS_SPANS must be increasing lengths such as 10m,1h,24h")
     return names
+
+
+def _retention(read: _Reader) -> int:
+    days = read.integer("CERBERUS_RETENTION_DAYS", 0, 36_500)
+    longest = _spans(read)[-1]
+    if 0 < days * 86_400 < _UNITS_S[longest[-1]] * int(longest[:-1]):
+        raise errors.ConfigError(
+            f"CERBERUS_RETENTION_DAYS must be 0 or cover the longest of CERBERUS_SPANS, {longest}"
+        )
+    return days
 
 
 def _loopback(host: str) -> bool:

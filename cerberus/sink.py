@@ -8,29 +8,25 @@ import asyncio
 import dataclasses
 import itertools
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import aiokafka
-import orjson
-from aiokafka.errors import KafkaError
 
 from cerberus import (
-    errors,
+    claims,
+    decision_log,
+    decisions,
     kafka,
     offline,
     online,
     partition,
     scoring,
     settings,
-    transactions,
     window,
 )
 
-DOOR = "stream"
 _ROWS = 500
-_SEND_S = 15.0
-_DEAD_LETTER_BYTES = 900_000
 
 
 @dataclasses.dataclass(slots=True)
@@ -55,6 +51,10 @@ class Sink:
         model: Decides.
         online_store: Takes the rows.
         offline_store: Takes the facts.
+        claimed: Says which decision on a transaction was the first.
+
+    Attributes:
+        otherwise: How many transactions had been decided with other content by a request.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Sink:
         model: scoring.Model,
         online_store: online.OnlineStore,
         offline_store: offline.OfflineStore,
+        claimed: claims.Claims,
     ) -> None:
         self._config = config
         self._spans = spans
@@ -71,7 +72,10 @@ class Sink:
         self._online = online_store
         self._offline = offline_store
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
-        self._producer: Any = None
+        self._claims = claimed
+        self._publisher = kafka.Publisher(config)
+        self._kept = False
+        self.otherwise = 0
 
     async def store(
         self, batch: Batch, parts: Iterable[partition.Partition], beat: Callable[[], None]
@@ -82,12 +86,12 @@ class Sink:
             StoreUnavailable: Postgres or Kafka did not acknowledge.
             FeaturesUnavailable: Redis did not acknowledge.
         """
-        accepted = [seen for _, seen in batch.observed if seen.row is not None]
-        decisions = await self._decide(accepted)
+        accepted = [pair for pair in batch.observed if pair[1].row is not None]
+        decided = await self._decide(accepted)
         results = await asyncio.gather(
             self._write_touched(parts, beat),
-            self._write_facts(batch, accepted, decisions),
-            self._send(batch.rejected, decisions),
+            self._write_facts(batch, accepted, decided),
+            self._publish(batch.rejected, decided),
             return_exceptions=True,  # all have ended before the batch is tried again
         )
         for result in results:
@@ -97,15 +101,18 @@ class Sink:
     async def _write_facts(
         self,
         batch: Batch,
-        accepted: Sequence[partition.Observed],
-        decisions: Sequence[offline.DecisionFact],
+        accepted: Sequence[tuple[int, partition.Observed]],
+        decided: Sequence[decisions.Record],
     ) -> None:
+        if not self._kept:
+            await self._offline.ledger.register(self._model)
+            self._kept = True
         if batch.observed:
             await self._offline.write(
                 self._topic,
                 [_fact(number, seen) for number, seen in batch.observed],
-                [_stats(seen) for seen in accepted],
-                decisions,
+                [_stats(seen) for _, seen in accepted],
+                decided,
             )
 
     async def _write_touched(
@@ -137,75 +144,68 @@ class Sink:
 
     async def close(self) -> None:
         """Stop the producer, within 5 s."""
-        if self._producer is not None:
-            await kafka.stop(self._producer)
-            self._producer = None
+        await self._publisher.close()
 
-    async def _decide(self, accepted: Sequence[partition.Observed]) -> list[offline.DecisionFact]:
-        rows = [seen.row for seen in accepted if seen.row is not None]
+    async def _decide(
+        self, accepted: Sequence[tuple[int, partition.Observed]]
+    ) -> list[decisions.Record]:
+        """Return the one decision on each transaction, which a request may have had first."""
+        now_ms = time.time_ns() // 1_000_000
+        paid = [seen.transaction for _, seen in accepted]
+        old = [transaction for transaction in paid if self._claims.old(transaction, now_ms)]
+        known = await self._claims.look_up(old)
+        names = [decisions.of_transaction(transaction) for transaction in paid]
+        new = [
+            (name, number, seen)
+            for name, (number, seen) in zip(names, accepted, strict=True)
+            if name not in known
+        ]
+        taken = await self._take(new, now_ms)
+        looked_up = {decisions.of_transaction(transaction) for transaction in old}
+        settled = await self._claims.settle(taken, now_ms, looked_up)
+        known |= {record.decision_id: record for record in settled}
+        standing = [known[name] for name in names]
+        self.otherwise += sum(
+            record.differing(transaction) is not None
+            for record, transaction in zip(standing, paid, strict=True)
+        )
+        return standing
+
+    async def _take(
+        self, new: Sequence[tuple[uuid.UUID, int, partition.Observed]], now_ms: int
+    ) -> list[decisions.Record]:
+        rows = [seen.row for _, _, seen in new if seen.row is not None]
         if not rows:
             return []
-        now_ms = time.time_ns() // 1_000_000
         scores = await self._online.credit_scores(sorted({r.user_id for r in rows}), now_ms)
+        began_s = time.perf_counter()
         decided = self._model.decide(
             [dataclasses.replace(r, credit_score=scores[r.user_id]) for r in rows]
         )
+        latency_ms = {"model": round((time.perf_counter() - began_s) * 1000, 3)}
         return [
-            offline.DecisionFact(
-                decision_id=transactions.decision_id(
-                    txn.user_id, txn.transaction_id, txn.event_ms, DOOR
-                ),
-                transaction_id=txn.transaction_id,
-                door=DOOR,
+            decisions.Record(
+                decision_id=name,
                 decision=decision,
+                transaction=seen.transaction,
+                door=decisions.STREAM,
+                partition=number,
+                decided_ms=now_ms,
+                spans=self._spans.names,
+                latency_ms=latency_ms,
             )
-            for txn, decision in zip((s.transaction for s in accepted), decided, strict=True)
+            for (name, number, seen), decision in zip(new, decided, strict=True)
         ]
 
-    async def _send(
+    async def _publish(
         self,
         rejected: Sequence[tuple[aiokafka.ConsumerRecord, str]],
-        decisions: Sequence[offline.DecisionFact],
+        decided: Sequence[decisions.Record],
     ) -> None:
-        if not rejected and not decisions:
-            return
-        topic = self._config.kafka.topic(kafka.DECISIONS)
-        try:
-            async with asyncio.timeout(_SEND_S):
-                if self._producer is None:
-                    producer = kafka.producer(self._config)
-                    await producer.start()
-                    self._producer = producer
-                sent = [
-                    await self._producer.send(
-                        topic,
-                        orjson.dumps(fact.public(self._spans.names)),
-                        key=transactions.key(fact.decision.row.user_id),
-                    )
-                    for fact in decisions
-                ]
-                sent += [await self._send_dead_letter(*refused) for refused in rejected]
-                await asyncio.gather(*sent)
-        except (TimeoutError, OSError, KafkaError) as error:
-            # Or what it still holds would come between the records of the next attempt.
-            await self.close()
-            raise errors.StoreUnavailable(f"Kafka took no records: {error!r}") from error
-
-    async def _send_dead_letter(self, record: aiokafka.ConsumerRecord, reason: str) -> Any:
-        headers = [
-            ("topic", record.topic.encode()),
-            ("partition", b"%d" % record.partition),
-            ("offset", b"%d" % record.offset),
-            ("reason", reason.encode()),
-        ]
-        key, value = record.key, record.value
-        if len(key or b"") + len(value or b"") > _DEAD_LETTER_BYTES:
-            headers.append(("omitted", b"too long to be copied: read it where the headers say"))
-            key = value = None
-        if key is None and value is None:
-            value = b""  # aiokafka sends no record without both
+        messages = [decision_log.message(self._config, record) for record in decided]
         topic = self._config.kafka.topic(kafka.DEAD_LETTERS)
-        return await self._producer.send(topic, value, key=key, headers=headers)
+        dead = [kafka.dead_letter(topic, *each) for each in rejected]
+        await self._publisher.publish(messages + dead)
 
 
 def _fact(number: int, seen: partition.Observed) -> offline.TransactionFact:

@@ -2,7 +2,7 @@
 
 Amounts are 5 to 150 for genuine transactions and 5,000 to 10,000 for the 5 % that are fraud, so
 a rule on the amount alone finds nearly all: what a model scores on this traffic measures the
-generator. Labels never ride in a transaction.
+generator. Labels never ride in a transaction: frauds are found out later, the others never told of.
 """
 
 import random
@@ -10,9 +10,10 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cerberus import transactions
+from cerberus import labels, transactions
 
-FRAUD_SHARE = 0.05
+FRAUD_SHARE, CHARGEBACK_SHARE = 0.05, 0.2
+SOURCE = "synthetic"
 MERCHANTS = 200
 
 
@@ -28,6 +29,16 @@ def credit_score(user_id: int, seed: int) -> int:
     """Return a user's score, 300 to 850, drawn independently of what the user does."""
     draw = random.Random(f"credit {seed} {user_id}")
     return round(draw.triangular(300, 850, 700))
+
+
+def found_out(fraud: transactions.Transaction, seed: int, mean_s: float) -> labels.Label:
+    """Draw when a fraud is found out, exponentially late, and as what; the same for each seed."""
+    draw = random.Random(f"label {seed} {fraud.transaction_id}")
+    late_ms = round(draw.expovariate(1.0) * mean_s * 1000)
+    label = labels.CHARGEBACK if draw.random() < CHARGEBACK_SHARE else labels.FRAUD
+    return labels.Label(
+        fraud.transaction_id, label, SOURCE, fraud.event_ms + late_ms, fraud.user_id
+    )
 
 
 def transaction_id(event_ms: int, rng: random.Random) -> str:

@@ -79,9 +79,9 @@ def merchant_hash32(merchant_id: str) -> int:
     return int.from_bytes(digest, "big")
 
 
-def decision_id(user_id: int, transaction_id: str, event_ms: int, door: str) -> uuid.UUID:
-    """Name the decision that `door` takes on an identity: the same UUIDv8 at every replay."""
-    name = f"{door}\0{user_id}\0{event_ms}\0{transaction_id}".encode()
+def decision_id(user_id: int, transaction_id: str, event_ms: int) -> uuid.UUID:
+    """Name the one decision on an identity: the same UUIDv8 at every door and replay."""
+    name = f"{user_id}\0{event_ms}\0{transaction_id}".encode()
     value = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "big")
     # Python takes version=8 only from 3.14 on.
     value = value & ~(0xF << 76) | 0x8 << 76

@@ -21,6 +21,7 @@ from cerberus import (
     kafka,
     offline,
     online,
+    pools,
     settings,
     stack,
     training,
@@ -206,8 +207,8 @@ async def opened(
     spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
     plan = pin_model(config, spans)
     site = process.Site(directory, environ, lambda line: None)
-    redis = online.connect(config)
-    async with offline.connect(config) as pool, redis:
+    redis = pools.connect_redis(config)
+    async with pools.connect_postgres(config) as pool, redis:
         store = offline.OfflineStore(pool, config.spans)
         await store.migrate()
         await kafka.create_topics(config)

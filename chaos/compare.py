@@ -96,30 +96,68 @@ async def _decided(
             decisions[event.identity].add((*stats, event.offset + 1))
             moment = event.at_ms * 1000 + min(event.rank, 999)
             history[event.user_id, moment].add((*stats, event.offset + 1))
-    stored = await target.pool.fetch(
-        "SELECT user_id, transaction_id, as_of_ms, features, fence_offset, decision_id::text "
-        "FROM decisions WHERE door = 'stream'"
-    )
-    got = {tuple(r)[:3]: (*shown(json.loads(r["features"])), r["fence_offset"]) for r in stored}
-    names = {r["decision_id"]: tuple(r)[:3] for r in stored}
-    found.equal("decision", "all names", len(stored), len(got))
-    _each("decision", decisions, got, found)
+    stored = await decided(target)
+    found.equal("decision", "all names", len(stored), len({d.identity for d in stored.values()}))
+    streamed = {d.identity: d.value for d in stored.values() if d.door == "stream"}
+    # What a request had first is held against its answer.
+    asked = {d.identity for d in stored.values() if d.door == "http"}
+    found.compared["decision"] += len(decisions.keys() & asked)
+    _each("decision", {k: v for k, v in decisions.items() if k not in asked}, streamed, found)
     rows = await target.pool.fetch(
         "SELECT user_id, (extract(epoch FROM event_timestamp) * 1000000)::bigint, "
         "transaction_count_20s, round(total_amount_20s * 100)::bigint, log_offset "
         "FROM user_transaction_stats"
     )
     _each("history row", history, {tuple(r)[:2]: tuple(r)[2:] for r in rows}, found)
-    published: dict[Any, set[Any]] = collections.defaultdict(set)
+    told = await published(target)
+    for name, decision in stored.items():
+        # A rebuilt life publishes again; each name must come, and never with another content.
+        if decision.identity in decisions:
+            found.equal("published decision", decision.identity, {decision.value}, told.get(name))
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """One row of table `decisions`.
+
+    Attributes:
+        identity: User, transaction, event time; a request without a transaction has its own name.
+        named: Whether there was a transaction.
+        door: "stream" or "http".
+        cents: Of the transaction.
+        value: Count, cents and where its prefix ends, as served.
+        decided_s: When, wall clock.
+    """
+
+    identity: tuple[int, str, int]
+    named: bool
+    door: str
+    cents: int | None
+    value: tuple[int, int, int | None]
+    decided_s: float
+
+
+async def decided(target: cluster.Cluster) -> dict[str, Decided]:
+    """Read table `decisions`, by name."""
+    rows = await target.pool.fetch(
+        "SELECT decision_id::text, user_id, coalesce(transaction_id, decision_id::text), as_of_ms, "
+        "door, amount_minor, features, fence_offset, extract(epoch FROM decided_at)::float8 "
+        "FROM decisions"
+    )
+    return {
+        name: Decided((user, txn, ms), txn != name, door, cents, (*shown(json.loads(v)), at), s)
+        for name, user, txn, ms, door, cents, v, at, s in rows
+    }
+
+
+async def published(target: cluster.Cluster) -> dict[str, set[Any]]:
+    """Read topic `decisions`: the values under each name."""
+    found: dict[str, set[Any]] = collections.defaultdict(set)
     for record in itertools.chain.from_iterable((await target.log(kafka.DECISIONS)).values()):
         told = json.loads(record.value)
-        value = (*shown(told["features"]), told["fence"]["offset"])
-        published[names.get(told["decision_id"])].add(value)
-    for identity, values in decisions.items():
-        # A rebuilt life publishes again; each name must come, and never with another content.
-        found.equal("published decision", identity, values, published.pop(identity, None))
-    for identity, values in published.items():
-        found.equal("published decision", identity, None, values)
+        offset = told["fence"] and told["fence"]["offset"]
+        found[told["decision_id"]].add((*shown(told["features"]), offset))
+    return found
 
 
 def _each(kind: str, expected: dict[Any, set[Any]], got: dict[Any, Any], found: Findings) -> None:
@@ -130,8 +168,9 @@ def _each(kind: str, expected: dict[Any, set[Any]], got: dict[Any, Any], found: 
 
 
 def shown(values: Mapping[str, Any]) -> tuple[int, int]:
-    """Read count and cents as the API shows them."""
-    return values["txn_count_20s"], round(values["total_amount_20s"] * 100)
+    """Read count and cents as the API shows them; -1 where they could not be had."""
+    total = values["total_amount_20s"]
+    return (-1, -1) if total is None else (values["txn_count_20s"], round(total * 100))
 
 
 async def _dead_letters(

@@ -10,13 +10,22 @@ from typing import Any
 
 import httpx
 
-from chaos import cluster, compare, oracle, traffic
+from cerberus import transactions
+from chaos import cluster, compare, oracle, service, traffic
 
 UNSEEN_S = 6.0
 """A record acknowledged this long before a question must be in its answer, or the answer says that
 it may not be: 5 s of staleness, and a second in which the number of partitions may go unnoticed."""
+KILL_S = 2.0
+"""A decision that was answered this long before its instance was killed is kept: 200 ms until it is
+sent to the stores, and what a busy machine takes to store it."""
 _ASK_S = 5.0
-_OUTCOMES = {0: "connection refused or broken", -1: "no answer in 5 s", 503: "503"}
+_OUTCOMES = {
+    0: "connection refused or broken",
+    -1: "no answer in 5 s",
+    409: "409, decided with another amount",
+    503: "503",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +33,7 @@ class Answer:
     """One question and what came of it; times are wall clock, s.
 
     Attributes:
+        instance: That was asked.
         sent_s: When it was asked.
         received_s: When the answer was there.
         payment: The transaction in hand; None when a user alone was asked about.
@@ -31,6 +41,7 @@ class Answer:
         body: Of the answer.
     """
 
+    instance: service.Instance
     sent_s: float
     received_s: float
     user_id: int
@@ -49,6 +60,7 @@ class Asker:
 
     Attributes:
         answers: All that came back, in order of their end.
+        asked: The transactions in hand, answered or not.
         publisher: Whose payments are asked about.
     """
 
@@ -61,6 +73,7 @@ class Asker:
         rate: float = 50.0,
     ) -> None:
         self.answers: list[Answer] = []
+        self.asked: set[traffic.Payment] = set()
         self.publisher = publisher
         self._target = target
         self._users = users
@@ -79,11 +92,13 @@ class Asker:
                 for instance in self._target.instances:
                     next_s = max(next_s + 1 / self._rate, time.monotonic() - 1)
                     await asyncio.sleep(next_s - time.monotonic())
-                    url = f"http://127.0.0.1:{instance.port}/predict"
-                    group.create_task(self._ask(client, url))
+                    group.create_task(self._ask(client, instance))
 
-    async def _ask(self, client: httpx.AsyncClient, url: str) -> None:
+    async def _ask(self, client: httpx.AsyncClient, instance: service.Instance) -> None:
         question, payment = self._question()
+        if payment is not None:
+            self.asked.add(payment)
+        url = f"http://127.0.0.1:{instance.port}/predict"
         sent_s, status, body = time.time(), 0, {}
         try:
             answer = await client.post(url, json=question)
@@ -92,7 +107,8 @@ class Asker:
             status = -1
         except httpx.TransportError:
             pass
-        self.answers.append(Answer(sent_s, time.time(), question["user_id"], payment, status, body))
+        user_id = question["user_id"]
+        self.answers.append(Answer(instance, sent_s, time.time(), user_id, payment, status, body))
 
     def _question(self) -> tuple[dict[str, Any], traffic.Payment | None]:
         rng, draw, now = self._rng, self._rng.random(), traffic.now_ms()
@@ -192,6 +208,44 @@ def _held(answer: Answer, life: Life) -> tuple[Any, Any]:
         for offset in user.offsets[user.inside(after_ms, until_ms, part.end)].tolist():
             unseen = number != seen[0] or offset >= seen[1]
             age_s = answer.sent_s - life.acked_s.get((number, offset), answer.sent_s)
-            if unseen and age_s > UNSEEN_S:
+            if unseen and age_s > UNSEEN_S and not body["replayed"]:
                 missed.append(f"missed {number}:{offset}, {age_s:.1f} s old")
     return (*stats, []), (*compare.shown(body["features"]), missed)
+
+
+async def kept(target: cluster.Cluster, asker: Asker) -> tuple[int, compare.Findings]:
+    """Hold the answers against what is stored and published of them.
+
+    One answer a transaction, and each is kept, unless its instance was killed right after it.
+
+    Returns:
+        How many were lost to a kill, and what the comparison found.
+    """
+    stored, told = await compare.decided(target), await compare.published(target)
+    found, lost = compare.Findings(), 0
+    for answer in asker.answers:
+        if answer.status == 409 and answer.payment is not None:
+            name = str(transactions.decision_id(*answer.payment[:3]))
+            found.equal("refused answer", name, True, stored[name].cents != answer.payment.cents)
+        if answer.status != 200:
+            continue
+        body = answer.body
+        name, fence = body["decision_id"], body["fence"]
+        value = (*compare.shown(body["features"]), fence and fence["offset"])
+        later_s = [s - answer.received_s for s in answer.instance.killed_s]
+        killed_s = min((s for s in later_s if s >= 0), default=float("inf"))
+        killed = killed_s < KILL_S
+        what = f"{name} by {answer.instance.name}, {killed_s:.1f} s before its kill"
+        decision = stored.get(name)
+        if decision is None and killed:
+            lost += 1
+            continue
+        found.equal("kept answer", what, value, decision and decision.value)
+        if not (killed and name not in told):
+            found.equal("published answer", what, {value}, told.get(name))
+    asked = {(each.user_id, each.name, each.at_ms) for each in asker.asked}
+    for name, decision in stored.items():
+        # Who asks about a user alone learns the name of the decision from the answer only.
+        if decision.door == "http" and decision.identity not in asked and decision.named:
+            found.equal("kept answer", name, None, decision.value)
+    return lost, found

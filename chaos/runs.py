@@ -49,6 +49,8 @@ class Told:
         stores: Findings in the stores, one entry a life.
         outcomes: Answers by outcome.
         answers: Findings in the answers.
+        kept: Findings in what was stored of the answers.
+        unkept: How many answers were lost to a kill right after them.
         given: The answers themselves.
     """
 
@@ -59,12 +61,14 @@ class Told:
     stores: list[compare.Findings] = field(default_factory=list)
     outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
     answers: compare.Findings = field(default_factory=compare.Findings)
+    kept: compare.Findings = field(default_factory=compare.Findings)
+    unkept: int = 0
     given: list[questions.Answer] = field(default_factory=list)
 
     @property
     def findings(self) -> list[compare.Findings]:
         """All that was compared."""
-        return [*self.stores, self.answers]
+        return [*self.stores, self.answers, self.kept]
 
     @property
     def differences(self) -> list[str]:
@@ -124,6 +128,7 @@ async def run(target: cluster.Cluster, plan: Plan, say: Callable[[str], None]) -
                 took_s = await cluster.until(target.drained, "all is stored", _DRAIN_S)
                 say(f"{'drain':<34} took            {took_s:5.1f} s")
                 await asyncio.sleep(2)
+            await asyncio.sleep(1)  # what was answered last is on its way to the stores
             lives.append(await _life(target, publisher, began_s))
             told.stores.append(await compare.stores(target, [life.log for life in lives]))
             say(f"{sum(told.stores[-1].compared.values()):,} things compared in the stores")
@@ -133,6 +138,7 @@ async def run(target: cluster.Cluster, plan: Plan, say: Callable[[str], None]) -
     told.events = sum(part.end for life in lives for part in life.log.values())
     if lives:
         told.outcomes, told.answers = questions.answers(target, asker.answers, lives)
+        told.unkept, told.kept = await questions.kept(target, asker)
     return told
 
 
@@ -184,6 +190,7 @@ def table(told: Told) -> str:
     for found in told.findings:
         compared |= found.compared
     lines += [f"{f'compared: {name}':<44}{count:>12,}" for name, count in compared.items()]
+    lines.append(f"{'answers lost to a kill within 2 s':<44}{told.unkept:>12,}")
     lines.append(f"{'lost':<44}{sum(found.lost for found in told.findings):>12,}")
     lines.append(f"{'double counted':<44}{sum(found.doubled for found in told.findings):>12,}")
     lines.append(f"{'differences':<44}{len(told.differences):>12,}")

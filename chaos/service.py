@@ -19,12 +19,14 @@ class Instance:
         name: Of its log and pid file.
         port: Where it answers.
         up: Whether it was started and neither killed, stopped nor paused since.
+        killed_s: When it was killed, wall clock.
     """
 
     def __init__(self, name: str, site: process.Site, environ: Mapping[str, str], app: str) -> None:
         self.name = name
         self.port = ports.assign({name: 0}, site.directory / f"{name}.ports.json")[name]
         self.up = self._started = False
+        self.killed_s: list[float] = []
         self._process = process.Process(name, site)
         self._environ = environ
         self._command = [sys.executable, "-m", "uvicorn", app, "--port", str(self.port)]
@@ -59,6 +61,8 @@ class Instance:
     def kill(self) -> None:
         """End it at once, by SIGKILL."""
         if self._started:
+            if self.status is None:
+                self.killed_s.append(time.time())
             self._process.kill(signal.SIGKILL)
             self._process.stop()
         self.up = self._started = False

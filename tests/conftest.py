@@ -70,20 +70,27 @@ def servers(new_directory, machine):
 
 
 @pytest.fixture
-def environ(servers):
-    """Set up a world that no other test has seen: topics, a database, a Redis database."""
+def database(servers):
+    """Make an empty database that no other test has seen, and return its address."""
     name = f"t{secrets.token_hex(6)}"
+    asyncio.run(_sql(servers, f"CREATE DATABASE {name}"))
+    yield f"{servers.postgres.url.rpartition('/')[0]}/{name}"
+    asyncio.run(_sql(servers, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def environ(servers, database):
+    """Set up a world that no other test has seen: topics, a database, a Redis database."""
+    name = database.rpartition("/")[2]
     redis_url = f"{servers.redis.url.rpartition('/')[0]}/{next(_worlds) % REDIS_DATABASES}"
     with redis.Redis.from_url(redis_url) as client:
         client.flushdb()
-    asyncio.run(_sql(servers, f"CREATE DATABASE {name}"))
     yield {
         **servers.environ,
         "KAFKA_PREFIX": f"{name}.",
         "REDIS_URL": redis_url,
-        "DATABASE_URL": f"{servers.postgres.url.rpartition('/')[0]}/{name}",
+        "DATABASE_URL": database,
     }
-    asyncio.run(_sql(servers, f"DROP DATABASE {name} WITH (FORCE)"))
     asyncio.run(_delete_topics(servers, f"{name}."))
 
 

@@ -19,6 +19,7 @@ from cerberus import (
     features,
     offline,
     online,
+    pools,
     settings,
     transactions,
     window,
@@ -94,7 +95,7 @@ class Rig:
         """Call our online store."""
 
         async def run():
-            async with online.connect(self.config) as client:
+            async with pools.connect_redis(self.config) as client:
                 return await call(online.OnlineStore(client, self.plan, SPANS, "transactions"))
 
         return asyncio.run(run())
@@ -139,7 +140,7 @@ def opened(environ, tmp_path):
     config = settings.load(environ)
 
     async def migrate():
-        async with offline.connect(config) as pool:
+        async with pools.connect_postgres(config) as pool:
             await offline.OfflineStore(pool, config.spans).migrate()
 
     asyncio.run(migrate())

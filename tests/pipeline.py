@@ -1,6 +1,7 @@
 """A consumer in the test's own loop, on real servers, and what the test knows of its log."""
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import time
@@ -10,13 +11,17 @@ import orjson
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from cerberus import (
+    claims,
     consumer,
     feast_layout,
     features,
     kafka,
+    metrics,
     offline,
     online,
+    pools,
     scoring,
+    serving,
     settings,
     supervision,
     transactions,
@@ -55,7 +60,22 @@ class World:
     kafka: AIOKafkaProducer
 
     def consumer(self):
-        return consumer.Consumer(self.config, self.spans, self.model, self.online, self.offline)
+        claimed = claims.Claims(self.config, self.redis, self.offline.ledger)
+        return consumer.Consumer(
+            self.config, self.spans, self.model, self.online, self.offline, claimed
+        )
+
+    def predictor(self, keep):
+        claimed = claims.Claims(self.config, self.redis, self.offline.ledger)
+        return serving.Predictor(
+            self.config,
+            self.spans,
+            self.model,
+            self.online,
+            claimed,
+            keep=keep,
+            meter=metrics.Metrics(),
+        )
 
     async def publish(self, records, partition=None):
         """Send (user id, value, timestamp ms) in order."""
@@ -109,6 +129,15 @@ class World:
         finally:
             await reader.stop()
 
+    async def published(self):
+        """Return what topic `decisions` shows, by the decisions' names."""
+        shown = collections.defaultdict(list)
+        for records in (await self.log(kafka.DECISIONS)).values():
+            for record in records:
+                told = orjson.loads(record.value)
+                shown[told["decision_id"]].append(told)
+        return shown
+
     async def oracles(self):
         """Return the oracle of each partition, over all that was published."""
         told = {}
@@ -129,13 +158,13 @@ async def world(environ):
     plan = feast_layout.Plan.load(config.plan_path)
     model = scoring.Model.load(config.model_path, config.spans)
     await kafka.create_topics(config)
-    redis = online.connect(config)
+    redis = pools.connect_redis(config, claims.recognise(config))
     producer = AIOKafkaProducer(
         bootstrap_servers=config.kafka.bootstrap, enable_idempotence=True, linger_ms=2
     )
     await producer.start()
     try:
-        async with offline.connect(config) as pool:
+        async with pools.connect_postgres(config) as pool:
             store = offline.OfflineStore(pool, config.spans)
             await store.migrate()
             topic = config.kafka.topic(kafka.TRANSACTIONS)

@@ -7,10 +7,14 @@ import functools
 import redis
 
 from cerberus import (
+    claims,
+    decision_log,
     feast_layout,
     features,
     metrics,
+    offline,
     online,
+    pools,
     routes,
     scoring,
     serving,
@@ -44,38 +48,60 @@ class Served:
         self.spans = window.Spans()
         self.model = model(self.config.model_path, self.config.spans)
         plan = feast_layout.Plan.load(self.config.model_path.with_name("feature_plan.json"))
-        self.client = online.connect(self.config)
+        self.client = pools.connect_redis(self.config)
         self.store = online.OnlineStore(self.client, plan, self.spans, "transactions")
         self.windows = window.PartitionWindows(self.spans)
         self.offset = 0
         self.now_ms = NOW_MS
         self.supervisor = supervision.Supervisor(lambda reason: None)
         self.meter = metrics.Metrics()
+        self.kept = []
+        self.pool = pools.connect_postgres(self.config)
+        self.history = offline.OfflineStore(self.pool, self.spans.names)
+        self.claimed = claims.Claims(self.config, self.client, self.history.ledger)
         self.predictor = serving.Predictor(
-            self.config, self.spans, self.model, self.store, meter=self.meter, clock=self.clock
+            self.config,
+            self.spans,
+            self.model,
+            self.store,
+            self.claimed,
+            keep=self.kept.append,
+            meter=self.meter,
+            clock=self.clock,
         )
 
     def clock(self):
         return self.now_ms
 
-    def app(self, probes=None, consumed=None):
+    def app(self, probes=None, consumed=None, labelled=None):
         built = routes.build()
         built.state.parts = routes.assemble(
             self.config,
             self.spans,
             self.model,
             self.store,
+            self.history,
             self.supervisor,
+            claimed=self.claimed,
+            kept=decision_log.DecisionLog(self.config, self.model, self.history),
             probes=probes or {},
             consumed=consumed,
+            labelled=labelled,
             clock=self.clock,
         )
         return built
 
     async def live(self, **changes):
-        """Let the owner say that it stands at the end of the log."""
+        """Let the owner say that it stands at the end of the log, and Redis know all claims."""
+        for bucket in range(64):
+            await self.client.set(self.claimed._mark(bucket), 0, nx=True)
         state = features.PartitionState(1, self.offset, "live", self.now_ms)
         await self.store.write_states(1, {0: dataclasses.replace(state, **changes)}, create=True)
+
+    async def forget(self):
+        """Lose all claims, as if nothing had been decided."""
+        if keys := await self.client.keys(f"{self.claimed._prefix}*:*"):
+            await self.client.delete(*keys)
 
     async def stream(self, *seen):
         """Let the stream see transactions."""
@@ -99,6 +125,16 @@ class Served:
             while not self.predictor.in_flight:  # noqa: ASYNC110 - no event says so
                 await asyncio.sleep(0)
             await asyncio.sleep(0)
+
+    async def close(self):
+        """Let go of Redis and of Postgres."""
+        await self.store.close()
+        await (await self.pool).close()
+
+    async def migrated(self):
+        """Let there be tables to look decisions up in."""
+        await self.pool
+        await self.history.migrate()
 
     async def ask(self, **document):
         """Ask the predictor."""

@@ -8,7 +8,7 @@ import pytest
 from blockbuster import BlockingError, blockbuster_ctx
 from pipeline import live, now_ms, payment, running, until, world
 
-from cerberus import materializer, producer, routes, supervision
+from cerberus import claims, decision_log, materializer, producer, routes, supervision
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
@@ -32,6 +32,7 @@ async def test_no_part_makes_a_blocking_call_in_the_loop(environ):
                 running(one := here.consumer()),
                 running(payer := producer.Producer(here.config, here.offline)),
                 running(materializer.Materializer(here.config, here.online, here.offline)),
+                running(kept := decision_log.DecisionLog(here.config, here.model, here.offline)),
             ):
                 await until(lambda: payer.sent > 100, "payments are made")
                 at = now_ms()
@@ -45,7 +46,10 @@ async def test_no_part_makes_a_blocking_call_in_the_loop(environ):
                     here.spans,
                     here.model,
                     here.online,
+                    here.offline,
                     supervision.Supervisor(lambda reason: None),
+                    claimed=claims.Claims(here.config, here.redis, here.offline.ledger),
+                    kept=kept,
                     probes={"postgres": here.offline.check},
                     consumed=one,
                 )
@@ -53,8 +57,25 @@ async def test_no_part_makes_a_blocking_call_in_the_loop(environ):
                 async with httpx.AsyncClient(
                     transport=transport, base_url="http://127.0.0.1"
                 ) as http:
-                    asked = [http.post("/predict", json={"user_id": u}) for u in range(1000, 1040)]
+                    alone = [{"user_id": user} for user in range(1000, 1040)]
+                    paid = [{**a, "transaction_id": "b", "amount": 1} for a in alone]
+                    asked = [http.post("/predict", json=body) for body in alone + paid]
                     answers = await asyncio.gather(*asked)
-                    for path in ("/health", "/health/live", "/metrics", "/openapi.json", "/docs"):
+                    await until(
+                        lambda: not any(r["waiting"] for r in kept.report().values()),
+                        "all is stored",
+                    )
+                    asked = answers[-1].json()
+                    for path in (
+                        f"/decisions/{asked['decision_id']}",
+                        f"/decisions?user_id={asked['user_id']}",
+                        f"/users/{asked['user_id']}",
+                        "/health",
+                        "/health/live",
+                        "/metrics",
+                        "/openapi.json",
+                        "/docs",
+                    ):
                         answers.append(await http.get(path))
+                await kept.close()
                 assert {answer.status_code for answer in answers} == {200}

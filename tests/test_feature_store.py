@@ -7,7 +7,7 @@ import sys
 import feast_rig
 import pytest
 
-from cerberus import errors, feast_layout, feature_store, features, online, settings, window
+from cerberus import errors, feast_layout, feature_store, features, online, pools, settings, window
 
 LOOPBACK = {
     "KAFKA_BROKER": "127.0.0.1:9092",
@@ -136,7 +136,7 @@ def test_the_settings_render_to_what_feast_connects_with(tmp_path, environ):
     assert loaded.project == feast_layout.PROJECT
     assert loaded.entity_key_serialization_version == 3
 
-    ours = online.connect(config).connection_pool.connection_kwargs
+    ours = pools.connect_redis(config).connection_pool.connection_kwargs
     nodes, options = RedisOnlineStore._parse_connection_string(
         loaded.online_store.connection_string
     )

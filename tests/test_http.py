@@ -7,12 +7,13 @@ import os
 import pathlib
 import subprocess
 import sys
+import uuid
 
 import anyio
-import httpx
 import jsonschema
 import orjson
 import pytest
+from asking import client, is_problem, validate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import NOW_MS, Served, redis_only, transaction
@@ -21,13 +22,8 @@ from starlette.routing import Route
 from cerberus import errors, metrics, openapi, routes, supervision, transactions
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
-LOCAL = "http://127.0.0.1:8000"
-ALL = ("/predict", "/health", "/metrics", "/openapi.json", "/docs", "/nowhere")
-
-
-def client(app, *, peer="127.0.0.1", base_url=LOCAL, headers=None):
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(peer, 50_000))
-    return httpx.AsyncClient(transport=transport, base_url=base_url, headers=headers)
+OF_API = ("/predict", "/decisions?user_id=1", "/decisions/1", "/users/1", "/openapi.json", "/docs")
+ALL = (*OF_API, "/health", "/metrics", "/nowhere")
 
 
 @pytest.fixture
@@ -40,39 +36,13 @@ async def served(environ):
     served = Served(environ)
     await served.stream(transaction("a", user_id=1005, amount_minor=12_750, at_ms=NOW_MS - 5_000))
     yield served
-    await served.store.close()
+    await served.close()
 
 
 @pytest.fixture
 async def http(served):
     async with client(served.app()) as http:
         yield http
-
-
-def validate(document, schema_name, body):
-    schema = {"$ref": f"#/components/schemas/{schema_name}", "components": document["components"]}
-    jsonschema.Draft202012Validator(schema).validate(body)
-
-
-def is_problem(response, code, field=None):
-    """Hold a response against RFC 9457 and the table of codes."""
-    known = openapi.PROBLEMS[code]
-    body = response.json()
-    assert response.headers["content-type"] == "application/problem+json"
-    assert (response.status_code, body["status"], body["code"]) == (
-        known.status,
-        known.status,
-        code,
-    )
-    assert (body["type"], body["title"]) == (f"/docs#{code}", known.title)
-    assert body.get("field") == field
-    assert len(body["detail"]) > 10
-    document = openapi.document(("10m",), "USD")
-    validate(document, "Problem", body)
-    if response.request.url.path == "/predict":
-        told = document["paths"]["/predict"]["post"]["responses"][str(known.status)]
-        assert f"`{code}`" in told["description"]
-    return body
 
 
 async def test_a_user_is_answered_with_the_keys_of_the_contract(http, served):
@@ -89,7 +59,14 @@ async def test_a_user_is_answered_with_the_keys_of_the_contract(http, served):
     assert body["prediction"] == ("FRAUD" if body["probability"] >= 0.5 else "LEGIT")
     assert body["as_of"] == transactions.format_ms(NOW_MS)
     assert body["fence"] == {"epoch": 1, "offset": 1, "partition": 0}
-    assert body["model"]["sha256"] == served.model.sha256
+    assert (body["decision"], body["replayed"]) == ("approve", False)
+    assert (body["model_version"], body["policy_version"]) == (
+        served.model.sha256,
+        served.model.policy.sha256,
+    )
+    assert uuid.UUID(body["decision_id"]).version == 4  # without a transaction, one of its own
+    waiting = (await http.get("/health")).json()["decisions"]
+    assert [waiting[store]["waiting"] for store in ("postgres", "kafka")] == [1, 1]
     stats = body["latency_stats"]
     assert 0 < stats["feature_retrieval_ms"] <= stats["total_latency_ms"]
     validate((await http.get("/openapi.json")).json(), "Prediction", body)
@@ -109,7 +86,43 @@ async def test_a_transaction_in_hand_is_answered_for_by_its_id(http):
     assert body["transaction_id"] == "b"
     assert body["features"]["txn_count_10m"] == 2
     assert body["features"]["total_amount_10m"] == 9_127.51
+    assert body["decision_id"] == str(transactions.decision_id(1005, "b", NOW_MS))
     validate((await http.get("/openapi.json")).json(), "Prediction", body)
+
+
+async def test_a_transaction_that_is_asked_about_again_has_its_first_answer(http, served):
+    hand = {"user_id": 1005, "transaction_id": "b", "amount": 9, "merchant_id": "m"}
+    hand["timestamp"] = transactions.format_ms(NOW_MS - 1)
+    first = (await http.post("/predict", json=hand)).json()
+    await served.stream(transaction("c", user_id=1005))
+    await served.credit(1005, 500)
+    again = (await http.post("/predict", json=hand)).json()
+    assert (first.pop("replayed"), again.pop("replayed")) == (False, True)
+    assert first.pop("latency_stats").keys() == again.pop("latency_stats").keys()
+    assert again == first
+    other = hand | {"timestamp": transactions.format_ms(NOW_MS)}
+    assert (await http.post("/predict", json=other)).json()["decision_id"] != first["decision_id"]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"amount": 9.01}, "amount"),
+        ({"merchant_id": "n"}, "merchant_id"),
+        ({"amount": 8, "merchant_id": "n"}, "amount"),
+    ],
+)
+async def test_a_transaction_with_other_content_than_the_decided_one_is_a_conflict(
+    http, change, field
+):
+    hand = {"user_id": 1005, "transaction_id": "b", "amount": 9, "merchant_id": "m"}
+    hand["timestamp"] = transactions.format_ms(NOW_MS)
+    first = await http.post("/predict", json=hand)
+    is_problem(await http.post("/predict", json=hand | change), "conflict", field)
+    again = await http.post("/predict", json=hand | {"merchant_id": None})
+    assert again.json()["decision_id"] == first.json()["decision_id"]
+    waiting = (await http.get("/health")).json()["decisions"]["postgres"]["waiting"]
+    assert waiting == 2  # a conflict is no decision
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", "nonsense", None])
@@ -180,7 +193,7 @@ async def test_overload_says_when_to_come_back(environ):
     assert first.status_code == 200
     is_problem(second, "overloaded")
     assert second.headers["retry-after"] == "1"
-    await served.store.close()
+    await served.close()
 
 
 async def test_unreachable_features_are_no_score_and_tell_nothing_of_the_server(environ):
@@ -193,7 +206,7 @@ async def test_unreachable_features_are_no_score_and_tell_nothing_of_the_server(
         health = await http.get("/health")
     assert (health.status_code, health.json()["status"]) == (503, "failed")
     assert "secret" not in health.text
-    await served.store.close()
+    await served.close()
 
 
 async def test_a_fault_of_ours_tells_nothing_of_its_cause(served):
@@ -221,11 +234,11 @@ async def test_before_the_parts_are_there_only_health_answers(served):
 async def test_without_api_only_health_and_metrics_are_served(environ):
     served = Served(environ, tasks=frozenset({"consumer"}))
     async with client(served.app()) as http:
-        for path in ("/predict", "/openapi.json", "/docs"):
+        for path in OF_API:
             is_problem(await http.get(path), "api_disabled")
         for path in ("/health", "/health/live", "/metrics"):
             assert (await http.get(path)).status_code == 200
-    await served.store.close()
+    await served.close()
 
 
 # Who may call.
@@ -256,7 +269,7 @@ async def test_with_a_key_every_route_but_live_wants_it(environ):
         far = client(app, peer="203.0.113.9", base_url="https://fraud.example", headers=headers)
         async with far as http:
             assert (await http.get("/openapi.json")).status_code == 200
-    await served.store.close()
+    await served.close()
 
 
 @pytest.mark.parametrize("peer", ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
@@ -511,11 +524,12 @@ requests = st.fixed_dictionaries(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(document=requests | anything)
-async def test_any_json_gets_an_answer_or_a_problem_of_the_caller(environ, document):
-    served = Served(environ)
+async def test_any_json_gets_an_answer_or_a_problem_of_the_caller(environ, database, document):
+    served = Served(environ | {"DATABASE_URL": database})
     told = openapi.document(("10m",), "USD")
     try:
         await served.live()
+        await served.migrated()  # an old transaction is looked up
         async with client(served.app()) as http:
             body = json.dumps(document)  # with NaN, lone surrogates and integers of any size
             response = await http.post("/predict", content=body)
@@ -528,7 +542,7 @@ async def test_any_json_gets_an_answer_or_a_problem_of_the_caller(environ, docum
             code = response.json()["code"]
             is_problem(response, code, response.json().get("field"))
     finally:
-        await served.store.close()
+        await served.close()
 
 
 @settings(
@@ -543,7 +557,7 @@ async def test_any_bytes_get_an_answer_or_a_problem_of_the_caller(environ, body)
         async with client(served.app()) as http:
             assert (await http.post("/predict", content=body)).status_code in (200, 400, 422)
     finally:
-        await served.store.close()
+        await served.close()
 
 
 # The process around it.

@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives import serialization
 from pipeline import now_ms, payment, until
 from service import free_port
 
-from cerberus import errors, kafka, producer, settings
+from cerberus import errors, kafka, settings
 from cerberus.stack import kafka as broker
 from cerberus.stack import process
 
@@ -91,10 +91,13 @@ def with_password(ca, ports):
 @pytest.mark.parametrize("environ_of", [certified, with_password])
 async def test_topics_are_made_written_and_read_by_the_group(ca, ports, environ_of):
     config = settings.load(environ_of(ca, ports))
-    assert len(await kafka.create_topics(config)) == 4
-    assert await producer.send(config, [payment(1, 1005, now_ms())]) == 1
+    assert len(await kafka.create_topics(config)) == 5
+    publisher = kafka.Publisher(config)
+    topic = config.kafka.topic(kafka.TRANSACTIONS)
+    await publisher.publish([kafka.Message(topic, b"1005", payment(1, 1005, now_ms()))])
+    await publisher.close()
     client = kafka.consumer(config)
-    client.subscribe([config.kafka.topic(kafka.TRANSACTIONS)])
+    client.subscribe([topic])
     try:
         async with asyncio.timeout(60):
             await client.start()

@@ -2,12 +2,23 @@
 
 import asyncio
 import datetime
+import pathlib
 import random
-import uuid
 
 import pytest
 
-from cerberus import errors, features, offline, scoring, settings, transactions, window
+from cerberus import (
+    decisions,
+    errors,
+    features,
+    offline,
+    policy,
+    pools,
+    scoring,
+    settings,
+    transactions,
+    window,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 NOW_MS = 1_790_000_000_000
@@ -16,7 +27,7 @@ TOPIC = "transactions"
 
 @pytest.fixture
 async def pool(environ):
-    async with offline.connect(settings.load(environ)) as pool:
+    async with pools.connect_postgres(settings.load(environ)) as pool:
         yield pool
 
 
@@ -44,18 +55,20 @@ def stats(count, offset, epoch=1, user_id=1, at=NOW_MS):
     )
 
 
-def decision(i, probability=0.5, epoch=1):
+def decision(i, probability=0.5):
+    txn = transaction(i, amount=1250, at=NOW_MS + i)
     row = features.FeatureRow(
         user_id=1,
-        as_of_ms=NOW_MS + i,
+        as_of_ms=txn.event_ms,
         stats=(window.WindowStats(2, 1999),),
         credit_score=None,
         amount_minor=1250,
-        fence=features.Fence(epoch, i, NOW_MS),
+        fence=features.Fence(1, i, NOW_MS),
         degraded=("warming", "stale"),
     )
-    decided = scoring.Decision(row, -1.5, probability, scoring.LEGIT, "ab")
-    return offline.DecisionFact(uuid.UUID(int=i), f"t{i}", "stream", decided)
+    decided = scoring.Decision(row, -1.5, probability, scoring.LEGIT, policy.APPROVE, "ab", "cd")
+    name = decisions.of_transaction(txn)
+    return decisions.Record(name, decided, txn, decisions.STREAM, 3, NOW_MS, ("10m",))
 
 
 async def test_migrations_apply_once_however_many_start_together(pool):
@@ -130,17 +143,56 @@ async def test_a_row_s_created_time_stays_when_a_greater_fence_wins(pool, store)
     assert (row["transaction_count_10m"], row["created_timestamp"]) == (2, created)
 
 
-async def test_a_decision_is_kept_as_it_was_first_taken_in_its_epoch(pool, store):
-    await store.write(TOPIC, [], [], [decision(1, 0.25), decision(2)])
+async def test_a_decision_is_kept_as_it_was_first_taken(pool, store):
+    first = [decision(1, 0.25), decision(2)]
+    await store.write(TOPIC, [], [], first)
     await store.write(TOPIC, [], [], [decision(1, 0.75)])
+    assert await store.ledger.of_user(1, 9) == first[::-1]
     row = await pool.fetchrow("SELECT * FROM decisions ORDER BY as_of_ms")
-    assert row["probability"] == 0.25
+    assert (row["probability"], row["decision"]) == (0.25, "approve")
     assert row["degraded"] == ["warming", "stale"]
     assert row["features"] == (
         '{"credit_score": null, "txn_count_10m": 2, "total_amount_10m": 19.99}'
     )
-    await store.write(TOPIC, [], [], [decision(1, 0.75, epoch=2)])
-    assert await pool.fetchval("SELECT probability FROM decisions ORDER BY as_of_ms") == 0.75
+
+
+PREVIOUS = """
+INSERT INTO decisions (decision_id, as_of_ms, user_id, transaction_id, amount_minor, door, features,
+    degraded, approximate, score, probability, prediction, model_sha256, fence_epoch, fence_offset,
+    fence_as_of_ms)
+SELECT gen_random_uuid(), $1::bigint + i, i % 2, 't' || i, 1250, 'stream',
+    '{"credit_score": 700, "txn_count_10m": 2, "total_amount_10m": 19.99}', '{stale}', false, -1.5,
+    0.25, CASE WHEN i % 3 = 0 THEN 'FRAUD' ELSE 'LEGIT' END, 'ab', 1, i, $1
+FROM generate_series(0, 8) AS i
+"""
+
+
+async def test_decisions_of_the_version_before_there_was_a_policy_can_still_be_read(pool):
+    first, *_ = sorted((pathlib.Path(offline.__file__).parent / "migrations").glob("*.sql"))
+    async with pool.acquire() as connection:
+        await connection.execute(
+            "CREATE TABLE schema_migrations (name text PRIMARY KEY, applied_at timestamptz)"
+        )
+        await connection.execute(first.read_text())
+        await connection.execute("INSERT INTO schema_migrations VALUES ($1, now())", first.name)
+        await connection.execute(
+            "CREATE TABLE decisions_2026_09 PARTITION OF decisions FOR VALUES "
+            f"FROM ({NOW_MS}) TO ({NOW_MS + 4})"
+        )
+        await connection.execute(PREVIOUS, NOW_MS)
+        written = await connection.fetch("SELECT decision_id, decided_at FROM decisions")
+    store = offline.OfflineStore(pool, ("10m",))
+    assert first.name not in await store.migrate()
+    found = [r for user_id in (0, 1) for r in await store.ledger.of_user(user_id, 9)]
+    assert sorted(r.transaction.transaction_id for r in found) == [f"t{i}" for i in range(9)]
+    for record in found:
+        fraud = record.transaction.event_ms % 3 == NOW_MS % 3
+        assert record.decision.action == (policy.DECLINE if fraud else policy.APPROVE)
+        assert record.decision.row.stats == (window.WindowStats(2, 1999),)
+        assert (record.decision.policy_sha256, record.partition) == ("", None)
+        assert {r["decision_id"]: r["decided_at"] for r in written}[record.decision_id]
+    await store.write(TOPIC, [], [], [decision(1)])
+    assert await store.ledger.get(decision(1).decision_id) == decision(1)
 
 
 async def test_the_epoch_rises_with_the_cluster_the_count_and_once_for_an_ended_life(store):
@@ -189,12 +241,12 @@ async def test_one_holds_a_singleton_until_it_lets_go_or_its_connection_dies(poo
 
 async def test_an_unreachable_store_says_so_and_a_refusing_one_names_the_setting(environ):
     away = settings.load(environ | {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x"})
-    async with offline.connect(away) as pool:
+    async with pools.connect_postgres(away) as pool:
         with pytest.raises(errors.StoreUnavailable):
             await offline.OfflineStore(pool, ("10m",)).check()
     base = environ["DATABASE_URL"].rpartition("/")[0]
     wrong = settings.load(environ | {"DATABASE_URL": f"{base}/no_such_database"})
-    async with offline.connect(wrong) as pool:
+    async with pools.connect_postgres(wrong) as pool:
         with pytest.raises(errors.ConfigError, match="DATABASE_URL"):
             await offline.OfflineStore(pool, ("10m",)).check()
 

@@ -103,3 +103,37 @@ async def test_rows_and_credit_scores_are_right_and_come_back_after_a_flush(envi
 
             await until(restored, "the rows are back")
             await assert_rows_equal_the_log(here)
+
+
+async def test_a_transaction_has_one_decision_also_after_a_node_has_lost_its_claims(
+    environ, cluster
+):
+    async with world(environ | {"REDIS_URL": cluster, "REDIS_CLUSTER": "1"}) as here:
+        for bucket in range(64):
+            await here.redis.set(f"cerberus:claim:{here.config.kafka.prefix}{{{bucket}}}", 0)
+        kept = []
+        doors = [here.predictor(kept.append) for _ in range(2)]
+        stamp = transactions.format_ms(now_ms())
+        hands = [
+            {"user_id": u, "transaction_id": f"t{i}", "amount": 10, "timestamp": stamp}
+            for u in USERS
+            for i in range(3)
+        ]
+
+        async def ask():
+            asked = [door.predict(door.parse(hand)) for hand in hands for door in doors]
+            return await asyncio.gather(*asked)
+
+        first = await ask()
+        names = {p.record.decision_id for p in first}
+        assert len(names) == len(hands)
+        assert len({(p.record.decision_id, p.record.trace_id) for p in first}) == len(hands)
+        assert sum(p.replayed for p in first) == len(hands)
+        keys = await here.redis.keys("cerberus:claim:*:" + "?" * 32, target_nodes="primaries")
+        assert len(keys) == len(hands)
+        await here.offline.ledger.write(kept)
+        [node, *_] = here.redis.get_primaries()
+        await here.redis.flushall(target_nodes=[node])
+        left = await here.redis.keys("cerberus:claim:*:" + "?" * 32, target_nodes="primaries")
+        assert 0 < len(left) < len(hands)
+        assert [p.record for p in await ask()] == [p.record for p in first]

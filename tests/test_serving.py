@@ -27,11 +27,11 @@ def environ(servers):
 async def served(environ):
     served = Served(environ)
     yield served
-    await served.store.close()
+    await served.close()
 
 
 def values(prediction):
-    stats = prediction.decision.row.stats
+    stats = prediction.record.decision.row.stats
     return None if stats is None else (stats[0].count, stats[0].total_minor)
 
 
@@ -62,10 +62,11 @@ async def test_a_transaction_in_hand_counts_once_before_and_after_the_stream_has
     await served.stream(transaction("a", at_ms=NOW_MS - 1_000))
     before = await served.ask(**in_hand(hand))
     await served.stream(hand)
+    await served.forget()
     after = await served.ask(**in_hand(hand))
     assert values(before) == values(after) == (2, 3_550)
-    assert before.decision.probability == after.decision.probability
-    assert after.decision.row.degraded == ()
+    assert before.record.decision.probability == after.record.decision.probability
+    assert after.record.decision.row.degraded == ()
 
 
 async def test_the_same_id_at_another_time_is_another_transaction(served):
@@ -102,8 +103,15 @@ asked = st.one_of(
 )
 
 
+def identity(ask):
+    return ask if isinstance(ask, tuple) else (ask.user_id, ask.transaction_id, ask.event_ms)
+
+
 @on_servers
-@given(log=st.lists(streamed, min_size=1, max_size=30), asks=st.lists(asked, min_size=1))
+@given(
+    log=st.lists(streamed, min_size=1, max_size=30),
+    asks=st.lists(asked, min_size=1, unique_by=identity),
+)
 async def test_a_batch_equals_the_oracle_and_each_request_alone(environ, log, asks):
     served = Served(environ)
     try:
@@ -117,10 +125,11 @@ async def test_a_batch_equals_the_oracle_and_each_request_alone(environ, log, as
         ]
         together = await asyncio.gather(*(served.ask(**d) for d in documents))
         assert served.batches() == 1
+        await served.forget()
         alone = [await served.ask(**d) for d in documents]
-        assert [t.decision for t in together] == [a.decision for a in alone]
+        assert [t.record.decision for t in together] == [a.record.decision for a in alone]
         for ask, prediction in zip(asks, together, strict=True):
-            row = prediction.decision.row
+            row = prediction.record.decision.row
             hand = None if isinstance(ask, tuple) else ask
             user_id, as_of_ms = ask if hand is None else (hand.user_id, hand.event_ms)
             assert (row.user_id, row.as_of_ms) == (user_id, as_of_ms)
@@ -130,7 +139,7 @@ async def test_a_batch_equals_the_oracle_and_each_request_alone(environ, log, as
                 assert row.degraded == ("as_of_too_old",)
                 assert as_of_ms < max(NOW_MS, served.windows.frontier_ms) - 120_000
     finally:
-        await served.store.close()
+        await served.close()
 
 
 async def test_requests_during_a_round_trip_share_the_next(served):
@@ -158,9 +167,9 @@ async def test_more_requests_than_the_bound_are_refused_at_once(environ):
     with pytest.raises(errors.Overloaded):
         await served.ask(user_id=9)
     assert not any(task.done() for task in waiting)
-    assert [p.decision.row.user_id for p in await asyncio.gather(*waiting)] == [0, 1, 2]
+    assert [p.record.decision.row.user_id for p in await asyncio.gather(*waiting)] == [0, 1, 2]
     assert served.predictor.in_flight == 0
-    await served.store.close()
+    await served.close()
 
 
 async def test_a_batch_that_fails_fails_alone_and_replies_do_not_cross(environ):
@@ -172,7 +181,7 @@ async def test_a_batch_that_fails_fails_alone_and_replies_do_not_cross(environ):
     await served.client.ping()
     answered = await asyncio.gather(*(served.ask(user_id=i) for i in range(8, 0, -1)))
     assert [values(p) for p in answered] == [(1, i) for i in range(8, 0, -1)]
-    await served.store.close()
+    await served.close()
 
 
 async def test_a_request_that_waited_too_long_is_refused_without_another_wait(environ):
@@ -188,7 +197,7 @@ async def test_a_request_that_waited_too_long_is_refused_without_another_wait(en
     assert isinstance(rest[-1], errors.Overloaded)
     with pytest.raises(errors.FeaturesUnavailable):
         await first
-    await served.store.close()
+    await served.close()
 
 
 async def test_a_client_that_goes_away_takes_no_other_request_with_it(served):
@@ -211,20 +220,20 @@ async def test_an_unreadable_value_degrades_its_own_user_only(served):
     for broken in (b"\x0a\x03abc", whole[:-1], b"\x0a", b"\xff\xff", whole[:9]):
         await served.client.hset(key, served.store._recent, broken)
         bad, good = await asyncio.gather(served.ask(user_id=1), served.ask(user_id=2))
-        assert (values(bad), bad.decision.row.degraded) == (None, ("recent_unreadable",))
-        assert bad.decision.row.credit_score == 700
-        assert (values(good), good.decision.row.degraded) == ((1, 1_000), ())
+        assert (values(bad), bad.record.decision.row.degraded) == (None, ("recent_unreadable",))
+        assert bad.record.decision.row.credit_score == 700
+        assert (values(good), good.record.decision.row.degraded) == ((1, 1_000), ())
 
 
 async def test_values_that_cannot_be_had_are_null_and_never_zero(served):
     unknown = await served.ask(user_id=7)
-    assert (values(unknown), unknown.decision.row.degraded) == (None, ("owner_missing",))
+    assert (values(unknown), unknown.record.decision.row.degraded) == (None, ("owner_missing",))
     await served.live(caught_up_ms=NOW_MS - 61_000)
     silent = await served.ask(user_id=7)
-    assert (values(silent), silent.decision.row.degraded) == (None, ("stale",))
+    assert (values(silent), silent.record.decision.row.degraded) == (None, ("stale",))
     await served.live()
     known = await served.ask(user_id=7)
-    assert (values(known), known.decision.row.degraded) == ((0, 0), ())
+    assert (values(known), known.record.decision.row.degraded) == ((0, 0), ())
 
 
 async def test_a_moment_before_what_is_kept_says_so(served):
@@ -232,7 +241,7 @@ async def test_a_moment_before_what_is_kept_says_so(served):
     for user_id in (1, 2):
         for ago_ms, degraded in ((120_000, ()), (120_001, ("as_of_too_old",))):
             stamp = transactions.format_ms(NOW_MS - ago_ms)
-            row = (await served.ask(user_id=user_id, timestamp=stamp)).decision.row
+            row = (await served.ask(user_id=user_id, timestamp=stamp)).record.decision.row
             assert row.degraded == degraded
 
 
@@ -240,10 +249,10 @@ async def test_many_events_are_answered_approximately_and_say_so(served):
     many = [transaction(f"t{i}", at_ms=NOW_MS - i * 1_000) for i in range(599, -1, -1)]
     await served.stream(*many)
     now = await served.ask(user_id=1)
-    assert (values(now), now.decision.row.approximate) == ((600, 600_000), False)
+    assert (values(now), now.record.decision.row.approximate) == ((600, 600_000), False)
     served.now_ms = NOW_MS + 1_500
     later = await served.ask(user_id=1)
-    assert later.decision.row.approximate
+    assert later.record.decision.row.approximate
     assert values(later)[0] in (599, 600)  # the oldest slice is cut, and counts whole
 
 
@@ -252,18 +261,18 @@ async def test_one_in_hand_that_a_summed_slice_may_hold_is_not_called_exact(serv
     await served.stream(*many)
     newest, folded = many[-1], many[-301]
     exact = await served.ask(**in_hand(newest))
-    assert (values(exact)[0], exact.decision.row.approximate) == (600, False)
+    assert (values(exact)[0], exact.record.decision.row.approximate) == (600, False)
     unsure = await served.ask(**in_hand(folded))
-    assert unsure.decision.row.approximate
+    assert unsure.record.decision.row.approximate
     assert values(unsure)[0] in (300, 301)
 
 
 async def test_a_credit_score_is_read_until_its_time_is_over(served):
     await served.live()
     await served.credit(1, 700, at_ms=NOW_MS - 30 * 86_400_000)
-    assert (await served.ask(user_id=1)).decision.row.credit_score == 700
+    assert (await served.ask(user_id=1)).record.decision.row.credit_score == 700
     served.now_ms += 1
-    assert (await served.ask(user_id=1)).decision.row.credit_score is None
+    assert (await served.ask(user_id=1)).record.decision.row.credit_score is None
 
 
 @pytest.mark.parametrize(
@@ -301,7 +310,8 @@ async def test_an_amount_without_an_id_is_told_why_it_is_refused(served):
 
 async def test_null_is_absent_and_later_fields_are_ignored(served):
     document = {"user_id": 1, "amount": None, "transaction_id": None, "device": {"os": "x"}}
-    assert served.predictor.parse(document) == serving.Request(1, NOW_MS)
+    parsed = served.predictor.parse(document)
+    assert parsed == serving.Request(1, NOW_MS, trace_id=parsed.trace_id)
 
 
 async def test_a_transaction_in_hand_without_a_time_happens_now(served):
@@ -313,9 +323,12 @@ async def test_a_transaction_in_hand_without_a_time_happens_now(served):
 async def test_the_fence_of_a_prediction_is_the_row_s(served):
     await served.stream(transaction("a"), transaction("b"))
     found = await served.ask(user_id=1)
-    assert (found.decision.row.fence, found.partition) == (features.Fence(1, 2, NOW_MS), 0)
+    assert (found.record.decision.row.fence, found.record.partition) == (
+        features.Fence(1, 2, NOW_MS),
+        0,
+    )
     unknown = await served.ask(user_id=2)
-    assert (unknown.decision.row.fence, unknown.partition) == (None, None)
+    assert (unknown.record.decision.row.fence, unknown.record.partition) == (None, None)
 
 
 async def test_latencies_are_measured(served):

@@ -1,6 +1,6 @@
 import pytest
 
-from cerberus import errors, online, settings
+from cerberus import errors, pools, settings
 
 BASE = {
     "KAFKA_BROKER": "127.0.0.1:9092",
@@ -44,6 +44,9 @@ def test_a_missing_address_is_named(missing):
         ("CERBERUS_SPANS", "10"),
         ("CERBERUS_PARTITIONS", "1.5"),
         ("CERBERUS_CURRENCY", "usd"),
+        ("CERBERUS_LABEL_MATURITY_DAYS", "-1"),
+        ("CERBERUS_FRIENDLY_FRAUD_IS_FRAUD", "yes"),
+        ("CERBERUS_SYNTHETIC_LABEL_DELAY_S", "soon"),
         ("CERBERUS_LOG_LEVEL", "LOUD"),
     ],
 )
@@ -63,7 +66,7 @@ def test_a_secret_in_a_wrong_address_is_not_repeated(broker):
 def test_a_parameter_that_redis_does_not_know_is_a_setting_s_fault(parameter):
     config = settings.load(BASE | {"REDIS_URL": f"redis://h?{parameter}"})
     with pytest.raises(errors.ConfigError, match="REDIS_URL"):
-        online.connect(config)
+        pools.connect_redis(config)
 
 
 def test_a_platform_s_addresses_are_understood():

@@ -82,8 +82,8 @@ def test_a_user_is_where_kafkas_default_partitioner_puts_the_key(user_id, partit
 
 
 @given(st.integers(0, transactions.MAX_USER_ID), texts, st.integers(0, 10**13))
-def test_a_decision_has_one_name_a_door(user_id, transaction_id, event_ms):
-    name = transactions.decision_id(user_id, transaction_id, event_ms, "stream")
-    assert name == transactions.decision_id(user_id, transaction_id, event_ms, "stream")
-    assert name != transactions.decision_id(user_id, transaction_id, event_ms, "predict")
+def test_a_decision_has_one_name_at_every_door(user_id, transaction_id, event_ms):
+    name = transactions.decision_id(user_id, transaction_id, event_ms)
+    assert name == transactions.decision_id(user_id, transaction_id, event_ms)
+    assert name != transactions.decision_id(user_id, transaction_id, event_ms + 1)
     assert (name.version, name.variant) == (8, uuid.RFC_4122)

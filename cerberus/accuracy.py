@@ -1,0 +1,249 @@
+"""Accuracy in production: decisions against the truth, once the truth has had time to come.
+
+Only mature decisions are judged. Before that silence says nothing, and a recall would be too high:
+the frauds that nobody has found yet would be missing from it.
+"""
+
+import asyncio
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+
+from cerberus import errors, pools, transactions
+
+_QUERY_S, _DAY_MS = 30.0, 86_400_000
+# OFFSET 0: each row is judged once, not once a figure.
+_COUNT = f"""
+SELECT model_sha256, day,
+    count(truth) FILTER (WHERE matured) AS matured,
+    count(*) FILTER (WHERE matured AND truth) AS positives,
+    count(truth) FILTER (WHERE matured AND flagged) AS flagged,
+    count(*) FILTER (WHERE matured AND truth AND flagged) AS found,
+    coalesce(sum(amount_minor) FILTER (WHERE matured AND truth AND decision = 'decline'), 0)
+        AS caught_minor,
+    coalesce(sum(amount_minor) FILTER (WHERE matured AND truth AND decision = 'review'), 0)
+        AS reviewed_minor,
+    coalesce(sum(amount_minor) FILTER (WHERE matured AND truth AND NOT flagged), 0)
+        AS missed_minor,
+    coalesce(sum(amount_minor) FILTER (WHERE matured AND NOT truth AND decision = 'decline'), 0)
+        AS wrongly_declined_minor,
+    count(*) FILTER (WHERE matured AND truth IS NULL) AS excluded,
+    count(*) FILTER (WHERE NOT matured) AS immature
+FROM (
+    SELECT model_sha256, as_of_ms / {_DAY_MS} AS day, decision, decision <> 'approve' AS flagged,
+        amount_minor, matured, truth
+    FROM training_rows_as_of($1) WHERE as_of_ms >= $2 AND starts_with(model_sha256, $3) OFFSET 0
+) AS judged
+GROUP BY model_sha256, day ORDER BY day DESC, model_sha256
+"""
+_RULES = "SELECT maturity_ms, friendly_fraud_positive FROM label_rules"
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What is known of a set of decisions on transactions; flagged is review or decline.
+
+    Attributes:
+        matured: How many are old enough and have a truth; all but the last two are of these.
+        positives: Of them, frauds.
+        flagged: Of them, reviewed or declined.
+        found: Of them, frauds that were reviewed or declined.
+        caught_minor: Fraud that was declined, cents.
+        reviewed_minor: Fraud that was reviewed, cents.
+        missed_minor: Fraud that was approved, cents.
+        wrongly_declined_minor: Genuine and declined, cents.
+        excluded: Old enough, but declined and never labelled: nobody can know.
+        immature: Not old enough.
+    """
+
+    matured: int = 0
+    positives: int = 0
+    flagged: int = 0
+    found: int = 0
+    caught_minor: int = 0
+    reviewed_minor: int = 0
+    missed_minor: int = 0
+    wrongly_declined_minor: int = 0
+    excluded: int = 0
+    immature: int = 0
+
+    def __add__(self, other: "Figures") -> "Figures":
+        """Return the figures of both sets together."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Figures(*(mine + theirs for mine, theirs in pairs))
+
+    @property
+    def precision(self) -> float | None:
+        """Of what was flagged, the share that was fraud; None when nothing was."""
+        return _share(self.found, self.flagged)
+
+    @property
+    def recall(self) -> float | None:
+        """Of the frauds, the share that was flagged; None when there were none."""
+        return _share(self.found, self.positives)
+
+    @property
+    def false_positive_rate(self) -> float | None:
+        """Of the genuine, the share that was flagged; None when there were none."""
+        return _share(self.flagged - self.found, self.matured - self.positives)
+
+    def public(self) -> dict[str, Any]:
+        """Lay them out as `GET /accuracy` shows them; money in major units."""
+        return {
+            "matured": self.matured,
+            "positives": self.positives,
+            "flagged": self.flagged,
+            "found": self.found,
+            "precision": self.precision,
+            "recall": self.recall,
+            "false_positive_rate": self.false_positive_rate,
+            "money": {
+                "caught": self.caught_minor / 100,
+                "reviewed": self.reviewed_minor / 100,
+                "missed": self.missed_minor / 100,
+                "wrongly_declined": self.wrongly_declined_minor / 100,
+            },
+            "excluded": self.excluded,
+            "immature": self.immature,
+        }
+
+
+_NAMES = [field.name for field in dataclasses.fields(Figures)]
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+class Accuracy:
+    """Judges decisions, for one caller at a time.
+
+    Args:
+        pool: The shared pool.
+    """
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+        self._busy = asyncio.Lock()
+
+    async def report(self, now_ms: int, query: Mapping[str, str]) -> dict[str, Any]:
+        """Judge each model's decisions by day, newest first. Cost: about 2 µs a decision.
+
+        Args:
+            now_ms: What is mature and known is judged as of here, ms since the Unix epoch.
+            query: `since`, a date or RFC 3339, is the first moment of a decision; `model` the
+                beginning of a model's version. Both may be absent.
+
+        Raises:
+            InvalidTransaction: naming the parameter.
+            Overloaded: Another report is being made.
+            StoreUnavailable: Postgres did not answer within 30 s.
+        """
+        for name in query.keys() - {"since", "model"}:
+            raise errors.InvalidTransaction(name, "is no parameter of this report")
+        since_ms = parse_since(query["since"]) if "since" in query else 0
+        model = query.get("model", "").lower()
+        if "model" in query and not re.fullmatch("[0-9a-f]{1,64}", model):
+            raise errors.InvalidTransaction("model", "must be the beginning of a model's sha256")
+        if self._busy.locked():
+            raise errors.Overloaded("Another report is being made; ask again in a second.")
+        async with self._busy, pools.connection(self._pool) as connection:
+            rules = await connection.fetchrow(_RULES)
+            async with connection.transaction(readonly=True):
+                await connection.execute("SET LOCAL jit = off")  # it takes longer than it saves
+                rows = await connection.fetch(_COUNT, now_ms, since_ms, model, timeout=_QUERY_S)
+        return {
+            "as_of": transactions.format_ms(now_ms),
+            "since": transactions.format_ms(since_ms) if "since" in query else None,
+            "label_maturity_days": rules["maturity_ms"] / _DAY_MS,
+            "friendly_fraud_is_fraud": rules["friendly_fraud_positive"],
+            "models": list(_by_model(rows)),
+        }
+
+
+def _by_model(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for model in dict.fromkeys(row["model_sha256"] for row in rows):
+        days = [
+            (row["day"], Figures(*(int(row[name]) for name in _NAMES)))
+            for row in rows
+            if row["model_sha256"] == model
+        ]
+        yield {
+            "model_version": model,
+            "total": sum((figures for _, figures in days), Figures()).public(),
+            "days": [
+                {"day": transactions.format_ms(day * _DAY_MS)[:10], **figures.public()}
+                for day, figures in days
+            ],
+        }
+
+
+def parse_since(text: str) -> int:
+    """Read a date, which begins in UTC, or an RFC 3339 time, as ms since the Unix epoch.
+
+    Raises:
+        InvalidTransaction: naming `since`.
+    """
+    moment = f"{text}T00:00:00Z" if re.fullmatch(r"[\d-]*", text, re.ASCII) else text
+    try:
+        return transactions.parse_timestamp({"timestamp": moment})
+    except errors.InvalidTransaction as error:
+        raise errors.InvalidTransaction(
+            "since", "must be a date such as 2026-01-31, or RFC 3339"
+        ) from error
+
+
+_COLUMNS = (
+    ("matured", 8),
+    ("fraud", 7),
+    ("precision", 10),
+    ("recall", 8),
+    ("false pos.", 11),
+    ("caught", 13),
+    ("reviewed", 13),
+    ("missed", 13),
+    ("wrongly declined", 17),
+    ("excluded", 9),
+    ("immature", 9),
+)
+
+
+def describe(told: Mapping[str, Any]) -> str:
+    """Lay out a report for a person to read."""
+    lines = [
+        f"as of {told['as_of']}; a decision is judged {_length(told['label_maturity_days'])} after "
+        "it was taken"
+    ]
+    for model in told["models"]:
+        heads = "".join(f"{name:>{width}}" for name, width in _COLUMNS)
+        lines += ["", f"model {model['model_version']}", f"{'day':<10}{heads}"]
+        lines += [_line(each["day"], each) for each in model["days"]]
+        lines.append(_line("all", model["total"]))
+    if not told["models"]:
+        lines.append("there is no decision on a transaction")
+    elif not any(model["total"]["matured"] for model in told["models"]):
+        lines += ["", "nothing can be judged yet"]
+    return "\n".join(lines)
+
+
+def _length(days: float) -> str:
+    return f"{days:g} days" if days >= 1 or days == 0 else f"{days * 1440:.3g} minutes"
+
+
+def _line(day: str, shown: Mapping[str, Any]) -> str:
+    shares = (shown[name] for name in ("precision", "recall", "false_positive_rate"))
+    cells = (
+        str(shown["matured"]),
+        str(shown["positives"]),
+        *("-" if share is None else f"{share:.2%}" for share in shares),
+        *(f"{amount:,.2f}" for amount in shown["money"].values()),
+        str(shown["excluded"]),
+        str(shown["immature"]),
+    )
+    return f"{day:<10}" + "".join(
+        f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True)
+    )

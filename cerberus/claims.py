@@ -1,0 +1,241 @@
+"""One decision a transaction: the first is claimed in Redis before anyone is told of it.
+
+Whichever door comes first wins; the other door, repeats and concurrent requests get that decision.
+Redis vouches for what was claimed lately: within `claim_ms`, and since it was last emptied or began
+anew. What may have been decided before that is looked up in Postgres first, once the decisions of
+that moment have reached it. A claim takes about 0.6 kB.
+"""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import redis.exceptions
+
+from cerberus import decisions, ledger, pools, settings, transactions
+
+log = logging.getLogger(__name__)
+
+_BUCKETS = 64
+# Longer than whoever judged a transaction young, or looked it up, may wait before it claims: else
+# the claim before could run out meanwhile. A write to Postgres has ended by then, too.
+_MARGIN_MS = 30_000
+_WRITING_MS = 200
+_SURE = 2**62
+
+_DOUBT = """
+local since = redis.call('GET', KEYS[1])
+if not since or tonumber(since) < tonumber(ARGV[1]) then redis.call('SET', KEYS[1], ARGV[1]) end
+return 1
+"""
+
+# KEYS[1] the bucket's mark: since when, ms, all claims in it are here; the others: claims. ARGV:
+# now in ms, then for each claim its life in ms, what must be later than the mark, and its value.
+# Returns for each claim 1 taken, the value that stands already, or minus the mark: it is too young.
+_CLAIM = """
+local since = redis.call('GET', KEYS[1])
+if not since then
+  since = ARGV[1]
+  redis.call('SET', KEYS[1], since)
+end
+local found = {}
+for i = 2, #KEYS do
+  local at = 3 * i - 4
+  local stands = redis.call('GET', KEYS[i])
+  if stands then
+    found[i - 1] = stands
+    if redis.call('PTTL', KEYS[i]) < tonumber(ARGV[at]) then
+      redis.call('PEXPIRE', KEYS[i], ARGV[at])
+    end
+  elseif tonumber(ARGV[at + 1]) > tonumber(since) then
+    redis.call('SET', KEYS[i], ARGV[at + 2], 'PX', ARGV[at])
+    found[i - 1] = 1
+  else
+    found[i - 1] = -tonumber(since)
+  end
+end
+return found
+"""
+
+
+# ARGV: now in ms, the server's run, the marks' prefix, how many buckets. A cluster's node leaves
+# the others' marks alone.
+_RECOGNISE = """
+for bucket = 0, tonumber(ARGV[4]) - 1 do
+  local mark = ARGV[3] .. '{' .. bucket .. '}'
+  local run = redis.pcall('GET', mark .. ':run')
+  if type(run) ~= 'table' and run ~= ARGV[2] then
+    redis.call('SET', mark, ARGV[1])
+    redis.call('SET', mark .. ':run', ARGV[2])
+  end
+end
+return 1
+"""
+
+
+def recognise(config: settings.Settings) -> pools.Connected:
+    """Return what looks, at each new connection, whether this server has begun anew.
+
+    One that was restarted or has taken over may have lost the last claims, so it vouches only for
+    those from now on. Where INFO is forbidden, that goes unnoticed.
+    """
+    prefix = _prefix(config)
+
+    async def connected(connection: Any) -> None:
+        await connection.on_connect()
+        try:
+            await connection.send_command("INFO", "server", check_health=False)
+            run = re.search(rb"run_id:(\w+)", await connection.read_response())
+            if run is not None:
+                now_ms = time.time_ns() // 1_000_000
+                arguments = (now_ms, run[1], prefix, _BUCKETS)
+                await connection.send_command("EVAL", _RECOGNISE, 0, *arguments, check_health=False)
+                await connection.read_response()
+        except redis.exceptions.ResponseError as error:
+            log.debug("Redis does not say which run it is: %s", error)
+
+    return connected
+
+
+def _prefix(config: settings.Settings) -> str:
+    return f"cerberus:claim:{config.kafka.prefix}"
+
+
+class Claims:
+    """Decides who was first; safe for concurrent use, on a Redis Cluster too.
+
+    Args:
+        config: Settings.
+        client: The shared pool of Redis.
+        kept: Where decisions are looked up.
+    """
+
+    def __init__(self, config: settings.Settings, client: Any, kept: ledger.Ledger) -> None:
+        self._claim_ms = config.claim_ms
+        self._skew_ms = config.max_future_skew_ms
+        self._prefix = _prefix(config)
+        # What was answered when Redis lost its claims has reached Postgres after this.
+        self._settling_ms = 2 * config.decision_flush_ms + _WRITING_MS
+        self._since_ms = 0
+        self._client = client
+        self._ledger = kept
+
+    def old(self, transaction: transactions.Transaction, now_ms: int) -> bool:
+        """Say whether a claim may have run out, so that Postgres must be asked first."""
+        return transaction.event_ms - self._skew_ms <= now_ms - self._claim_ms
+
+    async def look_up(
+        self, wanted: Sequence[transactions.Transaction]
+    ) -> dict[uuid.UUID, decisions.Record]:
+        """Return what Postgres knows of transactions, by the decisions' names.
+
+        Within a second after Redis has lost claims it waits for what was decided then.
+
+        Raises:
+            StoreUnavailable: Postgres did not answer.
+        """
+        wait_ms = self._since_ms + self._settling_ms - time.time_ns() // 1_000_000
+        if wanted and wait_ms > 0:
+            await asyncio.sleep(min(wait_ms, self._settling_ms) / 1000)
+        return await self._ledger.find(wanted)
+
+    async def doubt(self, now_ms: int) -> None:
+        """Say that Redis may have lost claims: from now on it vouches for new ones only.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer; say it again.
+        """
+        marks = [self._mark(bucket) for bucket in range(_BUCKETS)]
+        await pools.evaluate(self._client, [(_DOUBT, [mark], [now_ms]) for mark in marks])
+
+    async def claim(
+        self,
+        records: Sequence[decisions.Record],
+        now_ms: int,
+        looked_up: Collection[uuid.UUID],
+        timeout_s: float = pools.CALL_S,
+    ) -> list[decisions.Record | None]:
+        """Return for each record, of a transaction each, the decision that stands.
+
+        In one round trip. A stream record that was looked up is claimed briefly: Postgres has it
+        soon, and a backlog's claims would fill Redis.
+
+        Returns:
+            The record itself where it was first, else the earlier one; None where Redis cannot
+            vouch for it: look it up, then claim again.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer in time; claim again.
+        """
+        buckets: dict[int, list[decisions.Record]] = {}
+        for record in records:
+            buckets.setdefault(record.decision_id.int % _BUCKETS, []).append(record)
+        calls = [self._call(n, some, now_ms, looked_up) for n, some in buckets.items()]
+        answers = await pools.evaluate(self._client, calls, timeout_s)
+        standing: dict[uuid.UUID, decisions.Record | None] = {}
+        for some, found in zip(buckets.values(), answers, strict=True):
+            for record, answer in zip(some, found, strict=True):
+                standing.setdefault(record.decision_id, self._standing(record, answer))
+        if self._since_ms == now_ms:
+            await self.doubt(now_ms)  # one mark was just made: the others will be missing too
+        return [standing[record.decision_id] for record in records]
+
+    async def settle(
+        self,
+        records: Sequence[decisions.Record],
+        now_ms: int,
+        looked_up: Collection[uuid.UUID],
+    ) -> list[decisions.Record]:
+        """Claim, looking up what Redis cannot vouch for, and return the decisions that stand.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer; settle again.
+            StoreUnavailable: Postgres did not answer; settle again.
+        """
+        found = await self.claim(records, now_ms, looked_up)
+        unsure = [r for r, stands in zip(records, found, strict=True) if stands is None]
+        if unsure:
+            known = await self.look_up([r.transaction for r in unsure if r.transaction])
+            names = {record.decision_id for record in unsure}
+            left = [record for record in unsure if record.decision_id not in known]
+            claimed = await self.claim(left, now_ms, names)
+            known |= {r.decision_id: r for r in claimed if r is not None}
+            found = [
+                stands or known[r.decision_id] for r, stands in zip(records, found, strict=True)
+            ]
+        return [stands for stands in found if stands is not None]
+
+    def _call(
+        self,
+        bucket: int,
+        records: Sequence[decisions.Record],
+        now_ms: int,
+        looked_up: Collection[uuid.UUID],
+    ) -> pools.Call:
+        keys = [self._mark(bucket)]
+        arguments: list[bytes | int | str] = [now_ms]
+        for record in records:
+            keys.append(f"{keys[0]}:{record.decision_id.hex}")
+            sure = record.decision_id in looked_up
+            brief = sure and record.door == decisions.STREAM
+            arguments += (
+                _MARGIN_MS if brief else self._claim_ms + _MARGIN_MS,
+                _SURE if sure else record.decision.row.as_of_ms - self._skew_ms,
+                record.pack(),
+            )
+        return _CLAIM, keys, arguments
+
+    def _standing(self, record: decisions.Record, answer: bytes | int) -> decisions.Record | None:
+        if isinstance(answer, bytes):
+            return decisions.unpack(answer)
+        if answer == 1:
+            return record
+        self._since_ms = max(self._since_ms, -answer)
+        return None
+
+    def _mark(self, bucket: int) -> str:
+        return f"{self._prefix}{{{bucket}}}"  # in braces: what a cluster's keys are placed by

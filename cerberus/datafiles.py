@@ -1,0 +1,220 @@
+"""Rows of a file of one's own: CSV, JSON lines or Parquet, piece by piece, from any row on.
+
+Pure but for the file it reads; memory is one piece, however long the file is. A row is known by its
+line: in a CSV file the header has line 1, in a Parquet file the first row has.
+"""
+
+import csv
+import hashlib
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import orjson
+
+from cerberus import errors
+
+_SUFFIXES = {".csv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json"} | dict.fromkeys(
+    (".parquet", ".pq"), "parquet"
+)
+_DELIMITERS = (",", ";", "\t", "|")
+_HEAD_BYTES, _LINE_BYTES = 1 << 20, 1 << 20
+
+
+class Position(NamedTuple):
+    """How much of a file lies before a place: rows, lines, and bytes of a text."""
+
+    rows: int = 0
+    lines: int = 0
+    bytes: int = 0
+
+
+START = Position()
+
+
+class Row(NamedTuple):
+    """One row: its values by column, or why it cannot be read."""
+
+    line: int
+    values: Mapping[str, Any]
+    broken: str = ""
+
+
+class File:
+    """One file, opened anew for each reading.
+
+    Args:
+        path: Its suffix says what it is.
+        wanted: Columns that are needed; of a Parquet file others are not read.
+
+    Attributes:
+        path: See above.
+        size: In bytes.
+        columns: All that it has; None where each row has its own.
+        total: How far `done` counts.
+        unit: Of `total`: "B" or "rows".
+
+    Raises:
+        InvalidTransaction: The suffix is unknown, or the file is no Parquet.
+    """
+
+    def __init__(self, path: pathlib.Path, wanted: Sequence[str]) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        self._kind = _SUFFIXES.get(path.suffix.lower(), "")
+        self._wanted = set(wanted)
+        self.total, self.unit = self.size, "B"
+        self.columns: list[str] | None = None
+        if self._kind == "csv":
+            self.columns = self._header()
+        elif self._kind == "parquet":
+            found = _parquet(path)
+            self.total, self.unit = found.metadata.num_rows, "rows"
+            self.columns = list(found.schema_arrow.names)
+        elif not self._kind:
+            raise errors.InvalidTransaction(
+                path.name, f"its name must end in one of {', '.join(_SUFFIXES)}"
+            )
+
+    def done(self, position: Position) -> int:
+        """Return how much of `total` lies before a position."""
+        return position.rows if self.unit == "rows" else position.bytes
+
+    def fingerprint(self) -> str:
+        """Return a hash of the size and the first MiB, which tells the file from others."""
+        with self.path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+        return hashlib.sha256(b"%d\0%s" % (self.size, head)).hexdigest()
+
+    def pieces(self, size: int, start: Position = START) -> Iterator[tuple[list[Row], Position]]:
+        """Yield up to `size` rows at a time, from `start` on, each with the position behind it.
+
+        Raises:
+            InvalidTransaction: The file is no Parquet.
+        """
+        if self._kind == "parquet":
+            yield from self._parquet_pieces(size, start)
+            return
+        rows: list[Row] = []
+        at = start
+        for row, at in self._csv_rows(start) if self._kind == "csv" else self._json_rows(start):
+            rows.append(row)
+            if len(rows) == size:
+                yield rows, at
+                rows = []
+        if rows:
+            yield rows, at
+
+    def _header(self) -> list[str]:
+        with self.path.open("rb") as file:
+            return _split(next(_Lines(file, START), ""))[1]
+
+    def _csv_rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
+        with self.path.open("rb") as file:
+            lines = _Lines(file, START)
+            delimiter, header = _split(next(lines, ""))
+            if start.bytes:
+                file.seek(start.bytes)
+                lines = _Lines(file, start)
+            reader = csv.reader(lines, delimiter=delimiter)
+            rows = start.rows
+            while True:
+                line = lines.at.lines + 1
+                lines.broken = ""
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    cells, lines.broken = [""], f"is not CSV: {error}"
+                if not cells:
+                    continue  # an empty line
+                broken = lines.broken
+                if not broken and len(cells) != len(header):
+                    broken = f"has {len(cells)} cells, the header {len(header)}"
+                values = {} if broken else dict(zip(header, cells, strict=True))
+                rows += 1
+                yield Row(line, values, broken), lines.at._replace(rows=rows)
+
+    def _json_rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
+        with self.path.open("rb") as file:
+            file.seek(start.bytes)
+            lines = _Lines(file, start)
+            rows = start.rows
+            for line in lines:
+                broken, lines.broken = lines.broken, ""
+                if not broken and not line.strip():
+                    continue
+                rows += 1
+                values: Any = {}
+                try:
+                    values = {} if broken else orjson.loads(line)
+                except orjson.JSONDecodeError as error:
+                    broken = f"is not JSON: {error}"
+                if not isinstance(values, dict):
+                    broken = "must be a JSON object"
+                yield Row(lines.at.lines, values, broken), lines.at._replace(rows=rows)
+
+    def _parquet_pieces(self, size: int, start: Position) -> Iterator[tuple[list[Row], Position]]:
+        file = _parquet(self.path)
+        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        first, skipped = 0, 0
+        while first < len(groups) and skipped + groups[first] <= start.rows:
+            skipped += groups[first]
+            first += 1
+        columns = [name for name in file.schema_arrow.names if name in self._wanted]
+        rest = range(first, len(groups))
+        for batch in file.iter_batches(size, row_groups=list(rest), columns=columns):
+            passed = max(0, start.rows - skipped)
+            found = batch.slice(passed).to_pylist() if passed < batch.num_rows else []
+            begin = skipped + min(passed, batch.num_rows)
+            skipped += batch.num_rows
+            if found:
+                rows = [Row(begin + i, values) for i, values in enumerate(found, 1)]
+                yield rows, Position(skipped, skipped)
+
+
+class _Lines:
+    """Lines of a text in UTF-8, which know where they are; one that is none is `broken`."""
+
+    def __init__(self, file: Any, at: Position) -> None:
+        self._file = file
+        self.at = at
+        self.broken = ""
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        raw = self._file.readline(_LINE_BYTES)
+        if not raw:
+            raise StopIteration
+        size = len(raw)
+        if size == _LINE_BYTES and not raw.endswith(b"\n"):
+            self.broken = f"is longer than {_LINE_BYTES} bytes"
+            while (more := self._file.readline(_LINE_BYTES)) and not more.endswith(b"\n"):
+                size += len(more)
+            size, raw = size + len(more), b"\n"
+        if not self.at.bytes:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        self.at = self.at._replace(lines=self.at.lines + 1, bytes=self.at.bytes + size)
+        try:
+            return str(raw, "utf-8")
+        except UnicodeDecodeError:
+            self.broken = "is not UTF-8"
+            return str(raw, "utf-8", "replace")
+
+
+def _split(header: str) -> tuple[str, list[str]]:
+    """Return the delimiter of a CSV file, seen in its header, and the header's cells."""
+    delimiter = max(_DELIMITERS, key=header.count)
+    return delimiter, next(csv.reader([header], delimiter=delimiter), [])
+
+
+def _parquet(path: pathlib.Path) -> Any:
+    import pyarrow.parquet  # type: ignore[import-untyped]  # a second that no CSV file needs
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise errors.InvalidTransaction(path.name, f"is no Parquet file: {error}") from error

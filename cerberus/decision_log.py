@@ -1,0 +1,157 @@
+"""Decisions on requests, on their way to Postgres and to topic `decisions`.
+
+A reply waits for nothing: its record goes into bounded buffers that a task empties in batches, one
+for each store, so that neither waits for the other. What a full buffer cannot take is counted and
+said. A `kill -9` loses what was decided within the last `CERBERUS_DECISION_FLUSH_MS`, and what a
+store that is away has not acknowledged.
+"""
+
+import asyncio
+import collections
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from cerberus import decisions, errors, kafka, offline, scoring, settings, supervision, transactions
+
+log = logging.getLogger(__name__)
+
+_BATCH, _CLOSE_S = 50, 5.0  # a batch holds up the loop for a millisecond or two
+
+
+class _Buffer:
+    """What one store has not acknowledged yet."""
+
+    def __init__(
+        self,
+        most: int,
+        prepare: Callable[[], Awaitable[Any]],
+        store: Callable[[Sequence[decisions.Record]], Awaitable[None]],
+    ) -> None:
+        self._most = most
+        self._prepare = prepare
+        self._store = store
+        self._ready = False
+        self._records: collections.deque[tuple[float, decisions.Record]] = collections.deque()
+        self.dropped = 0
+        self.problem: str | None = None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def put(self, record: decisions.Record) -> None:
+        if len(self._records) >= self._most:
+            self.dropped += 1
+        else:
+            self._records.append((time.monotonic(), record))
+
+    async def flush(self) -> None:
+        """Store all that waits; what is not acknowledged keeps waiting, and `problem` says why."""
+        try:
+            if not self._ready:
+                await self._prepare()
+                self._ready = True
+            while self._records:
+                batch = [record for _, record in itertools.islice(self._records, _BATCH)]
+                await self._store(batch)
+                for _ in batch:
+                    self._records.popleft()
+        except errors.StoreUnavailable as error:
+            if self.problem is None:
+                log.warning("decisions wait: %s", error, extra={"action": "decisions_wait"})
+            self.problem = str(error)
+        else:
+            self.problem = None
+
+    def report(self) -> dict[str, Any]:
+        oldest_s = time.monotonic() - self._records[0][0] if self._records else 0.0
+        return {
+            "waiting": len(self._records),
+            "oldest_s": round(oldest_s, 1),
+            "dropped": self.dropped,
+            "problem": self.problem,
+        }
+
+
+class DecisionLog:
+    """The buffers and the task that empties them.
+
+    Args:
+        config: Settings.
+        model: Kept beside the decisions that it takes.
+        history: Postgres' side; its tables, and the topics, are made where they are missing.
+    """
+
+    def __init__(
+        self, config: settings.Settings, model: scoring.Model, history: offline.OfflineStore
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._offline = history
+        self._publisher = kafka.Publisher(config)
+        self._buffers = {
+            "postgres": _Buffer(config.decision_buffer, self._register, history.ledger.write),
+            "kafka": _Buffer(config.decision_buffer, self._create, self._publish),
+        }
+
+    def put(self, record: decisions.Record) -> None:
+        """Take a record, or count it where a buffer is full. Never waits."""
+        for buffer in self._buffers.values():
+            buffer.put(record)
+
+    def report(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return for each store how many records wait, how long (s), were dropped, and why."""
+        return {name: buffer.report() for name, buffer in self._buffers.items()}
+
+    async def run(self, progress: supervision.Progress) -> None:
+        """Store what comes, until told to stop."""
+        async with asyncio.TaskGroup() as group:
+            for buffer in self._buffers.values():
+                group.create_task(self._empty(buffer, progress))
+
+    async def _empty(self, buffer: _Buffer, progress: supervision.Progress) -> None:
+        while not progress.stopping.is_set():
+            await progress.wait(self._config.decision_flush_ms / 1000)
+            await buffer.flush()
+            progress.beat()
+
+    async def close(self) -> None:
+        """Store what is left, within 5 s, and let go of Kafka."""
+        flushing = [asyncio.create_task(b.flush()) for b in self._buffers.values() if b]
+        if flushing:
+            _, late = await asyncio.wait(flushing, timeout=_CLOSE_S)
+            for task in late:
+                task.cancel()
+        for name, buffer in self._buffers.items():
+            if buffer:
+                log.error(
+                    "%d decisions did not reach %s: %s",
+                    len(buffer),
+                    name,
+                    buffer.problem or "it was too slow",
+                    extra={"action": "decisions_lost"},
+                )
+        await self._publisher.close()
+
+    async def _register(self) -> None:
+        await self._offline.migrate()
+        await self._offline.ledger.register(self._model)
+
+    async def _create(self) -> None:
+        await kafka.create_topics(self._config)
+
+    async def _publish(self, batch: Sequence[decisions.Record]) -> None:
+        await self._publisher.publish([message(self._config, record) for record in batch])
+
+
+def message(config: settings.Settings, record: decisions.Record) -> kafka.Message:
+    """Lay a record out for topic `decisions`, keyed by user."""
+    return kafka.Message(
+        config.kafka.topic(kafka.DECISIONS),
+        transactions.key(record.decision.row.user_id),
+        orjson.dumps(record.public()),
+    )

@@ -1,0 +1,150 @@
+"""A decision with all that it was taken from: claimed, stored, published, shown, and repeatable."""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from cerberus import features, scoring, transactions, window
+
+HTTP, STREAM = "http", "stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One decision.
+
+    Attributes:
+        decision_id: Of the transaction's identity, or drawn where there was no transaction.
+        decision: What was decided, with the feature row as it was served.
+        transaction: In hand; None when a user alone was asked about.
+        door: "http" or "stream", whichever came first.
+        partition: Whose log the row's fence belongs to; None without a fence.
+        decided_ms: Wall clock.
+        latency_ms: By stage, ms.
+        spans: Names of the windows that the row's values describe.
+        trace_id: 32 hexadecimal digits (W3C Trace Context); empty when the caller gave none.
+    """
+
+    decision_id: uuid.UUID
+    decision: scoring.Decision
+    transaction: transactions.Transaction | None
+    door: str
+    partition: int | None
+    decided_ms: int
+    spans: tuple[str, ...]
+    latency_ms: Mapping[str, float] = field(default_factory=dict)
+    trace_id: str = ""
+
+    def pack(self) -> bytes:
+        """Write it all as a JSON array; `unpack` reads back the same record."""
+        decision, row, txn = self.decision, self.decision.row, self.transaction
+        return orjson.dumps(
+            [
+                self.decision_id.hex,
+                self.door,
+                self.partition,
+                self.decided_ms,
+                self.latency_ms,
+                self.trace_id,
+                self.spans,
+                [decision.score, decision.probability, decision.prediction, decision.action],
+                [decision.model_sha256, decision.policy_sha256],
+                txn and [txn.transaction_id, txn.amount_minor, txn.currency, txn.merchant_id],
+                row.user_id,
+                row.as_of_ms,
+                row.stats and [(s.count, s.total_minor) for s in row.stats],
+                row.credit_score,
+                row.fence and tuple(row.fence),
+                row.degraded,
+                row.approximate,
+            ]
+        )
+
+    def differing(self, other: transactions.Transaction) -> str | None:
+        """Name the field in which a transaction of the same identity has other content.
+
+        A merchant that only one of them names is no difference.
+        """
+        mine = self.transaction
+        if mine is None or mine.amount_minor != other.amount_minor:
+            return "amount"
+        merchants = {mine.merchant_id, other.merchant_id} - {""}
+        return "merchant_id" if len(merchants) > 1 else None
+
+    def public(self) -> dict[str, Any]:
+        """Lay it out as topic `decisions` and `GET /decisions` show it."""
+        decision, row, txn = self.decision, self.decision.row, self.transaction
+        shown: dict[str, Any] = {
+            "decision_id": str(self.decision_id),
+            "transaction_id": txn and txn.transaction_id,
+            "user_id": row.user_id,
+            "amount": txn and txn.amount_minor / 100,
+            "currency": txn and txn.currency,
+            "merchant_id": txn and txn.merchant_id,
+            "as_of": transactions.format_ms(row.as_of_ms),
+            "door": self.door,
+            "decision": decision.action,
+            "prediction": decision.prediction,
+            "probability": decision.probability,
+            "score": decision.score,
+            "features": features.public(row, self.spans),
+            "degraded": row.degraded,
+            "approximate": row.approximate,
+            "fence": fence(row.fence, self.partition),
+            "model_version": decision.model_sha256,
+            "policy_version": decision.policy_sha256,
+            "latency_ms": self.latency_ms,
+            "trace_id": self.trace_id or None,
+            "decided_at": transactions.format_ms(self.decided_ms),
+        }
+        return shown
+
+
+def unpack(value: bytes) -> Record:
+    """Read what `Record.pack` wrote."""
+    told = orjson.loads(value)
+    name, door, partition, decided_ms, latency_ms, trace_id, spans = told[:7]
+    (score, probability, prediction, action), versions, paid = told[7:10]
+    user_id, as_of_ms, stats, credit_score, prefix, degraded, approximate = told[10:]
+    row = features.FeatureRow(
+        user_id=user_id,
+        as_of_ms=as_of_ms,
+        stats=stats and tuple(window.WindowStats(*each) for each in stats),
+        credit_score=credit_score,
+        amount_minor=paid and paid[1],
+        fence=prefix and features.Fence(*prefix),
+        degraded=tuple(degraded),
+        approximate=approximate,
+    )
+    transaction = None
+    if paid is not None:
+        transaction_id, amount_minor, currency, merchant_id = paid
+        transaction = transactions.Transaction(
+            transaction_id, user_id, amount_minor, currency, merchant_id, as_of_ms
+        )
+    return Record(
+        decision_id=uuid.UUID(hex=name),
+        decision=scoring.Decision(row, score, probability, prediction, action, *versions),
+        transaction=transaction,
+        door=door,
+        partition=partition,
+        decided_ms=decided_ms,
+        spans=tuple(spans),
+        latency_ms=latency_ms,
+        trace_id=trace_id,
+    )
+
+
+def fence(prefix: features.Fence | None, partition: int | None) -> dict[str, int | None] | None:
+    """Show which prefix of which partition's log values describe; None without a row."""
+    return prefix and {"epoch": prefix.epoch, "offset": prefix.offset, "partition": partition}
+
+
+def of_transaction(transaction: transactions.Transaction) -> uuid.UUID:
+    """Name the one decision of a transaction."""
+    return transactions.decision_id(
+        transaction.user_id, transaction.transaction_id, transaction.event_ms
+    )

@@ -1,0 +1,352 @@
+"""A bank's own past into Postgres: `cerberus import`, from where the last attempt was cut off.
+
+Every row is inserted or was there already, and how far a file is read is kept in the same
+transaction, so a repetition, or a start after a kill, ends in the same tables. What the log says of
+a transaction stands, whatever a file says of it.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import datetime
+import hashlib
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+import tqdm
+
+from cerberus import (
+    datafiles,
+    errors,
+    history,
+    labels,
+    layouts,
+    months,
+    offline,
+    online,
+    pools,
+    settings,
+    transactions,
+    window,
+)
+
+_ROWS, _USERS = 5_000, 500
+_MAX_SCORE = 100_000
+_LABEL_FIELDS = ("transaction_id", "label", "labelled_at")
+_SCORE_FIELDS = ("user_id", "credit_score", "timestamp")
+FIELDS = {
+    "transactions": (layouts.REQUIRED, layouts.OPTIONAL),
+    "labels": (_LABEL_FIELDS, ("source", "user_id")),
+    "credit_scores": (_SCORE_FIELDS, ()),
+}
+"""Of each kind of file: the fields that it must have, and those that it may."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What to import.
+
+    Attributes:
+        files: By kind.
+        layouts: By kind.
+        label_values: Label by what stands in the file.
+        rejects: Where to tell of refused rows; None: beside each file.
+        again: Whether a file that was imported to its end is read anew.
+    """
+
+    files: Mapping[str, pathlib.Path]
+    layouts: Mapping[str, layouts.Layout]
+    label_values: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rejects: pathlib.Path | None = None
+    again: bool = False
+
+    def rejects_of(self, kind: str) -> pathlib.Path:
+        """Return where to tell of the rows of a file that were refused."""
+        path = self.files[kind]
+        return self.rejects or path.with_name(f"{path.name}.rejects.jsonl")
+
+
+class Rejects:
+    """Lines that tell which rows were refused and why; made when the first one is.
+
+    Args:
+        path: Of the file.
+        file: Name of the file that the rows stand in.
+        size: How much of what is there stands.
+    """
+
+    def __init__(self, path: pathlib.Path, file: str, size: int) -> None:
+        self._path = path
+        self._file = file
+        self.size = size
+        if path.exists():
+            os.truncate(path, size)
+
+    def write(self, refused: Sequence[tuple[int, errors.InvalidTransaction]]) -> None:
+        """Tell of rows, on the disk when this returns."""
+        if not refused:
+            return
+        lines = [
+            orjson.dumps(
+                {"file": self._file, "line": line, "field": error.field, "reason": error.reason},
+                option=orjson.OPT_APPEND_NEWLINE,
+            )
+            for line, error in refused
+        ]
+        with self._path.open("ab") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+            self.size = file.tell()
+
+
+class Importer:
+    """Reads files into Postgres.
+
+    Args:
+        config: Settings.
+        plan: What to import.
+        store: Its tables are up to date.
+    """
+
+    def __init__(self, config: settings.Settings, plan: Plan, store: offline.OfflineStore) -> None:
+        self._config = config
+        self._plan = plan
+        spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
+        self._history = history.History(store.pool, spans)
+        now = datetime.datetime.now(datetime.UTC)
+        self._latest_ms = months.to_ms(now) + config.max_future_skew_ms
+        self._oldest_ms = 0
+        if config.retention_days:
+            self._oldest_ms = months.to_ms(months.kept_from(now, config.retention_days))
+        self._begun = False
+
+    async def load(self, kind: str) -> history.Progress:
+        """Import one file, from where it was left, and return how far it came in all.
+
+        Raises:
+            InvalidTransaction: The file has not the columns of its kind.
+            StoreUnavailable: Postgres did not answer; start again.
+        """
+        plan = self._plan
+        file = plan.layouts[kind].open(plan.files[kind], *FIELDS[kind])
+        name = _fingerprint(kind, file, plan)
+        progress = await self._history.begin(name, kind, file)
+        path = plan.rejects_of(kind)
+        if progress.finished and plan.again:
+            progress = history.Progress()
+        if progress.finished:
+            self._begun = True
+            return progress
+        if progress.position == datafiles.START and self._begun and path == plan.rejects:
+            progress = dataclasses.replace(
+                progress, rejects_bytes=path.stat().st_size if path.exists() else 0
+            )
+        self._begun = True
+        rejects = Rejects(path, file.path.name, progress.rejects_bytes)
+        with tqdm.tqdm(
+            desc=kind,
+            total=file.total,
+            initial=file.done(progress.position),
+            unit=file.unit if file.unit == "B" else f" {file.unit}",
+            unit_scale=True,
+            disable=None,
+        ) as bar:
+            for rows, position in file.pieces(_ROWS, progress.position):
+                progress = await self._store(kind, name, rows, progress, rejects, position)
+                bar.update(file.done(position) - bar.n)
+        return await self._end(name, progress)
+
+    async def _end(self, name: str, progress: history.Progress) -> history.Progress:
+        progress = dataclasses.replace(progress, finished=True)
+        async with self._history.step() as connection:
+            await self._history.advance(connection, name, progress)
+        return progress
+
+    async def compute(self) -> None:
+        """Compute the history of all users for whom it is due, also by an earlier attempt."""
+        with tqdm.tqdm(
+            desc="history", total=await self._history.due(), unit=" users", disable=None
+        ) as bar:
+            while done := await self._history.compute(_USERS):
+                bar.update(done)
+
+    async def _store(
+        self,
+        kind: str,
+        name: str,
+        rows: Sequence[datafiles.Row],
+        before: history.Progress,
+        rejects: Rejects,
+        position: datafiles.Position,
+    ) -> history.Progress:
+        read: list[tuple[int, Any]] = []
+        refused: list[tuple[int, errors.InvalidTransaction]] = []
+        for row in rows:
+            try:
+                read.append((row.line, self._read(kind, row)))
+            except errors.InvalidTransaction as error:
+                refused.append((row.line, error))
+        rejects.write(refused)
+        if kind == "transactions" and read:
+            times_ms = [paid.event_ms for _, paid in read]
+            await self._history.make_months(times_ms)
+        async with self._history.step() as connection:
+            added = before.added + await self._history.add(connection, kind, read)
+            rejected = before.rejected + len(refused)
+            after = history.Progress(position, added, rejected, rejects.size)
+            await self._history.advance(connection, name, after)
+        return after
+
+    def _read(self, kind: str, row: datafiles.Row) -> Any:
+        layout = self._plan.layouts[kind]
+        if kind == "transactions":
+            paid = layout.transaction(row, self._config.currency)
+            return self._in_time(paid, paid.event_ms, "timestamp")
+        found = layout.pick(row, (*FIELDS[kind][0], *FIELDS[kind][1]))
+        if kind == "labels":
+            label = read_label(found, layout, self._plan.label_values, self._latest_ms)
+            return self._in_time(label, label.labelled_ms, "labelled_at")
+        score = read_score(found, layout)
+        return self._in_time(score, score.event_ms, "timestamp")
+
+    def _in_time(self, record: Any, ms: int, field: str) -> Any:
+        if ms > self._latest_ms:
+            raise errors.InvalidTransaction(field, "lies in the future")
+        if ms < self._oldest_ms:
+            raise errors.InvalidTransaction(field, "is older than CERBERUS_RETENTION_DAYS keeps")
+        return record
+
+
+def read_label(
+    found: Mapping[str, Any],
+    layout: layouts.Layout,
+    values: Mapping[str, str],
+    latest_ms: int,
+) -> labels.Label:
+    """Read a label; `values` gives the vocabulary's word for what stands in the file.
+
+    Raises:
+        InvalidTransaction: naming the field.
+    """
+    said = found.get("label")
+    told = str(said).lower() if isinstance(said, bool) else layouts.text(said)
+    document = {
+        "transaction_id": layouts.text(found.get("transaction_id")),
+        "label": values.get(told, told),
+        "source": layouts.text(found.get("source", offline.IMPORTED)),
+        "labelled_at": layout.moment(found.get("labelled_at"), "labelled_at"),
+        "user_id": layouts.whole(found.get("user_id")),
+    }
+    return labels.parse(document, latest_ms)
+
+
+def read_score(found: Mapping[str, Any], layout: layouts.Layout) -> history.Score:
+    """Read a credit score.
+
+    Raises:
+        InvalidTransaction: naming the field.
+    """
+    score = layouts.whole(found.get("credit_score"))
+    if type(score) is not int or not 0 <= score <= _MAX_SCORE:
+        raise errors.InvalidTransaction(
+            "credit_score", f"must be a whole number from 0 to {_MAX_SCORE}"
+        )
+    return history.Score(
+        user_id=transactions.parse_user_id({"user_id": layouts.whole(found.get("user_id"))}),
+        event_ms=transactions.parse_timestamp({"timestamp": layout.moment(found.get("timestamp"))}),
+        score=score,
+    )
+
+
+def _fingerprint(kind: str, file: datafiles.File, plan: Plan) -> str:
+    """Return what tells an import from others: the file, and how it is read."""
+    layout = plan.layouts[kind]
+    told = (kind, file.fingerprint(), dataclasses.asdict(layout), dict(plan.label_values))
+    return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+async def load(config: settings.Settings, plan: Plan) -> dict[str, history.Progress]:
+    """Import files, and return how far each came in all.
+
+    Raises:
+        InvalidTransaction: A file has not the columns of its kind.
+        StoreUnavailable: A store did not answer, or another import is running; start again.
+    """
+    async with pools.connect_postgres(config) as pool:
+        store = offline.OfflineStore(pool, config.spans)
+        await store.migrate()
+        async with store.singleton("import") as held:
+            if held is None:
+                raise errors.StoreUnavailable("another import is running: wait for its end")
+            importer = Importer(config, plan, store)
+            done = {kind: await importer.load(kind) for kind in FIELDS if kind in plan.files}
+            await importer.compute()
+    if "credit_scores" in done and done["credit_scores"].added:
+        await _serve_scores(config)
+    return done
+
+
+async def _serve_scores(config: settings.Settings) -> None:
+    """Let the materializer load all scores, as after a loss: some lie before what it has loaded."""
+    async with pools.connect_redis(config) as client:
+        for key in (online.MATERIALIZED, f"{online.MATERIALIZED}:loading"):
+            await pools.answers(client.delete(key))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Import by command line.
+
+    Returns:
+        The exit status: 0, or 1 when a file gave nothing but refused rows.
+    """
+    plan = _plan(_parser().parse_args(argv))
+    done = asyncio.run(load(settings.load(os.environ), plan))
+    for kind, progress in done.items():
+        there = progress.position.rows - progress.added - progress.rejected
+        told = f"{kind}: {progress.added} added, {there} were there, {progress.rejected} refused"
+        if progress.rejected:
+            told += f": {plan.rejects_of(kind)}"
+        sys.stdout.write(f"{told}\n")
+    if "transactions" in done and done["transactions"].added:
+        sys.stdout.write("windows count them from the next start of the consumers on\n")
+    return int(any(p.rejected and p.rejected == p.position.rows for p in done.values()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cerberus import",
+        description="Load a bank's past: CSV, JSON lines or Parquet, by the suffix of its name.",
+    )
+    for kind in FIELDS:
+        parser.add_argument(f"--{kind.replace('_', '-')}", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--rejects", type=pathlib.Path, metavar="FILE", help="of refused rows")
+    parser.add_argument("--again", action="store_true", help="read finished files anew")
+    parser.add_argument(
+        "--label-value",
+        action="append",
+        default=[],
+        type=layouts.pair,
+        metavar="VALUE=LABEL",
+        help="what a value of the label's column means, such as 1=fraud",
+    )
+    layouts.add_options(parser)
+    return parser
+
+
+def _plan(chosen: argparse.Namespace) -> Plan:
+    files = {kind: path for kind in FIELDS if (path := getattr(chosen, kind)) is not None}
+    if not files:
+        names = ", ".join(f"--{kind.replace('_', '-')}" for kind in FIELDS)
+        raise errors.InvalidTransaction("FILE", f"give at least one of {names}")
+    return Plan(
+        files=files,
+        layouts=layouts.read_options(chosen, {k: (*FIELDS[k][0], *FIELDS[k][1]) for k in files}),
+        label_values=dict(chosen.label_value),
+        rejects=chosen.rejects,
+        again=chosen.again,
+    )

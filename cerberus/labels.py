@@ -1,0 +1,143 @@
+"""The truth about a transaction, as somebody tells it later: one of a closed vocabulary.
+
+`labelled_at` is when it was found out, by whoever tells it; `seen_ms`, when it first reached us, is
+the store's to say. The newest `labelled_at` wins.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from cerberus import errors, transactions
+
+FRAUD, CHARGEBACK = "fraud", "chargeback"
+VOCABULARY = (
+    FRAUD,
+    CHARGEBACK,
+    "account_takeover",
+    "friendly_fraud",
+    "legitimate",
+    "false_positive",
+)
+MAX_ITEMS = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """When silence is an answer, and what counts as fraud.
+
+    Attributes:
+        maturity_ms: Without a fraud label this long, what was not declined is genuine.
+        friendly_fraud_positive: Whether `friendly_fraud` is fraud.
+    """
+
+    maturity_ms: int
+    friendly_fraud_positive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One telling.
+
+    Attributes:
+        transaction_id: Of what was paid, 1 to 128 characters; it may come later, or never.
+        label: Of `VOCABULARY`.
+        source: Who says so, 1 to 128 characters.
+        labelled_ms: When it was found out, ms since the Unix epoch.
+        user_id: Whose transaction; None speaks of every transaction of that id.
+    """
+
+    transaction_id: str
+    label: str
+    source: str
+    labelled_ms: int
+    user_id: int | None = None
+
+
+Parsed = Label | errors.InvalidTransaction
+
+
+def parse(document: Mapping[str, Any], latest_ms: int) -> Label:
+    """Read a label; fields that are not known are passed over.
+
+    Args:
+        document: As it came.
+        latest_ms: A later `labelled_at` is refused: it would win for ever.
+
+    Raises:
+        InvalidTransaction: naming the field.
+    """
+    label = document.get("label")
+    if label not in VOCABULARY:
+        raise errors.InvalidTransaction("label", f"must be one of {', '.join(VOCABULARY)}")
+    try:
+        labelled_ms = transactions.parse_timestamp({"timestamp": document.get("labelled_at")})
+    except errors.InvalidTransaction as error:
+        raise errors.InvalidTransaction("labelled_at", error.reason) from error
+    if labelled_ms > latest_ms:
+        raise errors.InvalidTransaction("labelled_at", "lies in the future")
+    return Label(
+        transaction_id=transactions.parse_text(document, "transaction_id"),
+        label=label,
+        source=transactions.parse_text(document, "source"),
+        labelled_ms=labelled_ms,
+        user_id=None if document.get("user_id") is None else transactions.parse_user_id(document),
+    )
+
+
+def parse_request(document: Mapping[str, Any], latest_ms: int) -> list[Parsed]:
+    """Read one label, or `{"labels": […]}` with 1 to 1,000, each on its own. Cost: 2 µs each.
+
+    Raises:
+        InvalidTransaction: `labels` is no such list, or the one label is wrong.
+    """
+    if "labels" not in document:
+        return [parse(document, latest_ms)]
+    items = document["labels"]
+    if not isinstance(items, list) or not 1 <= len(items) <= MAX_ITEMS:
+        raise errors.InvalidTransaction("labels", f"must be a list of 1 to {MAX_ITEMS} labels")
+    return [_parsed(item, latest_ms) for item in items]
+
+
+def _parsed(item: Any, latest_ms: int) -> Parsed:
+    try:
+        if not isinstance(item, dict):
+            raise errors.InvalidTransaction("labels", "must hold JSON objects")
+        return parse(item, latest_ms)
+    except errors.InvalidTransaction as error:
+        return error
+
+
+def decode(value: bytes | None, latest_ms: int) -> Label:
+    """Read one record of topic `labels`.
+
+    Raises:
+        InvalidTransaction: naming the field.
+    """
+    try:
+        document = orjson.loads(value or b"")
+    except orjson.JSONDecodeError as error:
+        raise errors.InvalidTransaction("value", f"is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise errors.InvalidTransaction("value", "must be a JSON object")
+    return parse(document, latest_ms)
+
+
+def encode(label: Label) -> bytes:
+    """Write one record of topic `labels`; `decode` reads back the same label."""
+    return orjson.dumps(
+        {
+            "transaction_id": label.transaction_id,
+            "label": label.label,
+            "source": label.source,
+            "labelled_at": transactions.format_ms(label.labelled_ms),
+            "user_id": label.user_id,
+        }
+    )
+
+
+def key(label: Label) -> bytes:
+    """Return the Kafka key: all that is told of a transaction is in one partition."""
+    return label.transaction_id.encode()

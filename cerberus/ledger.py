@@ -1,0 +1,209 @@
+"""Decisions in Postgres: one row a transaction, never changed; and the models that took them.
+
+Calls raise `StoreUnavailable` when Postgres does not answer within 10 s.
+"""
+
+import uuid
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any
+
+import asyncpg
+import orjson
+
+from cerberus import decisions, features, policy, pools, scoring, transactions
+
+_INSERT = """
+INSERT INTO decisions (decision_id, as_of_ms, user_id, transaction_id, amount_minor, currency,
+    merchant_id, door, features, degraded, approximate, score, probability, prediction, decision,
+    model_sha256, policy_sha256, fence_epoch, fence_offset, fence_as_of_ms, fence_partition,
+    latency_ms, trace_id, decided_at)
+SELECT i, a, u, t, m, c, b, w, f::jsonb, string_to_array(g, ','), x, s, p, k, d, h, y, fe, fo, fa,
+    fp, l::jsonb, nullif(tr, ''), timestamptz 'epoch' + ms * interval '1 millisecond'
+FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::text[], $5::bigint[], $6::text[],
+    $7::text[], $8::text[], $9::text[], $10::text[], $11::boolean[], $12::float8[], $13::float8[],
+    $14::text[], $15::text[], $16::text[], $17::text[], $18::bigint[], $19::bigint[],
+    $20::bigint[], $21::integer[], $22::text[], $23::text[], $24::bigint[])
+    AS r (i, a, u, t, m, c, b, w, f, g, x, s, p, k, d, h, y, fe, fo, fa, fp, l, tr, ms)
+ON CONFLICT (decision_id, as_of_ms) DO NOTHING
+"""
+_WIDTH = 24
+_SELECT = """
+SELECT decision_id, as_of_ms, user_id, transaction_id, amount_minor, currency, merchant_id, door,
+    features, degraded, approximate, score, probability, prediction, decision, model_sha256,
+    policy_sha256, fence_epoch, fence_offset, fence_as_of_ms, fence_partition, latency_ms, trace_id,
+    (extract(epoch FROM decided_at) * 1000)::bigint AS decided_ms
+FROM decisions
+"""
+_FIND = f"""{_SELECT}
+WHERE (decision_id, as_of_ms) IN (SELECT * FROM unnest($1::uuid[], $2::bigint[]))
+"""
+_OF_TRANSACTION = f"""{_SELECT}
+WHERE transaction_id = $1 ORDER BY as_of_ms DESC, decision_id DESC LIMIT $2
+"""
+_OF_USER = f"""{_SELECT}
+WHERE user_id = $1 AND (as_of_ms, decision_id) < ($2, $3)
+ORDER BY as_of_ms DESC, decision_id DESC LIMIT $4
+"""
+_REGISTER = """
+INSERT INTO artifacts (sha256, kind, content, manifest) VALUES ($1, $2, $3, $4)
+ON CONFLICT (sha256) DO NOTHING
+"""
+_PAGE = 2_000
+LAST = (2**63 - 1, uuid.UUID(int=2**128 - 1))
+Position = tuple[int, uuid.UUID]
+
+
+def insert(records: Iterable[decisions.Record]) -> tuple[str, list[list[Any]]]:
+    """Return the statement that stores records, and its arguments; what is there stays."""
+    by_id = {record.decision_id: record for record in records}
+    # Sorted, so that two writers lock rows in one order.
+    return _INSERT, pools.columns([_row(by_id[name]) for name in sorted(by_id)], _WIDTH)
+
+
+class Ledger:
+    """Reads and writes decisions; safe for concurrent use.
+
+    Args:
+        pool: The shared pool.
+    """
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    async def write(self, records: Sequence[decisions.Record]) -> None:
+        """Store records; the first of a name stays. Idempotent: yes."""
+        query, arguments = insert(records)
+        async with pools.connection(self._pool) as connection:
+            await connection.execute(query, *arguments)
+
+    async def register(self, model: scoring.Model) -> None:
+        """Keep a model and its policy, so that its decisions can be repeated. Idempotent: yes."""
+        manifest = orjson.dumps(model.manifest).decode()
+        rules = model.policy
+        async with pools.connection(self._pool) as connection:
+            await connection.execute(_REGISTER, model.sha256, "model", model.content, manifest)
+            await connection.execute(_REGISTER, rules.sha256, "policy", rules.content, None)
+
+    async def find(
+        self, wanted: Sequence[transactions.Transaction]
+    ) -> dict[uuid.UUID, decisions.Record]:
+        """Return the decisions that were taken on transactions, by their names."""
+        if not wanted:
+            return {}
+        names = [decisions.of_transaction(transaction) for transaction in wanted]
+        rows = await self._fetch(_FIND, names, [transaction.event_ms for transaction in wanted])
+        return {record.decision_id: record for record in rows}
+
+    async def get(self, decision_id: uuid.UUID) -> decisions.Record | None:
+        """Return the decision of this name."""
+        found = await self._fetch(f"{_SELECT} WHERE decision_id = $1", decision_id)
+        return found[0] if found else None
+
+    async def of_transaction(self, transaction_id: str, limit: int) -> list[decisions.Record]:
+        """Return the decisions on all transactions of this id, newest first."""
+        return await self._fetch(_OF_TRANSACTION, transaction_id, limit)
+
+    async def of_user(
+        self, user_id: int, limit: int, before: Position = LAST
+    ) -> list[decisions.Record]:
+        """Return a user's decisions older than `before` (as_of_ms, decision_id), newest first."""
+        return await self._fetch(_OF_USER, user_id, *before, limit)
+
+    async def count(self, since_ms: int) -> int:
+        """Return how many decisions are as of this moment or later."""
+        query = "SELECT count(*) FROM decisions WHERE as_of_ms >= $1"
+        async with pools.connection(self._pool) as connection:
+            return int(await connection.fetchval(query, since_ms, timeout=600))
+
+    async def since(self, since_ms: int) -> AsyncIterator[list[decisions.Record]]:
+        """Yield all decisions as of this moment or later, in pages, in no order."""
+        query = f"{_SELECT} WHERE as_of_ms >= $1"
+        async with pools.connection(self._pool) as connection, connection.transaction():
+            rows = await connection.cursor(query, since_ms)
+            while page := await rows.fetch(_PAGE):
+                yield [_record(row) for row in page]
+
+    async def model(self, model_sha256: str, policy_sha256: str) -> scoring.Model | None:
+        """Return the model and policy of these versions; None when they are not kept."""
+        query = "SELECT sha256, content, manifest FROM artifacts WHERE sha256 = ANY($1)"
+        async with pools.connection(self._pool) as connection:
+            rows = await connection.fetch(query, [model_sha256, policy_sha256])
+        kept = {row["sha256"]: row for row in rows}
+        if not {model_sha256, policy_sha256} <= kept.keys():
+            return None
+        manifest = scoring.read_manifest(kept[model_sha256]["manifest"].encode())
+        rules = policy.Policy.parse(kept[policy_sha256]["content"])
+        return scoring.Model.build(kept[model_sha256]["content"], manifest, rules)
+
+    async def _fetch(self, query: str, *arguments: Any) -> list[decisions.Record]:
+        async with pools.connection(self._pool) as connection:
+            rows = await connection.fetch(query, *arguments)
+        return [_record(row) for row in rows]
+
+
+def _row(record: decisions.Record) -> tuple[Any, ...]:
+    decision, row, txn = record.decision, record.decision.row, record.transaction
+    paid = (txn.currency, txn.merchant_id) if txn else (None, None)
+    return (
+        record.decision_id,
+        row.as_of_ms,
+        row.user_id,
+        txn and txn.transaction_id,
+        row.amount_minor,
+        *paid,
+        record.door,
+        orjson.dumps(features.public(row, record.spans)).decode(),
+        ",".join(row.degraded),
+        row.approximate,
+        decision.score,
+        decision.probability,
+        decision.prediction,
+        decision.action,
+        decision.model_sha256,
+        decision.policy_sha256,
+        *(row.fence or (None, None, None)),
+        record.partition,
+        orjson.dumps(record.latency_ms).decode(),
+        record.trace_id,
+        record.decided_ms,
+    )
+
+
+def _record(row: Mapping[str, Any]) -> decisions.Record:
+    spans, stats, credit_score = features.read_public(orjson.loads(row["features"]))
+    prefix = None
+    if row["fence_epoch"] is not None:
+        prefix = features.Fence(row["fence_epoch"], row["fence_offset"], row["fence_as_of_ms"])
+    served = features.FeatureRow(
+        user_id=row["user_id"],
+        as_of_ms=row["as_of_ms"],
+        stats=stats,
+        credit_score=credit_score,
+        amount_minor=row["amount_minor"],
+        fence=prefix,
+        degraded=tuple(row["degraded"]),
+        approximate=row["approximate"],
+    )
+    decided = (row["score"], row["probability"], row["prediction"], row["decision"])
+    transaction = None
+    if row["transaction_id"] is not None:
+        transaction = transactions.Transaction(
+            transaction_id=row["transaction_id"],
+            user_id=row["user_id"],
+            amount_minor=row["amount_minor"],
+            currency=row["currency"] or "",
+            merchant_id=row["merchant_id"] or "",
+            event_ms=row["as_of_ms"],
+        )
+    versions = (row["model_sha256"], row["policy_sha256"])
+    return decisions.Record(
+        decision_id=row["decision_id"],
+        decision=scoring.Decision(served, *decided, *versions),
+        transaction=transaction,
+        door=row["door"],
+        partition=row["fence_partition"],
+        decided_ms=row["decided_ms"],
+        spans=spans,
+        latency_ms=orjson.loads(row["latency_ms"]),
+        trace_id=row["trace_id"] or "",
+    )

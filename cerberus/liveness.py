@@ -1,0 +1,224 @@
+"""Who is live: how far each partition is behind the log's end, and what Redis must know of it.
+
+An owner writes its partitions' states with every batch and each second. Redis that has lost a
+state, or the trail that rows leave, has lost rows, too; then all live rows are sent again.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import aiokafka
+from aiokafka.errors import KafkaError
+
+from cerberus import (
+    assignment,
+    features,
+    kafka,
+    offline,
+    online,
+    partition,
+    settings,
+    sink,
+    supervision,
+)
+
+_TELL_S, _MARK_MS = 1.0, 2_000
+Parts = Mapping[aiokafka.TopicPartition, partition.Partition]
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def states(parts: Parts) -> dict[int, features.PartitionState]:
+    """Return the state of each partition by its number."""
+    return {part.number: part.state() for part in parts.values()}
+
+
+class Liveness:
+    """Tells who is live, and restores what Redis has lost.
+
+    The partitions are given with each call: a view of those owned, which may change during it.
+
+    Args:
+        config: Settings.
+        online_store: Takes the states.
+        offline_store: Knows what lies before a replay's reach.
+        rows: Sends rows again.
+        resolver: Knows which log each partition was resolved on.
+
+    Attributes:
+        ended: Partitions whose log was found to be another since; whoever reads it clears it.
+    """
+
+    def __init__(
+        self,
+        config: settings.Settings,
+        online_store: online.OnlineStore,
+        offline_store: offline.OfflineStore,
+        rows: sink.Sink,
+        resolver: assignment.Resolver,
+    ) -> None:
+        self._resend_s = config.resend_s
+        self._topic = config.kafka.topic(kafka.TRANSACTIONS)
+        self._online = online_store
+        self._offline = offline_store
+        self._rows = rows
+        self._resolver = resolver
+        self._count = 0
+        self._marks: dict[aiokafka.TopicPartition, tuple[int, int]] = {}
+        self._since_s: dict[aiokafka.TopicPartition, float] = {}
+        self._marking: asyncio.Task[None] | None = None
+        self._scores_lost: bool | None = None
+        self._looked_s = self._told_s = self._resent_s = 0.0
+        self.ended: set[aiokafka.TopicPartition] = set()
+
+    def succeed(
+        self, resolved: assignment.Resolved, told: Mapping[int, features.PartitionState]
+    ) -> None:
+        """Follow the owners before.
+
+        Args:
+            resolved: What is owned from now on.
+            told: What the owners before have said last; the rows are theirs, and as old.
+        """
+        self._count = resolved.count
+        for tp, part in resolved.parts.items():
+            self._since_s[tp] = time.monotonic()
+            last = told.get(part.number)
+            if last is not None:
+                part.caught_up_ms = max(part.caught_up_ms, last.caught_up_ms)
+            if last is None or last.state != "live":
+                # What the owner before has not finished is not told by the trail.
+                part.restoring, self._scores_lost = True, None
+
+    def forget(self) -> None:
+        """Forget where the log ended; nothing is owned any more."""
+        self._marks.clear()
+
+    def stop(self) -> None:
+        """Stop asking where the log ends."""
+        if self._marking is not None:
+            self._marking.cancel()
+
+    def lag(self, parts: Parts) -> dict[int, int]:
+        """Return how many offsets each partition was behind when that was last asked."""
+        marks = {tp: end for tp, (end, _) in self._marks.items() if tp in parts}
+        return {tp.partition: max(0, end - parts[tp].offset) for tp, end in marks.items()}
+
+    def remaining_s(self, parts: Parts) -> dict[int, float]:
+        """Estimate how long each replay will still take, s, from its speed so far."""
+        now_s = time.monotonic()
+        done = {
+            tp: (now_s - since_s, parts[tp].state().progress)
+            for tp, since_s in self._since_s.items()
+            if tp in parts and parts[tp].replaying
+        }
+        return {tp.partition: took * (1 - p) / p for tp, (took, p) in done.items() if p > 0}
+
+    def look(self, client: Any, parts: Parts, progress: supervision.Progress, *, now: bool) -> bool:
+        """See who is at the log's end, and ask each second where that is; waits for no answer.
+
+        Args:
+            client: Is asked.
+            parts: Those owned.
+            progress: Hears whether any of them lags.
+            now: Whether there is something to tell before the second is over.
+
+        Returns:
+            Whether it is time to tell.
+        """
+        self._looked_s = time.monotonic()
+        due = self._looked_s - self._told_s >= _TELL_S
+        if not now and not due:
+            return False
+        if due:
+            if self._marking is None or self._marking.done():
+                self._marking = asyncio.create_task(self._mark(client, parts))
+            progress.lagging(any(self.lag(parts).values()))
+        for tp, part in parts.items():
+            end, asked_ms = self._marks.get(tp, (part.offset + 1, 0))
+            if part.offset >= end and _now_ms() - asked_ms < _MARK_MS:
+                part.caught_up_ms, part.rebuilding = asked_ms, False
+        return True
+
+    async def tell(self, parts: Parts, beat: Callable[[], None]) -> None:
+        """Say who is live, as of the last look, and send again the rows that Redis has lost.
+
+        Idempotent: yes.
+
+        Raises:
+            FeaturesUnavailable: Redis did not acknowledge.
+            StoreUnavailable: Postgres did not answer.
+        """
+        await self._restore(parts, beat)
+        if self._looked_s - self._told_s >= _TELL_S:
+            self._told_s = time.monotonic()
+
+    async def _mark(self, client: Any, parts: Parts) -> None:
+        """Ask where the log begins and ends; without an answer the age of the last one shows.
+
+        In a task of its own: the question waits behind a fetch that waits for records.
+        """
+        asked_ms, owned = _now_ms(), list(parts)
+        with contextlib.suppress(TimeoutError, KafkaError):
+            async with asyncio.timeout(_MARK_MS / 1000):
+                ends = await client.end_offsets(owned) if owned else {}
+                self.ended |= self._resolver.ended(await assignment.first_records(client, owned))
+            known = client.partitions_for_topic(self._topic) or ()
+            # Where there are more, records wait that nobody reads yet.
+            if len(known) == self._count:
+                self._marks = {
+                    # An open transaction hides what stands behind it from the end that was asked.
+                    tp: (max(end, client.highwater(tp) or 0), asked_ms)
+                    for tp, end in ends.items()
+                    if tp in parts
+                }
+
+    async def _restore(self, parts: Parts, beat: Callable[[], None]) -> None:
+        """Write the partitions' states; where Redis has lost a state or a trail, it has lost rows.
+
+        The state is then made anew as "restoring", then the rows follow, then the next state is
+        written only if those still stand: no loss between goes unseen. Until the credit scores are
+        loaded again, too, it stays "restoring".
+        """
+        due = time.monotonic() - self._resent_s >= self._resend_s
+        if self._scores_lost is not False:
+            await self._look_for_scores(parts)
+        if lost := await self._write_states(parts):
+            await self._look_for_scores(parts)
+            await self._online.write_states(self._count, states(parts), create=True)
+        for part in list(parts.values()):
+            if part.replaying or not (due or part.restoring):
+                continue
+            if part.restoring and part.seeds:
+                past = await self._offline.seed(
+                    self._topic, part.origin, part.number, part.seed_after_ms
+                )
+                part.seed((), past)
+            part.restoring = await self._rows.write_rows(part, part.windows.users, beat)
+        if due:
+            self._resent_s = time.monotonic()
+        if lost:
+            await self._write_states(parts)
+
+    async def _look_for_scores(self, parts: Parts) -> None:
+        self._scores_lost = (
+            await self._online.materialized_ms() is None and await self._offline.has_served_scores()
+        )
+        for part in parts.values():
+            part.unloaded = self._scores_lost
+
+    async def _write_states(self, parts: Parts) -> bool:
+        """Write the states and say whether Redis has lost rows."""
+        owned = list(parts.values())
+        lost = await self._online.write_states(
+            self._count, states(parts), trails={part.number: part.trail for part in owned}
+        )
+        for part in owned:
+            if part.number in lost:
+                part.restoring, part.trail = True, partition.Trail()
+        return bool(lost)

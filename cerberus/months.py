@@ -1,0 +1,156 @@
+"""Tables by month: partitions are made before their month begins, and dropped in whole.
+
+Both need a lock that readers and writers of the table wait behind. So the wait for it is cut short
+and left to a later attempt: a row whose month has no partition is kept in the default one.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import re
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import asyncpg
+
+TABLES = {"transactions": "event_ms", "decisions": "as_of_ms"}
+"""The partitioned tables, and what in ms they are partitioned by."""
+AHEAD = 3
+"""How many months have partitions, this one included."""
+_LOCK_MS, _WORK_MS = 500, 3_000
+_TRIES, _PAUSE_S = 5, 1.0
+_BLOCKS = 512
+_OF_TABLE = """
+SELECT c.relname::text FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
+WHERE i.inhparent = $1::regclass ORDER BY 1
+"""
+# Another has it, is making it, or the default partition has rows of it or takes long to search.
+_NOT_NOW = (
+    asyncpg.CheckViolationError,
+    asyncpg.DuplicateTableError,
+    asyncpg.UniqueViolationError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.QueryCanceledError,
+    asyncpg.DeadlockDetectedError,
+)
+
+
+def start_of(moment: datetime.datetime) -> datetime.datetime:
+    """Return the beginning of a moment's month, in UTC."""
+    return datetime.datetime(moment.year, moment.month, 1, tzinfo=datetime.UTC)
+
+
+def of_ms(ms: int) -> datetime.datetime:
+    """Return the beginning of the month of ms since the Unix epoch."""
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return start_of(epoch + datetime.timedelta(milliseconds=ms))
+
+
+def to_ms(moment: datetime.datetime) -> int:
+    """Return a moment as ms since the Unix epoch."""
+    return int(moment.timestamp()) * 1000
+
+
+def kept_from(now: datetime.datetime, days: int) -> datetime.datetime:
+    """Return the beginning of the oldest month of which something is kept for `days`."""
+    return start_of(now.astimezone(datetime.UTC) - datetime.timedelta(days=days))
+
+
+def coming(now: datetime.datetime) -> list[datetime.datetime]:
+    """Return the beginnings of this month and the next ones."""
+    return [
+        datetime.datetime(now.year + m // 12, m % 12 + 1, 1, tzinfo=datetime.UTC)
+        for m in range(now.month - 1, now.month - 1 + AHEAD)
+    ]
+
+
+async def add(
+    connection: asyncpg.Connection, table: str, starts: Iterable[datetime.datetime]
+) -> list[str]:
+    """Add the partitions of the months that begin then, and return which were missing.
+
+    Idempotent: yes. A month whose first rows are in the default partition already stays there, and
+    one whose lock is not had within 0.5 s is left to the next call.
+    """
+    made = []
+    for start in starts:
+        name = _name(table, start)
+        if await connection.fetchval("SELECT to_regclass($1)", name) is not None:
+            continue
+        low, high = to_ms(start), to_ms(start_of(start + datetime.timedelta(days=31)))
+        with contextlib.suppress(*_NOT_NOW):
+            async with _briefly(connection):
+                await connection.execute(
+                    f"CREATE TABLE {name} PARTITION OF {table} FOR VALUES FROM ({low}) TO ({high})"
+                )
+            made.append(name)
+    return made
+
+
+async def drop(
+    connection: asyncpg.Connection, table: str, before: datetime.datetime
+) -> tuple[list[str], bool]:
+    """Drop the partitions of months that were over at `before`, which begins one.
+
+    Idempotent: yes.
+
+    Returns:
+        Those dropped, and whether all were: at one that stays in use it ends, after 8 s.
+    """
+    dropped: list[str] = []
+    for (name,) in await connection.fetch(_OF_TABLE, table):
+        if not _over(name, before):
+            continue
+        if not await _drop(connection, name):
+            return dropped, False
+        dropped.append(name)
+    return dropped, True
+
+
+async def delete(
+    connection: asyncpg.Connection, table: str, condition: str, value: Any
+) -> AsyncIterator[int]:
+    """Delete the rows for which `condition` holds of $1, 4 MB of the table a statement.
+
+    Reads the table once, by place: it needs no index, and no batch is searched for twice.
+
+    Yields:
+        How many rows each statement has deleted.
+    """
+    size = "SELECT pg_relation_size($1::regclass) / current_setting('block_size')::integer"
+    blocks = await connection.fetchval(size, table)
+    for at in range(0, blocks, _BLOCKS):
+        done = await connection.execute(
+            f"DELETE FROM {table} WHERE ctid >= '({at},0)' AND ctid < '({at + _BLOCKS},0)' "
+            f"AND {condition}",
+            value,
+        )
+        yield int(done.rpartition(" ")[2])
+
+
+async def _drop(connection: asyncpg.Connection, name: str) -> bool:
+    for _ in range(_TRIES):
+        with contextlib.suppress(*_NOT_NOW):
+            async with _briefly(connection):
+                await connection.execute(f"DROP TABLE {name}")
+            return True
+        await asyncio.sleep(_PAUSE_S)
+    return False
+
+
+@contextlib.asynccontextmanager
+async def _briefly(connection: asyncpg.Connection) -> AsyncIterator[None]:
+    async with connection.transaction():
+        await connection.execute(f"SET LOCAL lock_timeout = {_LOCK_MS}")
+        await connection.execute(f"SET LOCAL statement_timeout = {_WORK_MS}")
+        yield
+
+
+def _name(table: str, start: datetime.datetime) -> str:
+    return f"{table}_{start:%Y_%m}"
+
+
+def _over(name: str, before: datetime.datetime) -> bool:
+    """Say whether a partition is of a month that was over at `before`; the default one is not."""
+    found = re.search(r"_(\d{4})_(\d\d)$", name)
+    return found is not None and (int(found[1]), int(found[2])) < (before.year, before.month)

@@ -1,0 +1,201 @@
+"""Transactions of a file onto the log: `cerberus send`, at once, at a rate or at recorded speed.
+
+The file is read twice: a wrong row is named before any is sent, however long the file is.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import tqdm
+
+from cerberus import errors, kafka, layouts, settings, transactions, window
+
+_ROWS, _BATCH = 5_000, 1_000
+_LONGEST_WAIT_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pace:
+    """When each transaction of a file is due; at once where neither is given.
+
+    Attributes:
+        rate: Transactions a second.
+        speed: The gaps between the file's timestamps are this many times shorter.
+        now: Whether each is stamped with the moment at which it is due.
+    """
+
+    rate: float | None = None
+    speed: float | None = None
+    now: bool = False
+
+    def due_ms(self, number: int, event_ms: int, first_ms: int) -> int:
+        """Return when a transaction is due, in ms after the beginning.
+
+        Args:
+            number: How many come before it.
+            event_ms: Its time in the file.
+            first_ms: That of the file's first transaction.
+        """
+        if self.rate is not None:
+            return int(number / self.rate * 1000)
+        return int((event_ms - first_ms) / self.speed) if self.speed is not None else 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """What a file holds: how many transactions, the time of its first, and the latest time."""
+
+    count: int
+    first_ms: int
+    latest_ms: int
+
+
+class Sender:
+    """Reads a file and publishes it.
+
+    Args:
+        config: Settings.
+        path: The file.
+        layout: Where its fields stand.
+        pace: When each is due.
+
+    Raises:
+        InvalidTransaction: The file has not the columns of a transaction.
+    """
+
+    def __init__(
+        self, config: settings.Settings, path: pathlib.Path, layout: layouts.Layout, pace: Pace
+    ) -> None:
+        self._config = config
+        self._file = layout.open(path, layouts.REQUIRED, layouts.OPTIONAL)
+        self._layout = layout
+        self._pace = pace
+        self._topic = config.kafka.topic(kafka.TRANSACTIONS)
+
+    def check(self) -> Found:
+        """Read the whole file.
+
+        Raises:
+            InvalidTransaction: naming the line and the field.
+        """
+        latest_allowed_ms = _now_ms() + self._config.max_future_skew_ms
+        count = first_ms = latest_ms = 0
+        for line, paid in self._transactions():
+            if paid.event_ms > latest_allowed_ms and not self._pace.now:
+                raise errors.InvalidTransaction(f"line {line}: timestamp", "lies in the future")
+            first_ms = first_ms if count else paid.event_ms
+            latest_ms = max(latest_ms, paid.event_ms)
+            count += 1
+        return Found(count, first_ms, latest_ms)
+
+    async def send(self, found: Found) -> int:
+        """Publish the file in its order, each transaction when it is due; return how many.
+
+        Raises:
+            StoreUnavailable: The brokers did not take all of them.
+        """
+        await kafka.create_topics(self._config)
+        publisher = kafka.Publisher(self._config)
+        begin_ms, begin_s, sent = _now_ms(), time.monotonic(), 0
+        batch: list[kafka.Message] = []
+        try:
+            with tqdm.tqdm(total=found.count, unit=" transactions", disable=None) as bar:
+
+                async def flush() -> None:
+                    await publisher.publish(batch)
+                    bar.update(len(batch))
+                    batch.clear()
+
+                for _, paid in self._transactions():
+                    due_ms = self._pace.due_ms(sent, paid.event_ms, found.first_ms)
+                    while (wait_s := begin_s + due_ms / 1000 - time.monotonic()) > 0:
+                        await flush()
+                        await asyncio.sleep(min(wait_s, _LONGEST_WAIT_S))
+                    batch.append(self._message(paid, begin_ms + due_ms))
+                    sent += 1
+                    if len(batch) == _BATCH:
+                        await flush()
+                await flush()
+        finally:
+            await publisher.close()
+        return sent
+
+    def _transactions(self) -> Iterator[tuple[int, transactions.Transaction]]:
+        for rows, _ in self._file.pieces(_ROWS):
+            for row in rows:
+                try:
+                    yield row.line, self._layout.transaction(row, self._config.currency)
+                except errors.InvalidTransaction as error:
+                    raise errors.InvalidTransaction(
+                        f"line {row.line}: {error.field}", error.reason
+                    ) from error
+
+    def _message(self, paid: transactions.Transaction, due_ms: int) -> kafka.Message:
+        if self._pace.now:
+            paid = dataclasses.replace(paid, event_ms=due_ms)
+        return kafka.Message(
+            self._topic,
+            transactions.key(paid.user_id),
+            transactions.encode(paid),
+            timestamp_ms=paid.event_ms,
+        )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def main(argv: Sequence[str]) -> int:
+    """Send by command line.
+
+    Returns:
+        The exit status: 0.
+    """
+    chosen = _parser().parse_args(argv)
+    pace = Pace(chosen.rate, chosen.speed, chosen.now)
+    if pace.now and pace == Pace(now=True):
+        raise errors.InvalidTransaction("--now", "needs --rate or --speed")
+    fields = {"transactions": (*layouts.REQUIRED, *layouts.OPTIONAL)}
+    layout = layouts.read_options(chosen, fields)["transactions"]
+    config = settings.load(os.environ)
+    sender = Sender(config, chosen.file, layout, pace)
+    found = sender.check()
+    spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
+    if not pace.now and found.latest_ms < _now_ms() - spans.keep_ms:
+        sys.stderr.write(
+            f"all of them are older than the {spans.keep_ms // 1000} s that windows keep: behind "
+            "newer records of the topic they change no window; --now stamps them anew\n"
+        )
+    count = asyncio.run(sender.send(found))
+    sys.stdout.write(f"{count} transactions sent to {config.kafka.topic(kafka.TRANSACTIONS)}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cerberus send",
+        description="Publish a file of transactions: CSV, JSON lines or Parquet, by its suffix.",
+    )
+    parser.add_argument("file", type=pathlib.Path)
+    pace = parser.add_mutually_exclusive_group()
+    pace.add_argument("--rate", type=_positive, help="transactions a second")
+    pace.add_argument("--speed", type=_positive, help="1: with the gaps of the file's timestamps")
+    parser.add_argument("--now", action="store_true", help="stamp each when it is sent")
+    layouts.add_options(parser)
+    return parser
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value

@@ -1,0 +1,142 @@
+"""Stored decisions taken again: any range, bit by bit; and a user shown to a person."""
+
+import asyncio
+import dataclasses
+import math
+import subprocess
+import sys
+import uuid
+
+import pytest
+from served import NOW_MS, Served
+from service import ROOT
+
+from cerberus import decisions, features, transactions, verification, window
+
+pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+
+
+@pytest.fixture
+async def served(environ):
+    served = Served(environ)
+    await served.migrated()
+    await served.history.ledger.register(served.model)
+    yield served
+    await served.close()
+
+
+async def cerberus(environ, *arguments):
+    return await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "cerberus", *arguments],
+        env=environ,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def taken(served, count):
+    """Return what the model decides on many rows, one a minute."""
+    rows = [
+        features.FeatureRow(
+            user_id=i,
+            as_of_ms=NOW_MS + i * 60_000,
+            stats=None if i % 5 == 0 else (window.WindowStats(i % 30, i * 1_237),),
+            credit_score=None if i % 7 == 0 else 300 + i % 550,
+            amount_minor=None if i % 3 == 0 else i * 97,
+            degraded=("stale",) if i % 4 == 0 else (),
+        )
+        for i in range(count)
+    ]
+    return [
+        decisions.Record(uuid.uuid4(), decision, None, decisions.HTTP, None, NOW_MS, ("10m",))
+        for decision in served.model.decide(rows)
+    ]
+
+
+async def verified(served, since_ms=0):
+    pages = []
+    found = await verification.verify(served.history.ledger, since_ms, pages.append)
+    assert sum(pages) == found.repeated + found.unknown
+    return found
+
+
+async def test_decisions_are_taken_again_however_many(served):
+    records = taken(served, 4_500)
+    for first in range(0, len(records), 500):
+        await served.history.ledger.write(records[first : first + 500])
+    found = await verified(served)
+    assert (found.repeated, found.differing, found.unknown) == (4_500, 0, 0)
+    since_ms = records[4_400].decision.row.as_of_ms
+    assert (await verified(served, since_ms)).repeated == 100
+    assert await served.history.ledger.count(since_ms) == 100
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("score", lambda d: math.nextafter(d.score, 9)),
+        ("probability", lambda d: math.nextafter(d.probability, 1)),
+        ("prediction", lambda d: "FRAUD" if d.prediction == "LEGIT" else "LEGIT"),
+        ("decision", lambda d: "review" if d.action != "review" else "approve"),
+        ("amount_minor", lambda d: d.row.amount_minor + 10_000_000),
+    ],
+)
+async def test_a_stored_decision_that_is_not_what_was_decided_is_named(served, column, value):
+    records = taken(served, 30)
+    wrong = records[17]
+    await served.history.ledger.write(records)
+    changed = f"UPDATE decisions SET {column} = $1 WHERE decision_id = $2"
+    await served.pool.execute(changed, value(wrong.decision), wrong.decision_id)
+    found = await verified(served)
+    assert (found.repeated, found.differing) == (30, 1)
+    [said] = found.examples
+    assert said.startswith(f"{wrong.decision_id}: stored ")
+
+
+async def test_what_an_unknown_model_or_policy_decided_is_counted_apart(served):
+    records = taken(served, 10)
+    other = dataclasses.replace(records[3].decision, policy_sha256="0" * 64)
+    records[3] = dataclasses.replace(records[3], decision=other)
+    await served.history.ledger.write(records)
+    found = await verified(served)
+    assert (found.repeated, found.differing, found.unknown) == (9, 0, 1)
+
+
+async def test_the_command_ends_with_one_on_a_difference(environ, served):
+    records = taken(served, 30)
+    await served.history.ledger.write(records)
+    good = await cerberus(environ, "replay", "--verify")
+    assert (good.returncode, good.stdout) == (0, "30 decisions taken again, 0 differ\n")
+    await served.pool.execute(
+        "UPDATE decisions SET probability = 0.5 WHERE decision_id = $1", records[2].decision_id
+    )
+    bad = await cerberus(environ, "replay", "--verify")
+    assert bad.returncode == 1
+    assert str(records[2].decision_id) in bad.stdout
+    assert "30 decisions taken again, 1 differ" in bad.stdout
+    since = transactions.format_ms(records[3].decision.row.as_of_ms)
+    later = await cerberus(environ, "replay", "--verify", "--since", since)
+    assert (later.returncode, later.stdout) == (0, "27 decisions taken again, 0 differ\n")
+    wrong = await cerberus(environ, "replay", "--verify", "--since", "yesterday")
+    assert wrong.returncode != 0
+    assert "since" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+async def test_a_user_is_shown_to_a_person(environ, served):
+    await served.live()
+    hand = {"user_id": 7, "transaction_id": "b", "amount": 12.5}
+    told = await served.ask(**hand)
+    await served.history.ledger.write([told.record])
+    shown = await cerberus(environ, "inspect", "7")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("user 7 as of ")
+    for text in (str(told.record.decision_id), told.record.decision.action, "txn_count_10m"):
+        assert text in shown.stdout
+    wrong = await cerberus(environ, "inspect", "me")
+    assert wrong.returncode != 0
+    assert "user_id" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
