@@ -201,7 +201,11 @@ async def opened(
     At the end every instance that still runs is killed.
     """
     tasks = "api,consumer,materializer" if credit else "api,consumer"
-    more = {"CERBERUS_MODEL": str(directory / "fraud_model.json"), "CERBERUS_TASKS": tasks}
+    more = {
+        "CERBERUS_MODEL": str(directory / "fraud_model.json"),
+        "CERBERUS_POLICY": str(settings.POLICY_PATH),
+        "CERBERUS_TASKS": tasks,
+    }
     environ = {**environ, **SETTINGS, **more}
     config = settings.load(environ)
     spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)

@@ -205,8 +205,8 @@ def _degraded(told: Told) -> dict[faults.Fault, tuple[int, float, int]]:
         there were.
     """
     shares = {}
-    ends = [fault.began_s for fault in told.injected[1:]] + [float("inf")]
-    for fault, end_s in zip(told.injected, ends, strict=True):
+    ends = [fault.began_s for fault in told.injected] + [float("inf")]
+    for fault, end_s in zip(told.injected, ends[1:], strict=True):
         asked = [a for a in told.given if fault.began_s <= a.sent_s < end_s]
         unsure = [a.sent_s - fault.began_s for a in asked if a.degraded or a.status == 503]
         shares[fault] = (len(unsure), max(unsure, default=0.0), len(asked))
