@@ -144,7 +144,14 @@ class Schedule:
 
     async def redis_power(self) -> None:
         """Take the power from Redis: what it appended to its file in the last seconds is gone."""
-        found = await self._target.redis.config_get("dir")
+        redis = self._target.redis
+        await redis.config_set("auto-aof-rewrite-percentage", 0)  # a new file has other lengths
+
+        async def settled() -> bool:
+            return not (await redis.info("persistence"))["aof_rewrite_in_progress"]
+
+        await cluster.until(settled, "the file is not being written anew", 30)
+        found = await redis.config_get("dir")
         lengths = _lengths(pathlib.Path(found["dir"]))
         await asyncio.sleep(self._rng.uniform(0.5, 3))
         server = self._target.servers.redis
