@@ -101,8 +101,17 @@ def recognise(config: settings.Settings) -> pools.Connected:
     return connected
 
 
+def key(config: settings.Settings, decision_id: uuid.UUID) -> str:
+    """Return where a decision is claimed."""
+    return f"{_mark(config, decision_id.int % _BUCKETS)}:{decision_id.hex}"
+
+
 def _prefix(config: settings.Settings) -> str:
     return f"cerberus:claim:{config.kafka.prefix}"
+
+
+def _mark(config: settings.Settings, bucket: int) -> str:
+    return f"{_prefix(config)}{{{bucket}}}"  # in braces: what a cluster's keys are placed by
 
 
 class Claims:
@@ -117,7 +126,7 @@ class Claims:
     def __init__(self, config: settings.Settings, client: Any, kept: ledger.Ledger) -> None:
         self._claim_ms = config.claim_ms
         self._skew_ms = config.max_future_skew_ms
-        self._prefix = _prefix(config)
+        self._config = config
         # What was answered when Redis lost its claims has reached Postgres after this.
         self._settling_ms = 2 * config.decision_flush_ms + _WRITING_MS
         self._since_ms = 0
@@ -149,7 +158,7 @@ class Claims:
         Raises:
             FeaturesUnavailable: Redis did not answer; say it again.
         """
-        marks = [self._mark(bucket) for bucket in range(_BUCKETS)]
+        marks = [_mark(self._config, bucket) for bucket in range(_BUCKETS)]
         await pools.evaluate(self._client, [(_DOUBT, [mark], [now_ms]) for mark in marks])
 
     async def claim(
@@ -216,10 +225,10 @@ class Claims:
         now_ms: int,
         looked_up: Collection[uuid.UUID],
     ) -> pools.Call:
-        keys = [self._mark(bucket)]
+        keys = [_mark(self._config, bucket)]
         arguments: list[bytes | int | str] = [now_ms]
         for record in records:
-            keys.append(f"{keys[0]}:{record.decision_id.hex}")
+            keys.append(key(self._config, record.decision_id))
             sure = record.decision_id in looked_up
             brief = sure and record.door == decisions.STREAM
             arguments += (
@@ -236,6 +245,3 @@ class Claims:
             return record
         self._since_ms = max(self._since_ms, -answer)
         return None
-
-    def _mark(self, bucket: int) -> str:
-        return f"{self._prefix}{{{bucket}}}"  # in braces: what a cluster's keys are placed by

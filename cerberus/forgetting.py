@@ -9,13 +9,13 @@ import asyncio
 import os
 import sys
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import asyncpg
 
 from cerberus import (
+    claims,
     errors,
     feast_layout,
     kafka,
@@ -28,7 +28,6 @@ from cerberus import (
 )
 
 _STATEMENT_S, _KEYS = 600, 500
-_BUCKETS = 64  # of claims
 _YEAR_9999_MS = 253_402_214_400_000
 TOPICS = (
     kafka.TRANSACTIONS,
@@ -75,7 +74,7 @@ class Person:
         self._user_id = user_id
         self._connection = connection
         self._client = client
-        self._prefix = config.kafka.prefix
+        self._config = config
         self._claims: list[str] = []
         self._shared: list[str] = []
 
@@ -89,7 +88,7 @@ class Person:
         user_id = self._user_id
         paid = await self._fetch(_IDS, user_id)
         names = {transactions.decision_id(user_id, *row) for row in paid}
-        self._claims = [_claim(self._prefix, name) for name in sorted(names)]
+        self._claims = [claims.key(self._config, name) for name in sorted(names)]
         told = await self._fetch(_SHARED, list({row[0] for row in paid}))
         self._shared = list({row[0] for row in told})
         if self._shared:
@@ -137,10 +136,6 @@ class Person:
                 getattr(pipe, command)(key)
             found += await pools.answers(pipe.execute())
         return found
-
-
-def _claim(prefix: str, name: uuid.UUID) -> str:
-    return f"cerberus:claim:{prefix}{{{name.int % _BUCKETS}}}:{name.hex}"
 
 
 async def held_by_the_log(config: settings.Settings, now_ms: int) -> list[str]:

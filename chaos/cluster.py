@@ -163,6 +163,13 @@ class Cluster:
             asked = await asyncio.gather(*map(client.get, urls), return_exceptions=True)
         return all(isinstance(a, httpx.Response) and a.status_code == 200 for a in asked)
 
+    async def kept(self) -> bool:
+        """Say whether no instance holds a decision that its stores have not acknowledged."""
+        async with httpx.AsyncClient(timeout=5.0) as client:
+            urls = [f"http://127.0.0.1:{i.port}/health" for i in self.instances]
+            told = [(await client.get(url)).json()["decisions"] for url in urls]
+        return not any(buffer["waiting"] for buffers in told for buffer in buffers.values())
+
     async def live(self, since_s: float = 0.0) -> bool:
         """Say whether each partition's owner is live and stood at the log's end since then."""
         try:

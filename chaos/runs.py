@@ -128,7 +128,7 @@ async def run(target: cluster.Cluster, plan: Plan, say: Callable[[str], None]) -
                 took_s = await cluster.until(target.drained, "all is stored", _DRAIN_S)
                 say(f"{'drain':<34} took            {took_s:5.1f} s")
                 await asyncio.sleep(2)
-            await asyncio.sleep(1)  # what was answered last is on its way to the stores
+            await cluster.until(target.kept, "what was answered last is stored", _READY_S)
             lives.append(await _life(target, publisher, began_s))
             told.stores.append(await compare.stores(target, [life.log for life in lives]))
             say(f"{sum(told.stores[-1].compared.values()):,} things compared in the stores")
