@@ -94,13 +94,13 @@ class Served:
     async def live(self, **changes):
         """Let the owner say that it stands at the end of the log, and Redis know all claims."""
         for bucket in range(64):
-            await self.client.set(self.claimed._mark(bucket), 0, nx=True)
+            await self.client.set(claims._mark(self.config, bucket), 0, nx=True)
         state = features.PartitionState(1, self.offset, "live", self.now_ms)
         await self.store.write_states(1, {0: dataclasses.replace(state, **changes)}, create=True)
 
     async def forget(self):
         """Lose all claims, as if nothing had been decided."""
-        if keys := await self.client.keys(f"{self.claimed._prefix}*:*"):
+        if keys := await self.client.keys(f"{claims._prefix(self.config)}*:*"):
             await self.client.delete(*keys)
 
     async def stream(self, *seen):
