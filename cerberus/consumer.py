@@ -173,6 +173,8 @@ class Consumer:
             await self._sink.store(batch, touched, progress.beat)
 
         if await self._insist(store, generation, progress):
+            if self._sink.otherwise:
+                self.counts["decided_otherwise"] = self._sink.otherwise
             await self._commit(generation)
             if polled:
                 progress.beat()
