@@ -3,7 +3,7 @@
 Whichever door comes first wins; the other door, repeats and concurrent requests get that decision.
 Redis vouches for what was claimed lately: within `claim_ms`, and since it was last emptied or began
 anew. What may have been decided before that is looked up in Postgres first, once the decisions of
-that moment have reached it. A claim takes about 0.6 kB.
+that moment have reached it. A claim takes about 0.7 kB.
 """
 
 import asyncio

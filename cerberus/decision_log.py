@@ -60,10 +60,11 @@ class _Buffer:
                 await self._store(batch)
                 for _ in batch:
                     self._records.popleft()
-        except errors.StoreUnavailable as error:
+        except (errors.StoreUnavailable, errors.ConfigError) as error:
             if self.problem is None:
                 log.warning("decisions wait: %s", error, extra={"action": "decisions_wait"})
             self.problem = str(error)
+            self._ready = False  # a store that was made anew lacks what was made in it
         else:
             self.problem = None
 

@@ -16,6 +16,7 @@ REQUIRED = ("transaction_id", "user_id", "amount", "timestamp")
 OPTIONAL = ("currency", "merchant_id")
 TIMESTAMP_FORMATS = ("rfc3339", "utc", "epoch_s", "epoch_ms")
 AMOUNT_UNITS = ("major", "minor")
+_DIGITS = 25  # fewer than Decimal computes with
 _WHOLE = re.compile(r"([+-]?\d{1,20})(\.0+)?", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?\d{1,20}(\.\d{1,12})?", re.ASCII)
 _OFFSET = re.compile(r"([Zz]|[+-]\d\d:\d\d)$", re.ASCII)
@@ -150,11 +151,15 @@ def whole(value: Any) -> Any:
 
 
 def _decimal(value: Any) -> Decimal | None:
+    """Return a number exactly; None for what is none, or too large to be meant."""
+    number = None
     if isinstance(value, str):
-        return Decimal(value) if _DECIMAL.fullmatch(value) else None
-    if type(value) is int or (isinstance(value, Decimal) and value.is_finite()):
-        return Decimal(value)
-    return Decimal(repr(value)) if isinstance(value, float) and math.isfinite(value) else None
+        number = Decimal(value) if _DECIMAL.fullmatch(value) else None
+    elif type(value) is int or (isinstance(value, Decimal) and value.is_finite()):
+        number = Decimal(value)
+    elif isinstance(value, float) and math.isfinite(value):
+        number = Decimal(repr(value))
+    return number if number is not None and number.adjusted() < _DIGITS else None
 
 
 def _rfc_3339(ms: int) -> str:

@@ -120,7 +120,7 @@ class Ledger:
         query = f"{_SELECT} WHERE as_of_ms >= $1"
         async with pools.connection(self._pool) as connection, connection.transaction():
             rows = await connection.cursor(query, since_ms)
-            while page := await rows.fetch(_PAGE):
+            while page := await rows.fetch(_PAGE, timeout=600):
                 yield [_record(row) for row in page]
 
     async def model(self, model_sha256: str, policy_sha256: str) -> scoring.Model | None:

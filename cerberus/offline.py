@@ -32,6 +32,7 @@ _MIGRATIONS = {
 }
 IMPORTED = "import"
 """Stands for the topic of a transaction that no log has told of."""
+_MIGRATION_S = 3600  # a table with years in it is written anew
 _MIGRATION_LOCK, _SINGLETON_LOCK = 7_237_001, 7_237_002
 _WRITE_TRANSACTIONS = """
 INSERT INTO transactions AS t (topic, user_id, event_ms, transaction_id, amount_minor, currency,
@@ -163,7 +164,8 @@ class OfflineStore:
             await connection.execute(
                 f"SET LOCAL idle_in_transaction_session_timeout = '{pools.QUERY_S}s'"
             )
-            await connection.execute("SELECT pg_advisory_xact_lock($1)", _MIGRATION_LOCK)
+            lock = "SELECT pg_advisory_xact_lock($1)"
+            await connection.execute(lock, _MIGRATION_LOCK, timeout=_MIGRATION_S)
             await connection.execute(
                 "CREATE TABLE IF NOT EXISTS schema_migrations (name text PRIMARY KEY, "
                 "applied_at timestamptz NOT NULL DEFAULT clock_timestamp())"
@@ -173,7 +175,7 @@ class OfflineStore:
             for name, statements in _MIGRATIONS.items():
                 if name in done:
                     continue
-                await connection.execute(statements)
+                await connection.execute(statements, timeout=_MIGRATION_S)
                 await connection.execute("INSERT INTO schema_migrations (name) VALUES ($1)", name)
                 applied.append(name)
             await self._add_columns(connection)

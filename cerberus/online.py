@@ -307,7 +307,7 @@ class OnlineStore:
             return None
         return (
             f"Redis evicts rows (maxmemory-policy {found['maxmemory-policy']}): "
-            "set it to noeviction, or users will look new"
+            "set it to noeviction, or users will look new and transactions be decided twice"
         )
 
     async def close(self) -> None:

@@ -34,6 +34,7 @@ _REFUSED = (
     asyncpg.InvalidCatalogNameError,
     asyncpg.ClientConfigurationError,
 )
+_NOT_MIGRATED = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError)
 _POSTGRES_DOWN = (
     OSError,
     TimeoutError,
@@ -175,6 +176,10 @@ def unavailable() -> Iterator[None]:
         yield
     except _REFUSED as error:
         raise errors.ConfigError(f"DATABASE_URL: Postgres refuses it: {error}") from error
+    except _NOT_MIGRATED as error:
+        raise errors.StoreUnavailable(
+            f"Postgres has not this version's tables: run `python -m cerberus migrate` ({error})"
+        ) from error
     except _POSTGRES_DOWN as error:
         raise errors.StoreUnavailable(f"Postgres did not answer: {error!r}") from error
 

@@ -57,13 +57,15 @@ _CODES: Mapping[type[Exception], str] = {
     errors.FeaturesUnavailable: "features_unavailable",
     errors.DecisionsUnavailable: "decisions_unavailable",
     errors.StoreUnavailable: "decisions_unavailable",
+    errors.ConfigError: "decisions_unavailable",
     errors.Conflict: "conflict",
     errors.UnknownDecision: "unknown_decision",
 }
 _HIDDEN: Mapping[type[Exception], Exception] = {
     # What the servers said is for the log and for /health.
     errors.FeaturesUnavailable: errors.FeaturesUnavailable(),
-    errors.StoreUnavailable: errors.DecisionsUnavailable(),
+    errors.StoreUnavailable: errors.DecisionsUnavailable("Postgres does not answer; try again."),
+    errors.ConfigError: errors.DecisionsUnavailable("Postgres refuses this process."),
 }
 _AGAIN = (
     "overloaded",

@@ -203,7 +203,7 @@ class Predictor:
         try:
             async with asyncio.timeout(_LOOK_UP_S):
                 found = await self._claims.look_up([in_hand])
-        except (TimeoutError, errors.StoreUnavailable) as error:
+        except (TimeoutError, errors.StoreUnavailable, errors.ConfigError) as error:
             raise errors.DecisionsUnavailable from error
         return next(iter(found.values()), None)
 

@@ -90,13 +90,22 @@ class Sink:
         decided = await self._decide(accepted)
         results = await asyncio.gather(
             self._write_touched(parts, beat),
-            self._write_facts(batch, accepted, decided),
-            self._publish(batch.rejected, decided),
+            self._keep(batch, accepted, decided),
             return_exceptions=True,  # all have ended before the batch is tried again
         )
         for result in results:
             if result is not None:
                 raise result
+
+    async def _keep(
+        self,
+        batch: Batch,
+        accepted: Sequence[tuple[int, partition.Observed]],
+        decided: Sequence[decisions.Record],
+    ) -> None:
+        """Postgres first: what the topic has shown is then found there, however old its claim."""
+        await self._write_facts(batch, accepted, decided)
+        await self._publish(batch.rejected, decided)
 
     async def _write_facts(
         self,

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 
+import asyncpg
 import httpx
 import orjson
 import pytest
@@ -469,3 +470,29 @@ async def test_clients_of_two_processes_and_the_stream_at_once_get_one_decision_
                 first += not body["replayed"]
         assert first == (record.door == decisions.HTTP)
     assert min(doors.values()) > 10  # both doors came first at times
+
+
+async def test_a_decision_that_the_topic_has_shown_is_the_one_that_postgres_gets(
+    environ, servers, monkeypatch
+):
+    monkeypatch.setattr(pools, "QUERY_S", 1)
+    monkeypatch.setattr(claims, "_MARGIN_MS", 300)  # an outage is longer than any claim
+    async with world(environ | {"CERBERUS_PARTITIONS": "1"}) as here:
+        at = now_ms() - 1_000
+        async with running(one := here.consumer()):
+            await until(lambda: live(one, partitions=1), "all is caught up")
+            locked = await asyncpg.connect(here.config.database_url)
+            await locked.execute("BEGIN; LOCK TABLE transactions IN ACCESS EXCLUSIVE MODE")
+            await here.publish([(1000, payment(1, 1000, at), at)])
+            await until(lambda: "store" in one.problems, "the write is not acknowledged")
+            await asyncio.to_thread(servers.postgres.stop)
+            locked.terminate()
+            await asyncio.sleep(0.5)
+            await asyncio.to_thread(servers.postgres.start)
+            stored = await until(
+                lambda: here.offline.ledger.get(transactions.decision_id(1000, "t1", at)),
+                "the decision is stored",
+            )
+            await until(lambda: live(one, partitions=1) and not one.problems, "all is well")
+        [shown] = (await here.published()).values()
+    assert all(told == orjson.loads(orjson.dumps(stored.public())) for told in shown)
