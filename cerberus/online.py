@@ -194,20 +194,28 @@ class OnlineStore:
             )
         return rows
 
-    async def credit_scores(self, user_ids: Sequence[int], now_ms: int) -> dict[int, int | None]:
+    async def credit_scores(
+        self, user_ids: Sequence[int], now_ms: int
+    ) -> tuple[dict[int, int | None], bool]:
         """Read the credit scores of distinct users in one round trip; None where there is none.
+
+        Returns:
+            The scores, and whether they were loaded before and after: else one may be missing.
 
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.
         """
         pipe = self._client.pipeline(transaction=False)
+        pipe.get(MATERIALIZED)
         for user_id in user_ids:
             pipe.hmget(self._key(user_id), (self._credit, self._ts[CREDIT_VIEW]))
-        values = await pools.answers(pipe.execute())
-        return {
+        pipe.get(MATERIALIZED)
+        before, *values, after = await pools.answers(pipe.execute())
+        scores = {
             user_id: _readable(self._alive_credit, (None, None, *pair), now_ms)[0]
             for user_id, pair in zip(user_ids, values, strict=True)
         }
+        return scores, before is not None and after is not None
 
     async def write(
         self, rows: Sequence[StreamRow], trail: partition.Trail | None = None

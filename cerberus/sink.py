@@ -186,10 +186,20 @@ class Sink:
         rows = [seen.row for _, _, seen in new if seen.row is not None]
         if not rows:
             return []
-        scores = await self._online.credit_scores(sorted({r.user_id for r in rows}), now_ms)
+        scores, loaded = await self._online.credit_scores(
+            sorted({row.user_id for row in rows}), now_ms
+        )
+        lost = not loaded and await self._offline.has_served_scores()
         began_s = time.perf_counter()
         decided = self._model.decide(
-            [dataclasses.replace(r, credit_score=scores[r.user_id]) for r in rows]
+            [
+                dataclasses.replace(
+                    row,
+                    credit_score=scores[row.user_id],
+                    degraded=row.degraded + ("restoring",) * lost,
+                )
+                for row in rows
+            ]
         )
         latency_ms = {"model": round((time.perf_counter() - began_s) * 1000, 3)}
         return [

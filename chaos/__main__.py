@@ -40,9 +40,10 @@ def main() -> int:
         for name, value in os.environ.items()
         if name == "CERBERUS_STACK" or not name.startswith(_FOREIGN)
     }
-    # A run that was interrupted leaves servers behind; they are ended by what is written here.
     directory = DIRECTORY.absolute()
     try:
+        # A run that was interrupted leaves servers behind, and files that were cut on purpose.
+        stack.clean(directory)
         with stack.servers(directory, environ, durable=False) as servers:
             told = asyncio.run(_run(servers, environ, directory, plan))
     except errors.CerberusError as error:

@@ -32,7 +32,7 @@ def stamps(rig):
 
 
 def scores(rig, *user_ids):
-    return rig.online(lambda store: store.credit_scores(user_ids, NOW_MS))
+    return rig.online(lambda store: store.credit_scores(user_ids, NOW_MS))[0]
 
 
 def materialized_ms(rig):

@@ -237,6 +237,27 @@ async def test_rows_of_a_store_that_went_back_in_time_are_doubted_until_they_are
                 whole += len(counts) == len(USERS)
 
 
+async def test_until_lost_credit_scores_are_loaded_again_the_stream_s_decisions_say_so(here):
+    at = now_ms() - 5_000
+    await here.pool.execute(
+        "INSERT INTO credit_scores (user_id, event_timestamp, created_timestamp, credit_score) "
+        "VALUES (1000, now(), now(), 700)"
+    )
+    query = "SELECT transaction_id, degraded FROM decisions"
+    async with running(here.consumer()):
+        for i, loaded in enumerate((False, True)):
+            if loaded:
+                await here.redis.set(online.MATERIALIZED, now_ms())
+            await here.publish([(1000, payment(i, 1000, at + i), at + i)])
+
+            async def decided(count=i + 1):
+                rows = await here.pool.fetch(query)
+                return len(rows) == count and {r["transaction_id"]: r["degraded"] for r in rows}
+
+            found = await until(decided, "it is decided")
+    assert found == {"t0": ["restoring"], "t1": []}
+
+
 async def test_until_lost_credit_scores_are_loaded_again_the_answers_say_so(here):
     at = now_ms() - 5_000
     await here.publish([(u, payment(1, u, at), at) for u in USERS])
