@@ -9,7 +9,7 @@ from typing import Any
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from cerberus import kafka, offline, partition, settings, window
+from cerberus import kafka, offline, partition, settings, transactions, window
 
 _CALL_S = 10.0
 First = tuple[int, int] | None
@@ -191,7 +191,7 @@ class Resolver:
                 yield now_ms + self._spans.max_future_skew_ms, commit.count if once else 0
 
     async def _fresh(self, client: Any, log: _Log) -> partition.Partition:
-        spans, commit = self._spans, log.commit
+        spans, commit, now_ms = self._spans, log.commit, time.time_ns() // 1_000_000
         frontier_ms = commit.frontier_ms if commit else None
         committed = commit.offset if commit else 0
         start = await self._start(client, log)
@@ -200,8 +200,11 @@ class Resolver:
         gap = start == log.begin > 0 and not (seeds and committed >= log.begin)
         known_from_ms = 0
         if gap:
-            known_from_ms = -1 if log.end > log.begin else time.time_ns() // 1_000_000
-        return partition.Partition(
+            known_from_ms = -1 if log.end > log.begin else now_ms
+        imported_until_ms = await self._offline.imported_until(
+            self._topic, log.epoch, log.tp.partition, log.first[1] if log.first else now_ms
+        )
+        part = partition.Partition(
             log.tp.partition,
             spans,
             log.epoch,
@@ -211,8 +214,12 @@ class Resolver:
             known_from_ms=known_from_ms,
             moved=log.moved,
             seeded_until_ms=(frontier_ms or 0) if seeds else 0,
+            imported_until_ms=imported_until_ms,
             rebuilding=commit is None,
         )
+        # Those who have not paid since have no row yet.
+        part.restoring = 0 < imported_until_ms > (frontier_ms or 0) - spans.keep_ms
+        return part
 
     async def _start(self, client: Any, log: _Log) -> int:
         """Return the first offset that may matter to a window at the commit."""
@@ -225,6 +232,35 @@ class Resolver:
         async with asyncio.timeout(_CALL_S):
             found = (await client.offsets_for_times({log.tp: max(0, since_ms)}))[log.tp]
         return max(log.begin, min(commit.offset, found.offset) if found else commit.offset)
+
+
+async def seed(
+    store: offline.OfflineStore,
+    topic: str,
+    part: partition.Partition,
+    next_ms: int,
+    user_ids: Collection[int] | None = None,
+) -> None:
+    """Let what the log's replay does not reach take effect on a partition; of all users when None.
+
+    Args:
+        store: Knows it.
+        topic: Of the partition.
+        part: Whose windows.
+        next_ms: Event time of the next valid record.
+        user_ids: Whose events.
+
+    Raises:
+        StoreUnavailable: Postgres did not answer; seed again.
+    """
+    past: Collection[transactions.Transaction] = ()
+    imported: Collection[transactions.Transaction] = ()
+    after_ms = part.seed_after_ms(next_ms)
+    if part.seeds_log:
+        past = await store.seed(topic, part.origin, part.number, after_ms, user_ids)
+    if part.seeds_imported:
+        imported = await store.imported(after_ms, part.imported_until_ms, user_ids)
+    part.seed(user_ids or (), past, imported)
 
 
 async def first_records(

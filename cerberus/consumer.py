@@ -285,15 +285,12 @@ class Consumer:
         """Fetch what the users did before the replay's reach; False when no longer ours."""
         if not part.seeds:
             return True
-        users = part.unseeded(
-            {v.user_id for v in verdicts if isinstance(v, transactions.Transaction)}
-        )
+        valid = [v for v in verdicts if isinstance(v, transactions.Transaction)]
+        users = part.unseeded(v.user_id for v in valid)
 
         async def fetch() -> None:
-            past = await self._offline.seed(
-                self._topic, part.origin, part.number, part.seed_after_ms, users
-            )
-            part.seed(users, past)
+            next_ms = valid[0].event_ms
+            await assignment.seed(self._offline, self._topic, part, next_ms, users)
 
         return not users or await self._insist(fetch, generation, progress)
 

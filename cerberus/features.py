@@ -153,7 +153,8 @@ def pack(
 
     Cost: about 20 µs, and 100 µs above 256 events, however many there are.
     """
-    kept = user.columns(lower_ms)
+    # A log of old times may have what was imported far ahead; nobody reads the row as of then.
+    kept = user.columns(lower_ms, fence.as_of_ms + spans.keep_ms)
     edge = max(0, len(kept.times) - RECENT_EVENTS)
     events = np.empty(len(kept.times) - edge, _EVENT)
     if len(events):

@@ -195,10 +195,7 @@ class Liveness:
             if part.replaying or not (due or part.restoring):
                 continue
             if part.restoring and part.seeds:
-                past = await self._offline.seed(
-                    self._topic, part.origin, part.number, part.seed_after_ms
-                )
-                part.seed((), past)
+                await assignment.seed(self._offline, self._topic, part, part.imported_until_ms)
             part.restoring = await self._rows.write_rows(part, part.windows.users, beat)
         if due:
             self._resent_s = time.monotonic()

@@ -99,6 +99,8 @@ class Partition:
             partition then may have events in it.
         seeded_until_ms: Users may have events up to it, from before `begin`, which the log's
             replay does not reach; 0 when it reaches all.
+        imported_until_ms: Users may have events up to it that no log has told of; 0 when there are
+            none.
         rebuilding: Whether a new epoch is being read from the log's start.
 
     Attributes:
@@ -121,6 +123,7 @@ class Partition:
         known_from_ms: int = 0,
         moved: tuple[int, int] = (0, 0),
         seeded_until_ms: int = 0,
+        imported_until_ms: int = 0,
         rebuilding: bool = False,
     ) -> None:
         self.number = number
@@ -140,6 +143,8 @@ class Partition:
         self._strangers: set[int] = set()
         self._origin = features.Fence(epoch, begin, seeded_until_ms)
         self._seeded: set[int] = set()
+        self.imported_until_ms = imported_until_ms
+        self._imported: set[int] = set()
 
     @property
     def replaying(self) -> bool:
@@ -148,8 +153,9 @@ class Partition:
 
     @property
     def fence(self) -> features.Fence:
-        """Return the fence of the present prefix."""
-        return features.Fence(self.epoch, self.offset, self.windows.frontier_ms)
+        """Return the fence of the present prefix; an empty one is as of where the log begins."""
+        as_of_ms = self.windows.frontier_ms or self.imported_until_ms
+        return features.Fence(self.epoch, self.offset, as_of_ms)
 
     @property
     def origin(self) -> features.Fence:
@@ -157,15 +163,28 @@ class Partition:
         return self._origin
 
     @property
-    def seeds(self) -> bool:
-        """Whether events from before `origin` may still matter."""
+    def seeds_log(self) -> bool:
+        """Whether events of the log from before `origin` may still matter."""
         return 0 < self._origin.as_of_ms > self.windows.lower_ms
 
     @property
-    def seed_after_ms(self) -> int:
-        """Return the time before which no window needs what happened before `origin`."""
-        kept_ms = self._origin.as_of_ms - self.windows.spans.keep_ms
-        return max(self.windows.lower_ms, kept_ms)
+    def seeds_imported(self) -> bool:
+        """Whether events that were imported may still matter."""
+        return 0 < self.imported_until_ms > self.windows.lower_ms
+
+    @property
+    def seeds(self) -> bool:
+        """Whether events that the log's replay does not reach may still matter."""
+        return self.seeds_log or self.seeds_imported
+
+    def seed_after_ms(self, next_ms: int) -> int:
+        """Return the time before which no window needs what the replay does not reach.
+
+        Args:
+            next_ms: Event time of the next valid record, which is a bound where nothing was read.
+        """
+        since_ms = self._origin.as_of_ms or next_ms
+        return max(self.windows.lower_ms, since_ms - self.windows.spans.keep_ms)
 
     def at_home(self, user_id: int) -> bool:
         """Whether this is the partition of the user's records."""
@@ -180,13 +199,34 @@ class Partition:
         """Return which of the users may have events that only the store can tell of."""
         return set(user_ids) - self._seeded
 
-    def seed(self, user_ids: Iterable[int], past: Iterable[transactions.Transaction]) -> None:
-        """Take in what these users did before `origin`."""
+    def seed(
+        self,
+        user_ids: Iterable[int],
+        past: Iterable[transactions.Transaction],
+        imported: Iterable[transactions.Transaction] = (),
+    ) -> None:
+        """Take in what these users did before `origin`, and before any log."""
         for transaction in past:
             self.windows.seed(transaction)
             self._seeded.add(transaction.user_id)
             self._touch(transaction.user_id)
+        for transaction in imported:
+            if self.at_home(transaction.user_id):
+                if self.windows.seed(transaction) is window.Outcome.ACCEPTED:
+                    self._imported.add(transaction.id_hash64)
+                self._seeded.add(transaction.user_id)
+                self._touch(transaction.user_id)
         self._seeded.update(user_ids)
+
+    def _meet(self, transaction: transactions.Transaction) -> None:
+        """Make room for what the log tells: it stands where the same was imported."""
+        if not self._imported:
+            return
+        if not self.seeds_imported:
+            self._imported.clear()
+        elif (name := transaction.id_hash64) in self._imported:
+            self._imported.discard(name)
+            self.windows.withdraw(transaction)
 
     def _touch(self, user_id: int) -> None:
         if user_id not in self.touched:
@@ -199,6 +239,7 @@ class Partition:
         self.offset = offset + 1
         if isinstance(verdict, Rejected):
             return
+        self._meet(verdict)
         if self.windows.observe(verdict) is window.Outcome.ACCEPTED:
             self._touch(verdict.user_id)
 
@@ -213,6 +254,7 @@ class Partition:
     def accept(self, transaction: transactions.Transaction, offset: int) -> Observed:
         """Let the valid transaction at `offset` take effect."""
         self.offset = offset + 1
+        self._meet(transaction)
         rank = self.windows.rank(transaction.user_id, transaction.event_ms)
         outcome = self.windows.observe(transaction)
         row = None
@@ -251,7 +293,7 @@ class Partition:
         in the way of the home's.
         """
         windows, fence = self.windows, self.fence
-        lower_ms = max(windows.lower_ms, self.known_from_ms)
+        lower_ms = max(fence.as_of_ms - windows.spans.keep_ms, self.known_from_ms)
         for user_id in user_ids:
             if user_id in self._strangers:
                 continue

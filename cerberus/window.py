@@ -22,6 +22,7 @@ from cerberus import transactions
 _UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _SWEEP_MS = 1_000
 _COMPACT_AT = 64
+_FOR_EVER = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,18 @@ class UserWindow:
         stop = bisect_right(self.times, until_ms, start)
         return WindowStats(stop - start, self._total_before(stop) - self._total_before(start))
 
+    def remove(self, event_ms: int, id_hash: int) -> None:
+        """Take an event out again, if it is here. Cost: O(n)."""
+        ids, totals = self.ids, self.totals
+        start = bisect_left(self.times, event_ms, self._head)
+        stop = bisect_right(self.times, event_ms, start)
+        at = bisect_left(ids, id_hash, start, stop)
+        if at == stop or ids[at] != id_hash:
+            return
+        np.frombuffer(totals, dtype=np.int64)[at:] -= totals[at] - self._total_before(at)
+        for column in (self.times, totals, ids, self.merchants):
+            del column[at]
+
     def evict(self, until_ms: int) -> None:
         """Forget events at or before `until_ms`. Cost: amortised O(1) an event."""
         if self._head < len(self.times) and self.times[self._head] > until_ms:
@@ -181,18 +194,19 @@ class UserWindow:
                 del column[:head]
             self._head = 0
 
-    def columns(self, after_ms: int) -> "Columns":
-        """Return the events after `after_ms`, in order, without copying them.
+    def columns(self, after_ms: int, until_ms: int = _FOR_EVER) -> "Columns":
+        """Return the events of `(after_ms, until_ms]`, in order, without copying them.
 
         The columns look into the state: let go of them before the next insert.
         """
         first = bisect_right(self.times, after_ms, self._head)
+        end = bisect_right(self.times, until_ms, first)
         return Columns(
-            times=np.frombuffer(self.times, np.int64)[first:],
-            totals=np.frombuffer(self.totals, np.int64)[first:],
+            times=np.frombuffer(self.times, np.int64)[first:end],
+            totals=np.frombuffer(self.totals, np.int64)[first:end],
             before=self._total_before(first),
-            ids=np.frombuffer(self.ids, np.uint64)[first:],
-            merchants=np.frombuffer(self.merchants, np.uint32)[first:],
+            ids=np.frombuffer(self.ids, np.uint64)[first:end],
+            merchants=np.frombuffer(self.merchants, np.uint32)[first:end],
         )
 
 
@@ -256,10 +270,16 @@ class PartitionWindows:
             )
         )
 
-    def seed(self, transaction: transactions.Transaction) -> None:
+    def seed(self, transaction: transactions.Transaction) -> Outcome:
         """Put in a transaction from before where reading began; moves no frontier."""
-        if transaction.event_ms > self.lower_ms:
-            self._insert(transaction)
+        if transaction.event_ms <= self.lower_ms:
+            return Outcome.EXPIRED
+        return self._insert(transaction)
+
+    def withdraw(self, transaction: transactions.Transaction) -> None:
+        """Take a transaction out again, as if it had never come; moves no frontier."""
+        if (user := self._users.get(transaction.user_id)) is not None:
+            user.remove(transaction.event_ms, transaction.id_hash64)
 
     def stats(self, user_id: int, as_of_ms: int) -> tuple[WindowStats, ...]:
         """Summarise one user's transactions in `(as_of − span, as_of]`, one entry a span.
