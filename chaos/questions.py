@@ -232,8 +232,9 @@ async def kept(target: cluster.Cluster, asker: Asker) -> tuple[int, compare.Find
         body = answer.body
         name, fence = body["decision_id"], body["fence"]
         value = (*compare.shown(body["features"]), fence and fence["offset"])
-        later_s = [s - answer.received_s for s in answer.instance.killed_s]
-        killed_s = min((s for s in later_s if s >= 0), default=float("inf"))
+        # An answer that was on its way when its instance was killed is read after it.
+        later_s = [s - answer.received_s for s in answer.instance.killed_s if s >= answer.sent_s]
+        killed_s = min(later_s, default=float("inf"))
         killed = killed_s < KILL_S
         what = f"{name} by {answer.instance.name}, {killed_s:.1f} s before its kill"
         decision = stored.get(name)
