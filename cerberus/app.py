@@ -72,7 +72,7 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
             rules = labels.Rules(config.label_maturity_ms, config.friendly_fraud_is_fraud)
             history = offline.OfflineStore(pool, spans.names, rules)
             claimed = claims.Claims(config, redis, history.ledger)
-            kept = decision_log.DecisionLog(config, model, history)
+            kept = decision_log.DecisionLog(config, model, history, claimed)
             stack.push_async_callback(kept.close)
             consumed = consumer.Consumer(config, spans, model, store, history, claimed)
             labelled = label_consumer.LabelConsumer(config, history)

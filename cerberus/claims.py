@@ -24,6 +24,7 @@ _BUCKETS = 64
 # Longer than whoever judged a transaction young, or looked it up, may wait before it claims: else
 # the claim before could run out meanwhile. A write to Postgres has ended by then, too.
 _MARGIN_MS = 30_000
+_RENEWED = 50
 _WRITING_MS = 200
 _SURE = 2**62
 
@@ -167,11 +168,19 @@ class Claims:
         now_ms: int,
         looked_up: Collection[uuid.UUID],
         timeout_s: float = pools.CALL_S,
+        *,
+        brief: bool = False,
     ) -> list[decisions.Record | None]:
         """Return for each record, of a transaction each, the decision that stands.
 
-        In one round trip. A stream record that was looked up is claimed briefly: Postgres has it
-        soon, and a backlog's claims would fill Redis.
+        In one round trip.
+
+        Args:
+            records: Decided, not yet told to anyone.
+            now_ms: Wall clock.
+            looked_up: Names of those that Postgres did not know.
+            timeout_s: To wait for Redis.
+            brief: Whether Postgres will have those looked up soon.
 
         Returns:
             The record itself where it was first, else the earlier one; None where Redis cannot
@@ -183,7 +192,7 @@ class Claims:
         buckets: dict[int, list[decisions.Record]] = {}
         for record in records:
             buckets.setdefault(record.decision_id.int % _BUCKETS, []).append(record)
-        calls = [self._call(n, some, now_ms, looked_up) for n, some in buckets.items()]
+        calls = [self._call(n, some, now_ms, looked_up, brief) for n, some in buckets.items()]
         answers = await pools.evaluate(self._client, calls, timeout_s)
         standing: dict[uuid.UUID, decisions.Record | None] = {}
         for some, found in zip(buckets.values(), answers, strict=True):
@@ -201,22 +210,37 @@ class Claims:
     ) -> list[decisions.Record]:
         """Claim, looking up what Redis cannot vouch for, and return the decisions that stand.
 
+        For whoever stores them at once: what was looked up is claimed briefly, or a backlog's
+        claims would fill Redis.
+
         Raises:
             FeaturesUnavailable: Redis did not answer; settle again.
             StoreUnavailable: Postgres did not answer; settle again.
         """
-        found = await self.claim(records, now_ms, looked_up)
+        found = await self.claim(records, now_ms, looked_up, brief=True)
         unsure = [r for r, stands in zip(records, found, strict=True) if stands is None]
         if unsure:
             known = await self.look_up([r.transaction for r in unsure if r.transaction])
             names = {record.decision_id for record in unsure}
             left = [record for record in unsure if record.decision_id not in known]
-            claimed = await self.claim(left, now_ms, names)
+            claimed = await self.claim(left, now_ms, names, brief=True)
             known |= {r.decision_id: r for r in claimed if r is not None}
             found = [
                 stands or known[r.decision_id] for r, stands in zip(records, found, strict=True)
             ]
         return [stands for stands in found if stands is not None]
+
+    async def renew(self, records: Sequence[decisions.Record]) -> None:
+        """Let the claims of answers that Postgres does not have yet live on, and stand again.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer; renew again.
+        """
+        now_ms = time.time_ns() // 1_000_000
+        paid = [record for record in records if record.transaction is not None]
+        for at in range(0, len(paid), _RENEWED):
+            some = paid[at : at + _RENEWED]
+            await self.claim(some, now_ms, {record.decision_id for record in some})
 
     def _call(
         self,
@@ -224,15 +248,15 @@ class Claims:
         records: Sequence[decisions.Record],
         now_ms: int,
         looked_up: Collection[uuid.UUID],
+        brief: bool,
     ) -> pools.Call:
         keys = [_mark(self._config, bucket)]
         arguments: list[bytes | int | str] = [now_ms]
         for record in records:
             keys.append(key(self._config, record.decision_id))
             sure = record.decision_id in looked_up
-            brief = sure and record.door == decisions.STREAM
             arguments += (
-                _MARGIN_MS if brief else self._claim_ms + _MARGIN_MS,
+                _MARGIN_MS if sure and brief else self._claim_ms + _MARGIN_MS,
                 _SURE if sure else record.decision.row.as_of_ms - self._skew_ms,
                 record.pack(),
             )

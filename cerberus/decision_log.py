@@ -11,16 +11,28 @@ import collections
 import itertools
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
-from cerberus import decisions, errors, kafka, offline, scoring, settings, supervision, transactions
+from cerberus import (
+    claims,
+    decisions,
+    errors,
+    kafka,
+    offline,
+    scoring,
+    settings,
+    supervision,
+    transactions,
+)
 
 log = logging.getLogger(__name__)
 
-_BATCH, _CLOSE_S = 50, 5.0  # a batch holds up the loop for a millisecond or two
+_ROWS, _MESSAGES = 50, 500  # rows hold up the loop while they are laid out: half a millisecond
+_RETRY_S, _CLOSE_S = 1.0, 5.0
 
 
 class _Buffer:
@@ -29,14 +41,19 @@ class _Buffer:
     def __init__(
         self,
         most: int,
+        batch: int,
         prepare: Callable[[], Awaitable[Any]],
         store: Callable[[Sequence[decisions.Record]], Awaitable[None]],
     ) -> None:
         self._most = most
+        self._batch = batch
         self._prepare = prepare
         self._store = store
         self._ready = False
-        self._records: collections.deque[tuple[float, decisions.Record]] = collections.deque()
+        # By name: what is asked again while it waits is there already.
+        self._records: collections.OrderedDict[uuid.UUID, tuple[float, decisions.Record]] = (
+            collections.OrderedDict()
+        )
         self.dropped = 0
         self.problem: str | None = None
 
@@ -44,10 +61,17 @@ class _Buffer:
         return len(self._records)
 
     def put(self, record: decisions.Record) -> None:
+        if record.decision_id in self._records:
+            return
         if len(self._records) >= self._most:
             self.dropped += 1
         else:
-            self._records.append((time.monotonic(), record))
+            self._records[record.decision_id] = time.monotonic(), record
+
+    def older(self, age_s: float) -> list[decisions.Record]:
+        until_s = time.monotonic() - age_s
+        waiting = itertools.takewhile(lambda each: each[0] <= until_s, self._records.values())
+        return [record for _, record in waiting]
 
     async def flush(self) -> None:
         """Store all that waits; what is not acknowledged keeps waiting, and `problem` says why."""
@@ -56,10 +80,10 @@ class _Buffer:
                 await self._prepare()
                 self._ready = True
             while self._records:
-                batch = [record for _, record in itertools.islice(self._records, _BATCH)]
-                await self._store(batch)
-                for _ in batch:
-                    self._records.popleft()
+                waiting = itertools.islice(self._records.values(), self._batch)
+                await self._store(batch := [record for _, record in waiting])
+                for record in batch:
+                    del self._records[record.decision_id]
         except (errors.StoreUnavailable, errors.ConfigError) as error:
             if self.problem is None:
                 log.warning("decisions wait: %s", error, extra={"action": "decisions_wait"})
@@ -69,7 +93,9 @@ class _Buffer:
             self.problem = None
 
     def report(self) -> dict[str, Any]:
-        oldest_s = time.monotonic() - self._records[0][0] if self._records else 0.0
+        oldest_s = 0.0
+        if self._records:
+            oldest_s = time.monotonic() - next(iter(self._records.values()))[0]
         return {
             "waiting": len(self._records),
             "oldest_s": round(oldest_s, 1),
@@ -85,18 +111,26 @@ class DecisionLog:
         config: Settings.
         model: Kept beside the decisions that it takes.
         history: Postgres' side; its tables, and the topics, are made where they are missing.
+        claimed: Keeps the claims of what Postgres does not have yet.
     """
 
     def __init__(
-        self, config: settings.Settings, model: scoring.Model, history: offline.OfflineStore
+        self,
+        config: settings.Settings,
+        model: scoring.Model,
+        history: offline.OfflineStore,
+        claimed: claims.Claims,
     ) -> None:
         self._config = config
         self._model = model
         self._offline = history
+        self._claims = claimed
         self._publisher = kafka.Publisher(config)
         self._buffers = {
-            "postgres": _Buffer(config.decision_buffer, self._register, history.ledger.write),
-            "kafka": _Buffer(config.decision_buffer, self._create, self._publish),
+            "postgres": _Buffer(
+                config.decision_buffer, _ROWS, self._register, history.ledger.write
+            ),
+            "kafka": _Buffer(config.decision_buffer, _MESSAGES, self._create, self._publish),
         }
 
     def put(self, record: decisions.Record) -> None:
@@ -113,12 +147,25 @@ class DecisionLog:
         async with asyncio.TaskGroup() as group:
             for buffer in self._buffers.values():
                 group.create_task(self._empty(buffer, progress))
+            group.create_task(self._renew(self._buffers["postgres"], progress))
 
     async def _empty(self, buffer: _Buffer, progress: supervision.Progress) -> None:
         while not progress.stopping.is_set():
             await progress.wait(self._config.decision_flush_ms / 1000)
             await buffer.flush()
             progress.beat()
+
+    async def _renew(self, buffer: _Buffer, progress: supervision.Progress) -> None:
+        """Keep the claims of what waits for long: neither Redis nor Postgres would know of it."""
+        pause_s = self._config.claim_ms / 3000
+        wait_s = pause_s
+        while not progress.stopping.is_set():
+            await progress.wait(wait_s)
+            wait_s = pause_s
+            try:
+                await self._claims.renew(buffer.older(pause_s))
+            except errors.FeaturesUnavailable:
+                wait_s = _RETRY_S
 
     async def close(self) -> None:
         """Store what is left, within 5 s, and let go of Kafka."""
@@ -146,7 +193,7 @@ class DecisionLog:
         await kafka.create_topics(self._config)
 
     async def _publish(self, batch: Sequence[decisions.Record]) -> None:
-        await self._publisher.publish([message(self._config, record) for record in batch])
+        await self._publisher.publish(message(self._config, record) for record in batch)
 
 
 def message(config: settings.Settings, record: decisions.Record) -> kafka.Message:

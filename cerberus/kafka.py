@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import aiokafka
@@ -24,6 +24,7 @@ METADATA_MS = 1_000
 _TOPIC_EXISTS = 36
 _CALL_S = 15.0
 _PAUSE_S = 0.1
+_SENT_AT_ONCE = 10
 _DEAD_LETTER_BYTES = 900_000
 _stopping: set["asyncio.Task[None]"] = set()
 
@@ -227,35 +228,40 @@ class Publisher:
         self._config = config
         self._producer: Any = None
 
-    async def publish(self, messages: Sequence[Message]) -> None:
+    async def publish(self, messages: Iterable[Message]) -> None:
         """Send messages in order and wait until all are acknowledged, at most 15 s.
+
+        They are taken one by one, and the loop is given up between some.
 
         Raises:
             StoreUnavailable: Not all were.
         """
-        if not messages:
-            return
         try:
             async with asyncio.timeout(_CALL_S):
-                if self._producer is None:
-                    client = producer(self._config)
-                    await client.start()
-                    self._producer = client
-                sent = [
-                    await self._producer.send(
-                        m.topic,
-                        m.value,
-                        key=m.key,
-                        headers=m.headers,
-                        timestamp_ms=m.timestamp_ms,
-                    )
-                    for m in messages
-                ]
+                sent = []
+                for number, message in enumerate(messages):
+                    if number % _SENT_AT_ONCE == 0:
+                        await asyncio.sleep(0)  # `send` itself waits only when its buffer is full
+                    sent.append(await self._send(message))
                 await asyncio.gather(*sent)
         except (TimeoutError, OSError, KafkaError) as error:
             # Or what it still holds would come between the records of the next attempt.
             await self.close()
             raise errors.StoreUnavailable(f"Kafka took no records: {error!r}") from error
+
+    async def _send(self, message: Message) -> "asyncio.Future[Any]":
+        if self._producer is None:
+            client = producer(self._config)
+            await client.start()
+            self._producer = client
+        acknowledged: asyncio.Future[Any] = await self._producer.send(
+            message.topic,
+            message.value,
+            key=message.key,
+            headers=message.headers,
+            timestamp_ms=message.timestamp_ms,
+        )
+        return acknowledged
 
     async def close(self) -> None:
         """Stop the producer, within 5 s."""

@@ -83,7 +83,7 @@ class Served:
             self.history,
             self.supervisor,
             claimed=self.claimed,
-            kept=decision_log.DecisionLog(self.config, self.model, self.history),
+            kept=decision_log.DecisionLog(self.config, self.model, self.history, self.claimed),
             probes=probes or {},
             consumed=consumed,
             labelled=labelled,

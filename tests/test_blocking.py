@@ -28,11 +28,13 @@ async def test_no_part_makes_a_blocking_call_in_the_loop(environ):
                 function.can_block_in("prometheus_client/process_collector.py", "collect")
             with pytest.raises(BlockingError):
                 time.sleep(0.01)  # noqa: ASYNC251 - the watch is awake
+            claimed = claims.Claims(here.config, here.redis, here.offline.ledger)
+            kept = decision_log.DecisionLog(here.config, here.model, here.offline, claimed)
             async with (
                 running(one := here.consumer()),
                 running(payer := producer.Producer(here.config, here.offline)),
                 running(materializer.Materializer(here.config, here.online, here.offline)),
-                running(kept := decision_log.DecisionLog(here.config, here.model, here.offline)),
+                running(kept),
             ):
                 await until(lambda: payer.sent > 100, "payments are made")
                 at = now_ms()
@@ -48,7 +50,7 @@ async def test_no_part_makes_a_blocking_call_in_the_loop(environ):
                     here.online,
                     here.offline,
                     supervision.Supervisor(lambda reason: None),
-                    claimed=claims.Claims(here.config, here.redis, here.offline.ledger),
+                    claimed=claimed,
                     kept=kept,
                     probes={"postgres": here.offline.check},
                     consumed=one,

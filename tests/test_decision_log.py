@@ -15,7 +15,7 @@ from records import decided
 from served import Served
 from service import service
 
-from cerberus import decision_log, offline, pools, settings
+from cerberus import claims, decision_log, decisions, offline, pools, settings
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 QUIET = {"CERBERUS_RATE": "0", "CERBERUS_PARTITIONS": "1", "CERBERUS_SESSION_TIMEOUT_S": "6"}
@@ -29,7 +29,8 @@ async def here(environ):
 
 def log_of(here, **changes):
     config = dataclasses.replace(here.config, **changes)
-    return decision_log.DecisionLog(config, here.model, here.offline)
+    claimed = claims.Claims(config, here.redis, here.offline.ledger)
+    return decision_log.DecisionLog(config, here.model, here.offline, claimed)
 
 
 def some(count, first=0):
@@ -87,6 +88,16 @@ async def test_a_full_buffer_takes_no_more_and_counts_what_it_did_not_take(here)
     await log.close()
 
 
+async def test_what_is_asked_again_while_it_waits_takes_no_more_room(here):
+    log = log_of(here, decision_buffer=2)
+    records = some(2)
+    for record in records * 3:
+        log.put(record)
+    assert [(told["waiting"], told["dropped"]) for told in log.report().values()] == [(2, 0)] * 2
+    await log.close()
+    await assert_both_have(here, records)
+
+
 async def test_a_full_buffer_is_shown_and_no_reply_waits_for_it(environ):
     away = {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x", "KAFKA_BROKER": "127.0.0.1:1"}
     served = Served(environ | away, decision_buffer=3)
@@ -137,6 +148,30 @@ async def test_while_postgres_is_away_decisions_wait_and_kafka_has_them(here, se
     await assert_both_have(here, records)
 
 
+async def test_while_postgres_is_away_the_claims_of_what_waits_do_not_run_out(here, servers):
+    first, second = some(2)
+    records = [first, dataclasses.replace(second, door=decisions.STREAM)]
+    names = [claims.key(here.config, record.decision_id) for record in records]
+    await asyncio.to_thread(servers.postgres.stop)
+    try:
+        async with running(log := log_of(here, claim_ms=3_000)):
+            for record in records:
+                log.put(record)
+            for _ in range(2):
+
+                async def alive():
+                    return all([await here.redis.pttl(name) > 30_000 for name in names])
+
+                await until(alive, "the claims have all their life")
+                for name, record in zip(names, records, strict=True):
+                    assert decisions.unpack(await here.redis.get(name)) == record
+                    await here.redis.pexpire(name, 2_000)
+    finally:
+        await asyncio.to_thread(servers.postgres.start)
+    await log.close()
+    await assert_both_have(here, records)
+
+
 async def test_while_kafka_is_away_decisions_wait_and_postgres_has_them(here, servers):
     records = some(40)
     async with running(log := log_of(here)):
@@ -159,9 +194,9 @@ async def test_what_cannot_be_stored_at_the_end_is_told_within_bounds(environ, c
     away = {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x"}
     async with world(environ | QUIET) as here, asyncio.timeout(20):
         async with pools.connect_postgres(settings.load(environ | away)) as pool:
-            log = decision_log.DecisionLog(
-                here.config, here.model, offline.OfflineStore(pool, here.config.spans)
-            )
+            store = offline.OfflineStore(pool, here.config.spans)
+            claimed = claims.Claims(here.config, here.redis, store.ledger)
+            log = decision_log.DecisionLog(here.config, here.model, store, claimed)
             for record in some(3):
                 log.put(record)
             await log.close()

@@ -18,7 +18,8 @@ class Service:
 
     def __init__(self, here):
         self.ahead_ms = 0
-        self.log = decision_log.DecisionLog(here.config, here.model, here.offline)
+        claimed = claims.Claims(here.config, here.redis, here.offline.ledger)
+        self.log = decision_log.DecisionLog(here.config, here.model, here.offline, claimed)
         self.app = routes.build()
         self.app.state.parts = routes.assemble(
             here.config,
@@ -27,7 +28,7 @@ class Service:
             here.online,
             here.offline,
             supervision.Supervisor(lambda reason: None),
-            claimed=claims.Claims(here.config, here.redis, here.offline.ledger),
+            claimed=claimed,
             kept=self.log,
             probes={},
             clock=lambda: now_ms() + self.ahead_ms,
