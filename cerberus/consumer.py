@@ -8,7 +8,6 @@ idempotent, so a crash or a rebalance at any point ends in the same values.
 import asyncio
 import collections
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,18 +34,14 @@ from cerberus import (
     sink,
     supervision,
     transactions,
+    upstream,
     window,
 )
 
 log = logging.getLogger(__name__)
 
 _POLL_MS, _POLL_RECORDS, _CHUNK_RECORDS = 200, 1000, 100
-_BREAK_RECORDS, _BREAK_S = 200, 60.0
 _COMMIT_S, _RETRY_MS, _PAUSE_S = 5.0, 500, 1.0
-_SPLIT = (
-    "records of one user are in several partitions: key every record with user_id as ASCII digits "
-    "and the default (murmur2) partitioner; where partitions were added it passes by itself"
-)
 
 
 class Consumer:
@@ -90,8 +85,7 @@ class Consumer:
         self._parts: dict[aiokafka.TopicPartition, partition.Partition] = {}
         self._parked: dict[aiokafka.TopicPartition, partition.Partition] = {}
         self._committed: dict[aiokafka.TopicPartition, int] = {}
-        self._judged: collections.deque[tuple[float, int, int]] = collections.deque()
-        self._split_s = 0.0
+        self._upstream = upstream.Upstream(config.max_rejected_share, spans.longest_ms)
         self.problems: dict[str, str] = {}
         self.counts: collections.Counter[str] = collections.Counter()
 
@@ -111,7 +105,7 @@ class Consumer:
         """Consume until told to stop; a new client is built at each call."""
         for held in (self._parts, self._parked, self._fresh):
             held.clear()
-        self._judged.clear()
+        self._upstream.forget()
         try:
             if not await self._connect(progress):
                 return
@@ -165,7 +159,11 @@ class Consumer:
             progress.beat()
             return
         batch = await self._observe(polled, generation, progress)
-        if batch is None or self._schema_broken(batch):
+        if batch is None:
+            return
+        if broken := self._upstream.breaks_schema(batch):
+            self._trouble("schema", broken)
+            self._hold(self._client.assignment())
             return
         touched = [part for part in self._parts.values() if part.touched and not part.replaying]
 
@@ -272,8 +270,7 @@ class Consumer:
             self.counts[seen.outcome.value] += 1
             if not part.at_home(verdict.user_id):
                 self.counts["split_user"] += 1
-                self._split_s = time.monotonic()
-                self._trouble("split_user", _SPLIT)
+                self._trouble("split_user", self._upstream.split())
 
     async def _seed(
         self,
@@ -322,26 +319,6 @@ class Consumer:
             progress.beat()
         return False
 
-    def _schema_broken(self, batch: sink.Batch) -> bool:
-        """Stop consuming when so much is refused that the writer, not a record, is at fault."""
-        now_s, rejected = time.monotonic(), len(batch.rejected)
-        if rejected or batch.observed:
-            self._judged.append((now_s, rejected + len(batch.observed), rejected))
-        while self._judged and self._judged[0][0] < now_s - _BREAK_S:
-            self._judged.popleft()
-        seen = sum(entry[1] for entry in self._judged)
-        refused = sum(entry[2] for entry in self._judged)
-        if seen < _BREAK_RECORDS or refused <= seen * self._config.max_rejected_share:
-            return False
-        self._trouble(
-            "schema",
-            f"{refused} of {seen} records in a minute were refused, the last because "
-            f"{batch.rejected[-1][1] if rejected else 'of its form'}: consuming has stopped; mend "
-            "the topic's writer, then restart with CERBERUS_MAX_REJECTED_SHARE=1 to set them aside",
-        )
-        self._hold(self._client.assignment())
-        return True
-
     async def _commit(self, generation: int) -> None:
         due = {
             tp: (part.offset, self._resolver.metadata(tp, part))
@@ -367,7 +344,7 @@ class Consumer:
         """Say who is live; what hinders that does not hinder consuming."""
         if not self._liveness.look(self._client, self._parts, progress, now=now):
             return
-        if time.monotonic() - self._split_s > self._spans.longest_ms / 1000:
+        if not self._upstream.splits():
             self.problems.pop("split_user", None)
         if generation != self._generation:
             return
