@@ -12,12 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import aiokafka
-from aiokafka.errors import (
-    IllegalStateError,
-    KafkaConnectionError,
-    KafkaError,
-    OffsetOutOfRangeError,
-)
+from aiokafka.errors import KafkaConnectionError, KafkaError, OffsetOutOfRangeError
 
 from cerberus import (
     assignment,
@@ -41,7 +36,7 @@ from cerberus import (
 log = logging.getLogger(__name__)
 
 _POLL_MS, _POLL_RECORDS, _CHUNK_RECORDS = 200, 1000, 100
-_COMMIT_S, _RETRY_MS, _PAUSE_S = 5.0, 500, 1.0
+_RETRY_MS, _PAUSE_S = 500, 1.0
 
 
 class Consumer:
@@ -329,14 +324,8 @@ class Consumer:
         }
         if not due or generation != self._generation:
             return
-        try:
-            async with asyncio.timeout(_COMMIT_S):
-                await self._client.commit(due)
-        except (TimeoutError, KafkaError, IllegalStateError) as error:
-            # Nothing is lost: what was stored is stored again, to the same values.
-            log.warning("commit failed: %r", error, extra={"action": "commit_failed"})
-            return
-        if generation == self._generation:
+        taken = await kafka.commit(self._client, due, "commit_failed")
+        if taken and generation == self._generation:
             for tp, (offset, _) in due.items():
                 self._committed[tp] = self._parts[tp].commit = offset
 

@@ -10,7 +10,7 @@ import aiokafka
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
+from aiokafka.errors import GroupCoordinatorNotAvailableError, IllegalStateError, KafkaError
 
 from cerberus import errors, settings
 
@@ -22,7 +22,7 @@ GROUP, LABEL_GROUP = "cerberus", "cerberus-labels"
 METADATA_MS = 1_000
 """How long a new partition, or a topic that was made anew, may go unnoticed."""
 _TOPIC_EXISTS = 36
-_CALL_S = 15.0
+_CALL_S, _COMMIT_S = 15.0, 5.0
 _PAUSE_S = 0.1
 _SENT_AT_ONCE = 10
 _DEAD_LETTER_BYTES = 900_000
@@ -170,6 +170,20 @@ def consumer(
     )
     _pause_between_questions(client._client)
     return client
+
+
+async def commit(client: Any, due: Mapping[aiokafka.TopicPartition, Any], action: str) -> bool:
+    """Commit offsets, or say within 5 s, as `action`, that the brokers did not take them.
+
+    Nothing is lost then: what was stored is read and stored again, to the same values.
+    """
+    try:
+        async with asyncio.timeout(_COMMIT_S):
+            await client.commit(due)
+    except (TimeoutError, KafkaError, IllegalStateError) as error:
+        log.warning("commit failed: %r", error, extra={"action": action})
+        return False
+    return True
 
 
 def producer(config: settings.Settings, linger_ms: int = 5) -> "aiokafka.AIOKafkaProducer":

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import aiokafka
-from aiokafka.errors import IllegalStateError, KafkaError
+from aiokafka.errors import KafkaError
 
 from cerberus import errors, kafka, labels, offline, settings, supervision
 
 log = logging.getLogger(__name__)
 
 _POLL_MS, _POLL_RECORDS, _CHUNK_RECORDS = 500, 1000, 100
-_START_S, _COMMIT_S, _RETRY_S = 60.0, 5.0, 2.0
+_START_S, _RETRY_S = 60.0, 2.0
 
 
 def _now_ms() -> int:
@@ -98,11 +98,5 @@ class LabelConsumer:
 
     async def _commit(self, client: Any, stored: dict[aiokafka.TopicPartition, int]) -> None:
         due = {tp: offset for tp, offset in stored.items() if tp in client.assignment()}
-        if not due:
-            return
-        try:
-            async with asyncio.timeout(_COMMIT_S):
-                await client.commit(due)
-        except (TimeoutError, KafkaError, IllegalStateError) as error:
-            # What was stored is read again, and known.
-            log.warning("commit failed: %r", error, extra={"action": "label_commit_failed"})
+        if due:
+            await kafka.commit(client, due, "label_commit_failed")
