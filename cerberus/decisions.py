@@ -1,7 +1,7 @@
 """A decision with all that it was taken from: claimed, stored, published, shown, and repeatable."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +90,7 @@ class Record:
             "prediction": decision.prediction,
             "probability": decision.probability,
             "score": decision.score,
-            "features": features.public(row, self.spans),
+            "features": show_features(row, self.spans),
             "degraded": row.degraded,
             "approximate": row.approximate,
             "fence": fence(row.fence, self.partition),
@@ -141,6 +141,36 @@ def unpack(value: bytes) -> Record:
 def fence(prefix: features.Fence | None, partition: int | None) -> dict[str, int | None] | None:
     """Show which prefix of which partition's log values describe; None without a row."""
     return prefix and {"epoch": prefix.epoch, "offset": prefix.offset, "partition": partition}
+
+
+def show_features(row: features.FeatureRow, spans: Sequence[str]) -> dict[str, Any]:
+    """Name the values as the API shows them; null where they could not be had."""
+    shown: dict[str, Any] = {}
+    for i, span in enumerate(spans):
+        stats = row.stats[i] if row.stats is not None else None
+        shown[f"txn_count_{span}"] = stats.count if stats else None
+        shown[f"total_amount_{span}"] = stats.total_minor / 100 if stats else None
+    shown["credit_score"] = row.credit_score
+    return shown
+
+
+def read_features(
+    shown: Mapping[str, Any],
+) -> tuple[tuple[str, ...], tuple[window.WindowStats, ...] | None, int | None]:
+    """Read what `show_features` showed.
+
+    Returns:
+        The names of the windows, increasing; their stats; the credit score.
+    """
+    names = [name[len("txn_count_") :] for name in shown if name.startswith("txn_count_")]
+    spans = tuple(sorted(names, key=lambda name: window.Spans((name,)).longest_ms))
+    stats = None
+    if all(shown[f"txn_count_{span}"] is not None for span in spans):
+        stats = tuple(
+            window.WindowStats(shown[f"txn_count_{s}"], round(shown[f"total_amount_{s}"] * 100))
+            for s in spans
+        )
+    return spans, stats, shown["credit_score"]
 
 
 def of_transaction(transaction: transactions.Transaction) -> uuid.UUID:

@@ -6,9 +6,9 @@ stream has counted it. A silent user's count falls to zero by itself.
 """
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -372,33 +372,3 @@ def matrix(rows: Sequence[FeatureRow], spans: Sequence[str]) -> npt.NDArray[np.f
         for row in rows
     ]
     return np.array(table, dtype=np.float32).reshape(len(rows), len(spans) * 2 + 2)
-
-
-def public(row: FeatureRow, spans: Sequence[str]) -> dict[str, Any]:
-    """Name the values as the API shows them; null where they could not be had."""
-    shown: dict[str, Any] = {}
-    for i, span in enumerate(spans):
-        stats = row.stats[i] if row.stats is not None else None
-        shown[f"txn_count_{span}"] = stats.count if stats else None
-        shown[f"total_amount_{span}"] = stats.total_minor / 100 if stats else None
-    shown["credit_score"] = row.credit_score
-    return shown
-
-
-def read_public(
-    shown: Mapping[str, Any],
-) -> tuple[tuple[str, ...], tuple[window.WindowStats, ...] | None, int | None]:
-    """Read what `public` showed.
-
-    Returns:
-        The names of the windows, increasing; their stats; the credit score.
-    """
-    names = [name[len("txn_count_") :] for name in shown if name.startswith("txn_count_")]
-    spans = tuple(sorted(names, key=lambda name: window.Spans((name,)).longest_ms))
-    stats = None
-    if all(shown[f"txn_count_{span}"] is not None for span in spans):
-        stats = tuple(
-            window.WindowStats(shown[f"txn_count_{s}"], round(shown[f"total_amount_{s}"] * 100))
-            for s in spans
-        )
-    return spans, stats, shown["credit_score"]

@@ -152,7 +152,7 @@ def _row(record: decisions.Record) -> tuple[Any, ...]:
         row.amount_minor,
         *paid,
         record.door,
-        orjson.dumps(features.public(row, record.spans)).decode(),
+        orjson.dumps(decisions.show_features(row, record.spans)).decode(),
         ",".join(row.degraded),
         row.approximate,
         decision.score,
@@ -170,7 +170,7 @@ def _row(record: decisions.Record) -> tuple[Any, ...]:
 
 
 def _record(row: Mapping[str, Any]) -> decisions.Record:
-    spans, stats, credit_score = features.read_public(orjson.loads(row["features"]))
+    spans, stats, credit_score = decisions.read_features(orjson.loads(row["features"]))
     prefix = None
     if row["fence_epoch"] is not None:
         prefix = features.Fence(row["fence_epoch"], row["fence_offset"], row["fence_as_of_ms"])

@@ -114,7 +114,7 @@ class Lookups:
         return {
             "user_id": number,
             "as_of": transactions.format_ms(now_ms),
-            "features": features.public(row, self._spans.names),
+            "features": decisions.show_features(row, self._spans.names),
             "degraded": row.degraded,
             "approximate": row.approximate,
             "partition": found.partition,

@@ -332,7 +332,7 @@ def public(prediction: Prediction, total_ms: float) -> dict[str, Any]:
         "decision": decision.action,
         "decision_id": str(record.decision_id),
         "replayed": prediction.replayed,
-        "features": features.public(row, record.spans),
+        "features": decisions.show_features(row, record.spans),
         "latency_stats": {
             "feature_retrieval_ms": round(prediction.retrieval_ms, 3),
             "total_latency_ms": round(total_ms, 3),

@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from records import SPANS, bits, paid, records, rows
 
-from cerberus import decisions, features, offline, pools, scoring, settings
+from cerberus import decisions, offline, pools, scoring, settings
 
 MODEL = scoring.Model.load(settings.MODEL_PATH, ("10m",))
 one_window = records(decide=MODEL.decide, spans=("10m",))
@@ -29,8 +29,8 @@ def test_a_claim_s_bytes_read_back_as_the_same_record(record):
 def test_what_a_record_shows_names_it_and_holds_what_was_served(record):
     shown, row = record.public(), record.decision.row
     assert uuid.UUID(shown["decision_id"]) == record.decision_id
-    assert shown["features"] == features.public(row, record.spans)
-    spans, stats, credit_score = features.read_public(shown["features"])
+    assert shown["features"] == decisions.show_features(row, record.spans)
+    spans, stats, credit_score = decisions.read_features(shown["features"])
     assert (spans, stats, credit_score) == (record.spans, row.stats, row.credit_score)
     assert (shown["fence"] is None) == (row.fence is None)
     assert shown["degraded"] == row.degraded
