@@ -1,4 +1,4 @@
-"""The HTTP side: routes, who passes the gate, and how errors are told (RFC 9457)."""
+"""The HTTP side: routes, and who passes the gate."""
 
 import asyncio
 import time
@@ -8,9 +8,8 @@ from typing import Any
 
 import orjson
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
@@ -28,6 +27,7 @@ from cerberus import (
     offline,
     online,
     openapi,
+    problems,
     scoring,
     security,
     serving,
@@ -49,35 +49,6 @@ _OF_API = (
     "/docs",
 )
 _ROUTES = frozenset((*_OF_API, _ALIVE, _HEALTH, "/metrics"))
-_CODES: Mapping[type[Exception], str] = {
-    errors.InvalidTransaction: "invalid",
-    errors.Unauthorized: "unauthorized",
-    security.Forbidden: "forbidden",
-    errors.Overloaded: "overloaded",
-    errors.FeaturesUnavailable: "features_unavailable",
-    errors.DecisionsUnavailable: "decisions_unavailable",
-    errors.StoreUnavailable: "decisions_unavailable",
-    errors.ConfigError: "decisions_unavailable",
-    errors.Conflict: "conflict",
-    errors.UnknownDecision: "unknown_decision",
-}
-_HIDDEN: Mapping[type[Exception], Exception] = {
-    # What the servers said is for the log and for /health.
-    errors.FeaturesUnavailable: errors.FeaturesUnavailable(),
-    errors.StoreUnavailable: errors.DecisionsUnavailable("Postgres does not answer; try again."),
-    errors.ConfigError: errors.DecisionsUnavailable("Postgres refuses this process."),
-}
-_AGAIN = (
-    "overloaded",
-    "features_unavailable",
-    "decisions_unavailable",
-    "labels_unavailable",
-    "starting",
-)
-_HEADERS = {
-    "unauthorized": {"WWW-Authenticate": "Bearer"},
-    **{code: {"Retry-After": "1"} for code in _AGAIN},
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,63 +161,12 @@ def build(lifespan: Lifespan[Starlette] | None = None) -> Starlette:
             Route("/docs", page),
         ],
         middleware=[Middleware(_Gate)],
-        exception_handlers={
-            errors.CerberusError: _refuse,
-            HTTPException: _refuse_route,
-            ClientDisconnect: _refuse_rest,
-            Exception: _fault,
-        },
+        exception_handlers=problems.HANDLERS,
         lifespan=lifespan,
     )
     built.router.redirect_slashes = False
     built.state.parts = None
     return built
-
-
-class _Refusal(errors.CerberusError):
-    """A request that the HTTP side itself refuses, by the code of the problem."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
-
-
-def _problem(code: str, detail: str, field: str | None = None) -> Response:
-    return Response(
-        orjson.dumps(openapi.problem(code, detail, field)),
-        status_code=openapi.PROBLEMS[code].status,
-        headers=_HEADERS.get(code),
-        media_type=openapi.PROBLEM_TYPE,
-    )
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    if isinstance(error, _Refusal):
-        return _problem(error.code, str(error))
-    if isinstance(error, errors.InvalidTransaction):
-        return _problem("invalid", error.reason, error.field)
-    if (code := _CODES.get(type(error))) is None:
-        raise error
-    field = error.field if isinstance(error, errors.Conflict) else None
-    return _problem(code, str(_HIDDEN.get(type(error), error)), field)
-
-
-async def _refuse_route(request: Request, error: Exception) -> Response:
-    known = {404: "not_found", 405: "method_not_allowed"}
-    if not isinstance(error, HTTPException) or error.status_code not in known:
-        raise error
-    detail = f"{request.method} {request.url.path} is not served here."
-    response = _problem(known[error.status_code], detail)
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _refuse_rest(request: Request, error: Exception) -> Response:
-    return _problem("not_json", "The connection ended before the body was complete.")
-
-
-async def _fault(request: Request, error: Exception) -> Response:
-    return _problem("internal", "Something failed here; the log of this process has the cause.")
 
 
 class _Gate:
@@ -274,7 +194,7 @@ class _Gate:
             try:
                 _admit(parts, scope)
             except errors.CerberusError as error:
-                refusal = await _refuse(Request(scope), error)
+                refusal = await problems.refuse(Request(scope), error)
                 await refusal(scope, receive, note)
             else:
                 await self._app(scope, receive, note)
@@ -289,10 +209,10 @@ def _admit(parts: Parts | None, scope: Scope) -> None:
     if path == _ALIVE or (parts is None and path == _HEALTH):
         return
     if parts is None:
-        raise _Refusal("starting", "The process does not serve yet; try again in a second.")
+        raise problems.Refusal("starting", "The process does not serve yet; try again in a second.")
     parts.guard.check(scope)
     if path.startswith(_OF_API) and "api" not in parts.config.tasks:
-        raise _Refusal(
+        raise problems.Refusal(
             "api_disabled", "CERBERUS_TASKS of this process does not name api; ask another."
         )
 
@@ -339,7 +259,7 @@ async def take_labels(request: Request) -> Response:
     try:
         return _json(await parts.history.labels.answer(told, now_ms))
     except errors.StoreUnavailable as error:
-        raise _Refusal(
+        raise problems.Refusal(
             "labels_unavailable", "Labels cannot be stored now; send all again."
         ) from error
 
@@ -356,9 +276,9 @@ async def _document(
     try:
         asked = orjson.loads(await _body(request, most_bytes))
     except orjson.JSONDecodeError as error:
-        raise _Refusal("not_json", f"The body is not JSON: {error}.") from error
+        raise problems.Refusal("not_json", f"The body is not JSON: {error}.") from error
     if not isinstance(asked, dict):
-        raise _Refusal("not_json", f"The body must be a JSON object such as {example}.")
+        raise problems.Refusal("not_json", f"The body must be a JSON object such as {example}.")
     return asked
 
 
@@ -369,9 +289,13 @@ async def _body(request: Request, most_bytes: int) -> bytes:
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > most_bytes:
-                    raise _Refusal("too_large", f"The body has more than {most_bytes} bytes.")
+                    raise problems.Refusal(
+                        "too_large", f"The body has more than {most_bytes} bytes."
+                    )
     except TimeoutError as error:
-        raise _Refusal("body_timeout", f"No whole body came within {_BODY_S:g} s.") from error
+        raise problems.Refusal(
+            "body_timeout", f"No whole body came within {_BODY_S:g} s."
+        ) from error
     return bytes(body)
 
 
