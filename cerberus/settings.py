@@ -1,4 +1,4 @@
-"""All settings of a process: read once from the environment, every mistake named."""
+"""All settings of a process: read once from its environment."""
 
 import ipaddress
 import pathlib
@@ -8,79 +8,13 @@ import tempfile
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
-from cerberus import errors
+from cerberus import environment, errors
 
-TASKS = ("api", "consumer", "producer", "materializer", "labels", "retention")
 MODEL_PATH = pathlib.Path(__file__).parent.parent / "models" / "fraud_model.json"
 POLICY_PATH = MODEL_PATH.with_name("policy.json")
 AUTO_RATE = 2.0
-
-
-class Variable(NamedTuple):
-    """One line of the configuration table: name, default as text, meaning with its unit."""
-
-    name: str
-    default: str
-    meaning: str
-
-
-VARIABLES = (
-    Variable("KAFKA_BROKER", "required", "`host:port`, comma separated; or `KAFKA_URL`"),
-    Variable("KAFKA_URL", "", "`kafka://` or `kafka+ssl://` addresses, comma separated"),
-    Variable("KAFKA_PREFIX", "", "put before the names of topics and of the group"),
-    Variable("KAFKA_TRUSTED_CERT", "", "PEM text of the CA, for `kafka+ssl://`"),
-    Variable("KAFKA_CLIENT_CERT", "", "PEM text of the client's certificate"),
-    Variable("KAFKA_CLIENT_CERT_KEY", "", "PEM text of its key"),
-    Variable("KAFKA_SASL_MECHANISM", "", "`PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512` or none"),
-    Variable("KAFKA_SASL_USERNAME", "", "of the service at the brokers"),
-    Variable("KAFKA_SASL_PASSWORD", "", "of the service at the brokers"),
-    Variable("REDIS_URL", "required", "`redis://` or `rediss://`; `REDIS_TLS_URL` is preferred"),
-    Variable("REDIS_TLS_URL", "", "as `REDIS_URL`, where a platform sets both"),
-    Variable("REDIS_TLS_VERIFY", "1", "0 accepts a self-signed certificate"),
-    Variable("REDIS_CLUSTER", "0", "1 where `REDIS_URL` is one node of a Redis Cluster"),
-    Variable("DATABASE_URL", "required", "`postgres://` or `postgresql://`"),
-    Variable("CERBERUS_API_KEY", "", "comma separated; empty: only direct loopback callers"),
-    Variable("CERBERUS_TASKS", ",".join(TASKS), "which parts this process runs"),
-    Variable(
-        "CERBERUS_RATE", "auto", "synthetic transactions/s; auto: 2 on loopback brokers, else 0"
-    ),
-    Variable("CERBERUS_SEED", "7", "of the synthetic population"),
-    Variable("CERBERUS_USERS", "1000", "size of the synthetic population"),
-    Variable("CERBERUS_FIRST_USER_ID", "1000", "its lowest user id"),
-    Variable("CERBERUS_CURRENCY", "USD", "ISO 4217; one a deployment"),
-    Variable("CERBERUS_PARTITIONS", "6", "of the topics that are created"),
-    Variable("CERBERUS_REPLICATION", "-1", "of the topics that are created; -1: the broker's"),
-    Variable("CERBERUS_SPANS", "10m", "window lengths, increasing: `10m,1h,24h`"),
-    Variable("CERBERUS_REPLAY_SPAN_S", "3600", "longer windows are seeded from Postgres, s"),
-    Variable("CERBERUS_ALLOWED_LATENESS_S", "60", "how late an event is still scored exactly, s"),
-    Variable("CERBERUS_MAX_FUTURE_SKEW_S", "60", "how far ahead an event may be stamped, s"),
-    Variable("CERBERUS_MAX_STALENESS_S", "60", "older streamed values are null, s"),
-    Variable(
-        "CERBERUS_MAX_REJECTED_SHARE", "0.05", "of a minute's records; above it consuming stops"
-    ),
-    Variable("CERBERUS_SESSION_TIMEOUT_S", "15", "of the consumer group, s"),
-    Variable("CERBERUS_MATERIALIZE_S", "300", "between loads of the batch views, s"),
-    Variable("CERBERUS_RETENTION_DAYS", "0", "what happened is kept so long, 0: for ever, days"),
-    Variable("CERBERUS_RESEND_S", "300", "between full writes of the live rows, s"),
-    Variable("CERBERUS_MAX_IN_FLIGHT", "512", "requests above it get 503"),
-    Variable("CERBERUS_READ_TIMEOUT_MS", "250", "deadline of the feature read, ms"),
-    Variable("CERBERUS_CLAIM_S", "900", "how long Redis vouches for one answer a transaction, s"),
-    Variable(
-        "CERBERUS_DECISION_FLUSH_MS", "200", "HTTP decisions are stored at least so often, ms"
-    ),
-    Variable("CERBERUS_DECISION_BUFFER", "20000", "HTTP decisions that wait to be stored, at most"),
-    Variable(
-        "CERBERUS_LABEL_MATURITY_DAYS", "30", "without a fraud label this long: genuine, days"
-    ),
-    Variable("CERBERUS_FRIENDLY_FRAUD_IS_FRAUD", "0", "1 where `friendly_fraud` counts as fraud"),
-    Variable("CERBERUS_SYNTHETIC_LABEL_DELAY_S", "259200", "mean, until a fraud is found out, s"),
-    Variable("CERBERUS_MODEL", "models/fraud_model.json", "the model file"),
-    Variable("CERBERUS_POLICY", "models/policy.json", "what is approved, reviewed, declined"),
-    Variable("CERBERUS_LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR"),
-)
-_DEFAULTS = {v.name: v.default for v in VARIABLES}
 _UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
@@ -154,7 +88,7 @@ class Kafka:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything that a process is told; `VARIABLES` gives names, units and defaults."""
+    """Everything that a process is told; `environment` gives names, units and defaults."""
 
     kafka: Kafka
     redis_url: str
@@ -207,56 +141,13 @@ class Settings:
         return f"Settings({', '.join(shown)})"
 
 
-class _Reader:
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = environ
-
-    def text(self, name: str) -> str:
-        default = _DEFAULTS[name]
-        value = self._environ.get(name, "").strip()
-        return value or ("" if default == "required" else default)
-
-    def number(self, name: str, low: float, high: float) -> float:
-        text = self.text(name)
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            raise errors.ConfigError(
-                f"{name} must be a number from {low:g} to {high:g}, not {text!r}"
-            )
-        return value
-
-    def integer(self, name: str, low: int, high: int) -> int:
-        value = self.number(name, low, high)
-        if value != int(value):
-            raise errors.ConfigError(f"{name} must be a whole number, not {self.text(name)!r}")
-        return int(value)
-
-    def ms(self, name: str, low_s: float, high_s: float) -> int:
-        return round(self.number(name, low_s, high_s) * 1000)
-
-    def words(self, name: str) -> tuple[str, ...]:
-        return tuple(word for part in self.text(name).split(",") if (word := part.strip()))
-
-    def matching(self, name: str, pattern: str, meaning: str) -> str:
-        value = self.text(name)
-        if not re.fullmatch(pattern, value):
-            raise errors.ConfigError(f"{name} must be {meaning}, not {value!r}")
-        return value
-
-    def flag(self, name: str) -> bool:
-        return self.matching(name, "[01]", "0 or 1") == "1"
-
-
 def load(environ: Mapping[str, str]) -> Settings:
     """Read all settings.
 
     Raises:
         ConfigError: naming the variable that is missing or wrong.
     """
-    read = _Reader(environ)
+    read = environment.Reader(environ)
     kafka = _kafka(read)
     rate, rate_reason = _rate(read, kafka)
     return Settings(
@@ -303,7 +194,7 @@ def load(environ: Mapping[str, str]) -> Settings:
     )
 
 
-def _kafka(read: _Reader) -> Kafka:
+def _kafka(read: environment.Reader) -> Kafka:
     name = "KAFKA_BROKER" if read.text("KAFKA_BROKER") else "KAFKA_URL"
     addresses = read.words(name)
     if not addresses:
@@ -338,7 +229,7 @@ def _kafka(read: _Reader) -> Kafka:
     )
 
 
-def _sasl(read: _Reader) -> tuple[str, str, str]:
+def _sasl(read: environment.Reader) -> tuple[str, str, str]:
     mechanism = read.matching(
         "KAFKA_SASL_MECHANISM",
         "|PLAIN|SCRAM-SHA-256|SCRAM-SHA-512",
@@ -354,7 +245,7 @@ def _sasl(read: _Reader) -> tuple[str, str, str]:
     return mechanism, username, password
 
 
-def _url(read: _Reader, name: str, *schemes: str) -> str:
+def _url(read: environment.Reader, name: str, *schemes: str) -> str:
     value = read.text(name)
     wanted = " or ".join(f"{scheme}://" for scheme in schemes)
     if not value:
@@ -369,7 +260,7 @@ def _url(read: _Reader, name: str, *schemes: str) -> str:
     return value
 
 
-def _rate(read: _Reader, kafka: Kafka) -> tuple[float, str]:
+def _rate(read: environment.Reader, kafka: Kafka) -> tuple[float, str]:
     if read.text("CERBERUS_RATE") != "auto":
         return read.number("CERBERUS_RATE", 0, 100_000), "CERBERUS_RATE sets it"
     if kafka.on_loopback:
@@ -377,14 +268,14 @@ def _rate(read: _Reader, kafka: Kafka) -> tuple[float, str]:
     return 0.0, "the brokers are remote; CERBERUS_RATE above 0 wakes it"
 
 
-def _tasks(read: _Reader) -> frozenset[str]:
+def _tasks(read: environment.Reader) -> frozenset[str]:
     tasks = frozenset(read.words("CERBERUS_TASKS"))
-    if not tasks or tasks - set(TASKS):
-        raise errors.ConfigError(f"CERBERUS_TASKS must name some of {', '.join(TASKS)}")
+    if not tasks or tasks - set(environment.TASKS):
+        raise errors.ConfigError(f"CERBERUS_TASKS must name some of {', '.join(environment.TASKS)}")
     return tasks
 
 
-def _spans(read: _Reader) -> tuple[str, ...]:
+def _spans(read: environment.Reader) -> tuple[str, ...]:
     names = read.words("CERBERUS_SPANS")
     good = all(re.fullmatch(r"[1-9]\d{0,4}[smhd]", name) for name in names)
     lengths = [_UNITS_S[name[-1]] * int(name[:-1]) for name in names] if good else []
@@ -393,7 +284,7 @@ def _spans(read: _Reader) -> tuple[str, ...]:
     return names
 
 
-def _retention(read: _Reader) -> int:
+def _retention(read: environment.Reader) -> int:
     days = read.integer("CERBERUS_RETENTION_DAYS", 0, 36_500)
     longest = _spans(read)[-1]
     if 0 < days * 86_400 < _UNITS_S[longest[-1]] * int(longest[:-1]):

@@ -12,7 +12,7 @@ import urllib.parse
 import pytest
 import yaml
 
-from cerberus import routes, settings, shutdown
+from cerberus import environment, routes, settings, shutdown
 
 ROOT = pathlib.Path(__file__).parent.parent
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
@@ -26,7 +26,7 @@ PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
 PLATFORM_KILLS_AFTER_S = 30
 
 
-def environment(service):
+def environ_of(service):
     return {name: str(value) for name, value in SERVICES[service]["environment"].items()}
 
 
@@ -101,8 +101,8 @@ def test_every_dollar_is_the_shell_s_and_none_compose_s():
 
 @pytest.mark.parametrize("service", OURS)
 def test_the_settings_of_a_container_are_known_and_right(service):
-    environ = environment(service)
-    assert set(environ) <= {variable.name for variable in settings.VARIABLES}
+    environ = environ_of(service)
+    assert set(environ) <= {variable.name for variable in environment.VARIABLES}
     config = settings.load(environ)
     assert config.api_keys == (), "a key in the file is a key in the repository"
     assert service == "init" or config.rate > 0
@@ -111,15 +111,15 @@ def test_the_settings_of_a_container_are_known_and_right(service):
 def test_the_addresses_are_those_of_the_servers():
     listeners = dict(
         listener.split("://")
-        for listener in environment("kafka")["KAFKA_ADVERTISED_LISTENERS"].split(",")
+        for listener in environ_of("kafka")["KAFKA_ADVERTISED_LISTENERS"].split(",")
     )
-    bound = environment("kafka")["KAFKA_LISTENERS"]
+    bound = environ_of("kafka")["KAFKA_LISTENERS"]
     assert all(f"{name}://:{at.split(':')[1]}" in bound for name, at in listeners.items())
     assert f"127.0.0.1:9092:{listeners['EXTERNAL'].split(':')[1]}" in SERVICES["kafka"]["ports"]
-    assert environment("kafka-ui")["KAFKA_BROKERCONNECT"] == listeners["INTERNAL"]
-    server = environment("postgres")
+    assert environ_of("kafka-ui")["KAFKA_BROKERCONNECT"] == listeners["INTERNAL"]
+    server = environ_of("postgres")
     for service in OURS:
-        environ = environment(service)
+        environ = environ_of(service)
         assert environ["KAFKA_BROKER"] == listeners["INTERNAL"]
         postgres = urllib.parse.urlsplit(environ["DATABASE_URL"])
         assert (postgres.username, postgres.password, postgres.path[1:]) == (
@@ -154,7 +154,7 @@ def test_data_outlives_the_containers():
     mounted = {s: SERVICES[s].get("volumes", []) for s in ("app", "kafka", "redis", "postgres")}
     assert mounted == {
         "app": ["home:/home/cerberus"],
-        "kafka": [f"kafka:{environment('kafka')['KAFKA_LOG_DIRS']}"],
+        "kafka": [f"kafka:{environ_of('kafka')['KAFKA_LOG_DIRS']}"],
         "redis": ["redis:/data"],
         "postgres": ["postgres:/var/lib/postgresql"],
     }

@@ -12,6 +12,7 @@ import pytest
 import cerberus.__main__
 from cerberus import (
     app,
+    environment,
     features,
     metrics,
     openapi,
@@ -74,12 +75,12 @@ def test_the_configuration_table_is_the_settings():
     defaults = {"": "", "required": "required"}
     assert shown == [
         [f"`{v.name}`", defaults.get(v.default, f"`{v.default}`"), v.meaning]
-        for v in settings.VARIABLES
+        for v in environment.VARIABLES
     ]
 
 
 def test_every_variable_that_a_page_names_exists():
-    known = {variable.name for variable in settings.VARIABLES} | {"CERBERUS_STACK"}
+    known = {variable.name for variable in environment.VARIABLES} | {"CERBERUS_STACK"}
     assert named(r"\b(?:CERBERUS|KAFKA|REDIS|DATABASE)_[A-Z_]*[A-Z]\b") <= known
 
 

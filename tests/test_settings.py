@@ -1,6 +1,6 @@
 import pytest
 
-from cerberus import errors, pools, settings
+from cerberus import environment, errors, pools, settings
 
 BASE = {
     "KAFKA_BROKER": "127.0.0.1:9092",
@@ -12,7 +12,7 @@ BASE = {
 def test_the_three_addresses_are_all_that_is_needed():
     config = settings.load(BASE)
     assert config.kafka.bootstrap == ("127.0.0.1:9092",)
-    assert (config.rate, config.spans, config.tasks) == (2.0, ("10m",), set(settings.TASKS))
+    assert (config.rate, config.spans, config.tasks) == (2.0, ("10m",), set(environment.TASKS))
 
 
 @pytest.mark.parametrize("missing", sorted(BASE))
