@@ -9,6 +9,8 @@ import tempfile
 import asyncpg
 import pytest
 import redis
+from asking import client
+from served import Served
 
 from cerberus import errors, kafka, settings, stack
 
@@ -92,6 +94,22 @@ def environ(servers, database):
         "DATABASE_URL": database,
     }
     asyncio.run(_delete_topics(servers, f"{name}."))
+
+
+@pytest.fixture
+async def served(environ):
+    """Serve from stores of the test's own, which have tables and a live owner."""
+    async with Served(environ) as served:
+        await served.migrated()
+        await served.live()
+        yield served
+
+
+@pytest.fixture
+async def http(served):
+    """Ask what is served by HTTP, from this machine."""
+    async with client(served.app()) as http:
+        yield http
 
 
 async def _sql(servers, statement):

@@ -126,6 +126,12 @@ class Served:
                 await asyncio.sleep(0)
             await asyncio.sleep(0)
 
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *raised):
+        await self.close()
+
     async def close(self):
         """Let go of Redis and of Postgres."""
         await self.store.close()

@@ -9,11 +9,12 @@ import os
 import asyncpg
 import jsonschema
 import pytest
+from asking import client
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from served import NOW_MS, Served
-from truth import DAY_MS, GOOD, Told, client, decided, label, matured, truth
+from truth import DAY_MS, GOOD, Told, decided, label, matured, truth
 
 import cerberus.__main__
 from cerberus import accuracy, errors, labels, offline, openapi, settings, transactions

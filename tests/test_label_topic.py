@@ -8,10 +8,11 @@ import signal
 
 import orjson
 import pytest
+from asking import client
 from pipeline import now_ms, payment, running, until, world
 from served import Served
 from service import service
-from truth import GOOD, POSITIVE, client, kept, key, label
+from truth import GOOD, POSITIVE, kept, key, label
 
 from cerberus import kafka, label_consumer, labels, producer, settings, transactions
 

@@ -13,6 +13,7 @@ import asyncpg
 import jsonschema
 import orjson
 import pytest
+from asking import client
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -23,7 +24,6 @@ from truth import (
     GOOD,
     POSITIVE,
     Told,
-    client,
     decided,
     kept,
     key,
@@ -346,20 +346,6 @@ async def test_every_query_of_the_documentation_runs(pool, store):
 
 
 # POST /labels, through the real routes.
-
-
-@pytest.fixture
-async def served(environ):
-    served = Served(environ)
-    await served.migrated()
-    yield served
-    await served.close()
-
-
-@pytest.fixture
-async def http(served):
-    async with client(served.app()) as http:
-        yield http
 
 
 def operation():

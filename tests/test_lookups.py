@@ -21,21 +21,6 @@ from cerberus import decisions, ledger, openapi, transactions
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
 
-@pytest.fixture
-async def served(environ):
-    served = Served(environ)
-    await served.migrated()
-    await served.live()
-    yield served
-    await served.close()
-
-
-@pytest.fixture
-async def http(served):
-    async with client(served.app()) as http:
-        yield http
-
-
 def of_user(record, user_id):
     """Return a record as if another user had paid; its name is drawn from the same."""
     paid = dataclasses.replace(record.transaction, user_id=user_id)

@@ -8,9 +8,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
 @pytest.fixture
 async def served(servers):
-    served = Served(redis_only(servers))
-    yield served
-    await served.close()
+    async with Served(redis_only(servers)) as served:
+        yield served
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -25,9 +25,8 @@ def environ(servers):
 
 @pytest.fixture
 async def served(environ):
-    served = Served(environ)
-    yield served
-    await served.close()
+    async with Served(environ) as served:
+        yield served
 
 
 def values(prediction):

@@ -3,7 +3,6 @@
 import dataclasses
 import uuid
 
-import httpx
 from served import NOW_MS
 
 from cerberus import decisions, features, labels, scoring, transactions, window
@@ -89,8 +88,3 @@ async def kept(pool):
         "SELECT transaction_id, user_id, label, source, labelled_ms, seen_ms FROM labels"
     )
     return {tuple(row)[:5]: row["seen_ms"] for row in rows}
-
-
-def client(app):
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=("127.0.0.1", 1))
-    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
