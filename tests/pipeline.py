@@ -13,6 +13,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from cerberus import (
     claims,
     consumer,
+    decision_log,
     feast_layout,
     features,
     kafka,
@@ -20,10 +21,12 @@ from cerberus import (
     offline,
     online,
     pools,
+    routes,
     scoring,
     serving,
     settings,
     supervision,
+    training,
     transactions,
     window,
 )
@@ -76,6 +79,30 @@ class World:
             keep=keep,
             meter=metrics.Metrics(),
         )
+
+    def decision_log(self, **changes):
+        """Build the log of decisions on requests, with some settings changed."""
+        config = dataclasses.replace(self.config, **changes)
+        claimed = claims.Claims(config, self.redis, self.offline.ledger)
+        return decision_log.DecisionLog(config, self.model, self.offline, claimed)
+
+    def app(self, kept, probes=None, consumed=None, clock=serving.now_ms):
+        """Build the routes on these stores; `kept` takes the decisions."""
+        built = routes.build()
+        built.state.parts = routes.assemble(
+            self.config,
+            self.spans,
+            self.model,
+            self.online,
+            self.offline,
+            supervision.Supervisor(lambda reason: None),
+            claimed=claims.Claims(self.config, self.redis, self.offline.ledger),
+            kept=kept,
+            probes=probes or {},
+            consumed=consumed,
+            clock=clock,
+        )
+        return built
 
     async def publish(self, records, partition=None):
         """Send (user id, value, timestamp ms) in order."""
@@ -148,6 +175,18 @@ class World:
             for record in records:
                 told[number].add(record.offset, record.timestamp, record.value)
         return told
+
+
+def trained(environ, directory, spans):
+    """Train a small model of these windows, and add to the settings that it decides."""
+    model_path = directory / "fraud_model.json"
+    training.train(training.Plan(spans=spans, events=3_000), model_path, lambda line: None)
+    keep_ms = window.Spans(spans).keep_ms
+    views = {"user_window": keep_ms, "user_transaction_stats": keep_ms, "user_credit": 0}
+    schema = {"user_transaction_stats": dict.fromkeys(features.names(spans)[:4], "")}
+    plan = feast_layout.Plan("cerberus", views, schema)
+    (directory / "feature_plan.json").write_bytes(plan.pack())
+    return environ | {"CERBERUS_SPANS": ",".join(spans), "CERBERUS_MODEL": str(model_path)}
 
 
 @contextlib.asynccontextmanager

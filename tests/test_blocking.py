@@ -8,7 +8,7 @@ import pytest
 from blockbuster import BlockingError, blockbuster_ctx
 from pipeline import live, now_ms, payment, running, until, world
 
-from cerberus import claims, decision_log, materializer, producer, routes, supervision
+from cerberus import materializer, producer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
@@ -28,8 +28,7 @@ async def test_no_part_makes_a_blocking_call_in_the_loop(environ):
                 function.can_block_in("prometheus_client/process_collector.py", "collect")
             with pytest.raises(BlockingError):
                 time.sleep(0.01)  # noqa: ASYNC251 - the watch is awake
-            claimed = claims.Claims(here.config, here.redis, here.offline.ledger)
-            kept = decision_log.DecisionLog(here.config, here.model, here.offline, claimed)
+            kept = here.decision_log()
             async with (
                 running(one := here.consumer()),
                 running(payer := producer.Producer(here.config, here.offline)),
@@ -42,20 +41,8 @@ async def test_no_part_makes_a_blocking_call_in_the_loop(environ):
                 await until(lambda: one.counts["rejected"], "a record is refused")
                 await until(lambda: one.counts["accepted"] > 100, "they are seen")
                 await until(lambda: live(one, partitions=2), "the end is reached")
-                built = routes.build()
-                built.state.parts = routes.assemble(
-                    here.config,
-                    here.spans,
-                    here.model,
-                    here.online,
-                    here.offline,
-                    supervision.Supervisor(lambda reason: None),
-                    claimed=claimed,
-                    kept=kept,
-                    probes={"postgres": here.offline.check},
-                    consumed=one,
-                )
-                transport = httpx.ASGITransport(built, client=("127.0.0.1", 1))
+                app = here.app(kept, {"postgres": here.offline.check}, one)
+                transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
                 async with httpx.AsyncClient(
                     transport=transport, base_url="http://127.0.0.1"
                 ) as http:

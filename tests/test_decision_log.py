@@ -27,12 +27,6 @@ async def here(environ):
         yield opened
 
 
-def log_of(here, **changes):
-    config = dataclasses.replace(here.config, **changes)
-    claimed = claims.Claims(config, here.redis, here.offline.ledger)
-    return decision_log.DecisionLog(config, here.model, here.offline, claimed)
-
-
 def some(count, first=0):
     at_ms = now_ms()
     return [decided(i, at_ms + i) for i in range(first, first + count)]
@@ -58,7 +52,7 @@ async def assert_both_have(here, records):
 
 async def test_what_is_put_reaches_both_stores_with_the_model_that_took_it(here):
     records = some(1_200)
-    async with running(log := log_of(here)):
+    async with running(log := here.decision_log()):
         for record in records:
             log.put(record)
         await until(lambda: not any(waiting(log).values()), "all is stored")
@@ -69,7 +63,7 @@ async def test_what_is_put_reaches_both_stores_with_the_model_that_took_it(here)
 
 async def test_what_is_left_is_stored_when_it_is_closed(here):
     records = some(30)
-    log = log_of(here)
+    log = here.decision_log()
     for record in records:
         log.put(record)
     await log.close()
@@ -77,7 +71,7 @@ async def test_what_is_left_is_stored_when_it_is_closed(here):
 
 
 async def test_a_full_buffer_takes_no_more_and_counts_what_it_did_not_take(here):
-    log = log_of(here, decision_buffer=20)
+    log = here.decision_log(decision_buffer=20)
     for record in some(25):
         log.put(record)
     assert [(told["waiting"], told["dropped"]) for told in log.report().values()] == [(20, 5)] * 2
@@ -89,7 +83,7 @@ async def test_a_full_buffer_takes_no_more_and_counts_what_it_did_not_take(here)
 
 
 async def test_what_is_asked_again_while_it_waits_takes_no_more_room(here):
-    log = log_of(here, decision_buffer=2)
+    log = here.decision_log(decision_buffer=2)
     records = some(2)
     for record in records * 3:
         log.put(record)
@@ -123,7 +117,7 @@ async def test_a_full_buffer_is_shown_and_no_reply_waits_for_it(environ):
 @pytest.mark.parametrize("frozen", [True, False])
 async def test_while_postgres_is_away_decisions_wait_and_kafka_has_them(here, servers, frozen):
     records = some(40)
-    async with running(log := log_of(here)):
+    async with running(log := here.decision_log()):
         log.put(records[0])
         await until(lambda: not any(waiting(log).values()), "the first is stored")
         if frozen:
@@ -154,7 +148,7 @@ async def test_while_postgres_is_away_the_claims_of_what_waits_do_not_run_out(he
     names = [claims.key(here.config, record.decision_id) for record in records]
     await asyncio.to_thread(servers.postgres.stop)
     try:
-        async with running(log := log_of(here, claim_ms=3_000)):
+        async with running(log := here.decision_log(claim_ms=3_000)):
             for record in records:
                 log.put(record)
             for _ in range(2):
@@ -174,7 +168,7 @@ async def test_while_postgres_is_away_the_claims_of_what_waits_do_not_run_out(he
 
 async def test_while_kafka_is_away_decisions_wait_and_postgres_has_them(here, servers):
     records = some(40)
-    async with running(log := log_of(here)):
+    async with running(log := here.decision_log()):
         log.put(records[0])
         await until(lambda: not any(waiting(log).values()), "the first is stored")
         servers.kafka.kill(signal.SIGSTOP)

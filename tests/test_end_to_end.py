@@ -7,7 +7,7 @@ import pytest
 from asking import client
 from pipeline import live, now_ms, payment, running, until, world
 
-from cerberus import claims, decision_log, decisions, routes, supervision, transactions
+from cerberus import decisions, transactions
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 AMOUNT, TIMES, MONTH_MS = 6_400.0, 10, 31 * 86_400_000
@@ -18,21 +18,8 @@ class Service:
 
     def __init__(self, here):
         self.ahead_ms = 0
-        claimed = claims.Claims(here.config, here.redis, here.offline.ledger)
-        self.log = decision_log.DecisionLog(here.config, here.model, here.offline, claimed)
-        self.app = routes.build()
-        self.app.state.parts = routes.assemble(
-            here.config,
-            here.spans,
-            here.model,
-            here.online,
-            here.offline,
-            supervision.Supervisor(lambda reason: None),
-            claimed=claimed,
-            kept=self.log,
-            probes={},
-            clock=lambda: now_ms() + self.ahead_ms,
-        )
+        self.log = here.decision_log()
+        self.app = here.app(self.log, clock=lambda: now_ms() + self.ahead_ms)
 
 
 async def found_by_every_look_up(http, user, name):

@@ -8,15 +8,13 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pipeline import live, now_ms, payment, running, until, world
+from pipeline import live, now_ms, payment, running, trained, until, world
 
 from cerberus import (
-    feast_layout,
     features,
     history,
     partition,
     pools,
-    training,
     transactions,
     window,
 )
@@ -79,20 +77,8 @@ def test_a_row_holds_nothing_that_was_imported_of_a_time_far_ahead():
 
 @pytest.fixture
 async def here(environ, tmp_path):
-    model_path = tmp_path / "fraud_model.json"
-    training.train(training.Plan(spans=SPANS, events=3_000), model_path, lambda line: None)
-    keep_ms = window.Spans(SPANS).keep_ms
-    views = {"user_window": keep_ms, "user_transaction_stats": keep_ms, "user_credit": 0}
-    schema = {"user_transaction_stats": dict.fromkeys(features.names(SPANS)[:4], "")}
-    plan = feast_layout.Plan("cerberus", views, schema)
-    (tmp_path / "feature_plan.json").write_bytes(plan.pack())
-    changes = {
-        "CERBERUS_SPANS": ",".join(SPANS),
-        "CERBERUS_REPLAY_SPAN_S": "60",
-        "CERBERUS_PARTITIONS": "2",
-        "CERBERUS_MODEL": str(model_path),
-    }
-    async with world(environ | changes) as opened:
+    changes = {"CERBERUS_REPLAY_SPAN_S": "60", "CERBERUS_PARTITIONS": "2"}
+    async with world(trained(environ, tmp_path, SPANS) | changes) as opened:
         yield opened
 
 

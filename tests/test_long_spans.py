@@ -5,9 +5,9 @@ import dataclasses
 import random
 
 import pytest
-from pipeline import live, now_ms, payment, running, until, world
+from pipeline import live, now_ms, payment, running, trained, until, world
 
-from cerberus import feast_layout, features, offline, training, transactions, window
+from cerberus import features, offline, transactions
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 SPANS = ("1m", "20m")
@@ -16,20 +16,8 @@ USERS = range(1000, 1010)
 
 @pytest.fixture
 async def here(environ, tmp_path):
-    model_path = tmp_path / "fraud_model.json"
-    training.train(training.Plan(spans=SPANS, events=3_000), model_path, lambda line: None)
-    keep_ms = window.Spans(SPANS).keep_ms
-    views = {"user_window": keep_ms, "user_transaction_stats": keep_ms, "user_credit": 0}
-    schema = {"user_transaction_stats": dict.fromkeys(features.names(SPANS)[:4], "")}
-    plan = feast_layout.Plan("cerberus", views, schema)
-    (tmp_path / "feature_plan.json").write_bytes(plan.pack())
-    changes = {
-        "CERBERUS_SPANS": ",".join(SPANS),
-        "CERBERUS_REPLAY_SPAN_S": "60",
-        "CERBERUS_PARTITIONS": "2",
-        "CERBERUS_MODEL": str(model_path),
-    }
-    async with world(environ | changes) as opened:
+    changes = {"CERBERUS_REPLAY_SPAN_S": "60", "CERBERUS_PARTITIONS": "2"}
+    async with world(trained(environ, tmp_path, SPANS) | changes) as opened:
         yield opened
 
 
