@@ -3,13 +3,8 @@
 import asyncio
 import datetime
 import json
-import os
-import pathlib
-import subprocess
-import sys
 import uuid
 
-import anyio
 import jsonschema
 import orjson
 import pytest
@@ -19,7 +14,7 @@ from hypothesis import strategies as st
 from served import NOW_MS, Served, redis_only, transaction
 from starlette.routing import Route
 
-from cerberus import errors, metrics, openapi, routes, supervision, transactions
+from cerberus import errors, metrics, openapi, routes, transactions
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 OF_API = ("/predict", "/decisions?user_id=1", "/decisions/1", "/users/1", "/openapi.json", "/docs")
@@ -33,16 +28,10 @@ def environ(servers):
 
 @pytest.fixture
 async def served(environ):
-    served = Served(environ)
-    await served.stream(transaction("a", user_id=1005, amount_minor=12_750, at_ms=NOW_MS - 5_000))
-    yield served
-    await served.close()
-
-
-@pytest.fixture
-async def http(served):
-    async with client(served.app()) as http:
-        yield http
+    seen = transaction("a", user_id=1005, amount_minor=12_750, at_ms=NOW_MS - 5_000)
+    async with Served(environ) as served:
+        await served.stream(seen)
+        yield served
 
 
 async def test_a_user_is_answered_with_the_keys_of_the_contract(http, served):
@@ -341,101 +330,6 @@ async def test_what_no_client_library_sends_is_judged_too(served, changes, admit
     assert sent[0]["status"] == (200 if admitted else 403)
 
 
-# How it is.
-
-
-async def test_health_is_ready_when_every_part_is(http, served):
-    response = await http.get("/health")
-    body = response.json()
-    assert (response.status_code, body["status"], body["reasons"]) == (200, "ready", [])
-    assert body["model"]["sha256"] == served.model.sha256
-    assert body["servers"] == {"redis": None}
-    assert body["producer"] == {"rate": 2.0, "reason": served.config.rate_reason}
-    validate((await http.get("/openapi.json")).json(), "Health", body)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"state": "replaying", "progress": 0.4}, "partition 0 is replaying"),
-        ({"state": "rebuilding"}, "partition 0 is rebuilding"),
-        ({"caught_up_ms": NOW_MS - 5_001}, "partition 0 is stale"),
-        ({"known_from_ms": NOW_MS - 599_999}, "partition 0 is warming"),
-    ],
-)
-async def test_health_is_degraded_while_a_partition_is(http, served, changes, reason):
-    served.offset += 1
-    await served.live(**changes)
-    response = await http.get("/health")
-    assert (response.status_code, response.json()["status"]) == (200, "degraded")
-    assert [r[: len(reason)] for r in response.json()["reasons"]] == [reason]
-
-
-async def test_health_is_degraded_when_no_consumer_was_ever_there(http, served):
-    await served.client.flushdb()
-    assert (await http.get("/health")).json()["status"] == "degraded"
-
-
-async def test_health_is_degraded_while_a_server_is_down_and_failed_without_features(served):
-    async def down():
-        raise ConnectionRefusedError("nobody listens")
-
-    async def hangs():
-        await asyncio.sleep(30)
-
-    async with client(served.app({"postgres": down, "kafka": hangs})) as http:
-        response = await http.get("/health")
-        body = response.json()
-        assert (response.status_code, body["status"]) == (200, "degraded")
-        assert body["servers"]["redis"] is None
-        assert body["servers"]["postgres"] == "ConnectionRefusedError: nobody listens"
-        assert body["servers"]["kafka"].startswith("TimeoutError")
-
-
-async def test_servers_are_asked_once_however_many_ask_for_health(served):
-    asked = 0
-
-    async def count():
-        nonlocal asked
-        asked += 1
-        await asyncio.sleep(0)
-
-    async with client(served.app({"postgres": count})) as http:
-        await asyncio.gather(*(http.get("/health") for _ in range(20)))
-    assert asked == 1
-
-
-async def test_health_never_says_ready_with_a_task_that_does_not_run(served):
-    async def dies(progress):
-        raise RuntimeError("broken pipe")
-
-    async def lives(progress):
-        await progress.stopping.wait()
-
-    policy = supervision.Policy(backoff_base_s=0.01, backoff_cap_s=0.01, max_failures=2)
-    served.supervisor = supervision.Supervisor(lambda reason: None, policy=policy)
-    served.supervisor.add("lives", lives)
-    served.supervisor.add("dies", dies)
-    seen = set()
-    async with (
-        client(served.app()) as http,
-        asyncio.timeout(20),
-        anyio.create_task_group() as group,
-    ):
-        seen.add((await http.get("/health")).json()["status"])
-        served.supervisor.start(group)
-        while served.supervisor.gave_up is None:
-            seen.add((await http.get("/health")).json()["status"])
-        response = await http.get("/health")
-        await served.supervisor.stop()
-    body = response.json()
-    assert (response.status_code, body["status"]) == (503, "failed")
-    assert any("broken pipe" in reason for reason in body["reasons"])
-    assert body["tasks"]["dies"]["state"] == "failed"
-    assert "ready" not in seen
-    validate(openapi.document(("10m",), "USD"), "Health", body)
-
-
 # What is counted, and what is told about it all.
 
 
@@ -558,61 +452,3 @@ async def test_any_bytes_get_an_answer_or_a_problem_of_the_caller(environ, body)
             assert (await http.post("/predict", content=body)).status_code in (200, 400, 422)
     finally:
         await served.close()
-
-
-# The process around it.
-
-
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def python(environ, *command):
-    return subprocess.run(
-        [sys.executable, *command],
-        env=environ,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def uvicorn(environ, *options):
-    return python(environ, "-m", "uvicorn", "cerberus.app:app", "--port", "0", *options)
-
-
-BASE = {
-    "PATH": os.environ["PATH"],
-    "KAFKA_BROKER": "127.0.0.1:1",
-    "REDIS_URL": "redis://127.0.0.1:1",
-    "DATABASE_URL": "postgres://127.0.0.1:1/x",
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"KAFKA_BROKER": ""}, "KAFKA_BROKER is not set"),
-        ({"CERBERUS_RATE": "fast"}, "CERBERUS_RATE must be"),
-        ({"CERBERUS_MODEL": "/nowhere/m.json"}, "cannot read /nowhere/m.json"),
-        ({"CERBERUS_SPANS": "7m"}, "CERBERUS_SPANS says 7m"),
-    ],
-)
-def test_a_wrong_setting_ends_the_start_with_one_sentence(changes, named):
-    ended = uvicorn(BASE | changes)
-    said = [line for line in ended.stderr.splitlines() if line.startswith("cerberus: ")]
-    assert (ended.returncode, len(said)) == (78, 1)
-    assert named in said[0]
-    assert "Traceback" not in ended.stderr
-
-
-def test_a_wrong_setting_ends_uvicorn_s_workers_and_their_parent_too():
-    ended = uvicorn(BASE | {"DATABASE_URL": ""}, "--workers", "2")
-    assert "cerberus: DATABASE_URL is not set" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_serving_never_imports_feast():
-    code = "import cerberus.app, sys; print([m for m in sys.modules if m.split('.')[0] == 'feast'])"
-    ended = python(BASE, "-c", code)
-    assert (ended.stdout, ended.returncode) == ("[]\n", 0)

@@ -1,0 +1,60 @@
+"""How uvicorn's process starts, before any server is asked for."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from service import ROOT
+
+
+def python(environ, *command):
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environ,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def uvicorn(environ, *options):
+    return python(environ, "-m", "uvicorn", "cerberus.app:app", "--port", "0", *options)
+
+
+BASE = {
+    "PATH": os.environ["PATH"],
+    "KAFKA_BROKER": "127.0.0.1:1",
+    "REDIS_URL": "redis://127.0.0.1:1",
+    "DATABASE_URL": "postgres://127.0.0.1:1/x",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"KAFKA_BROKER": ""}, "KAFKA_BROKER is not set"),
+        ({"CERBERUS_RATE": "fast"}, "CERBERUS_RATE must be"),
+        ({"CERBERUS_MODEL": "/nowhere/m.json"}, "cannot read /nowhere/m.json"),
+        ({"CERBERUS_SPANS": "7m"}, "CERBERUS_SPANS says 7m"),
+    ],
+)
+def test_a_wrong_setting_ends_the_start_with_one_sentence(changes, named):
+    ended = uvicorn(BASE | changes)
+    said = [line for line in ended.stderr.splitlines() if line.startswith("cerberus: ")]
+    assert (ended.returncode, len(said)) == (78, 1)
+    assert named in said[0]
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_wrong_setting_ends_uvicorn_s_workers_and_their_parent_too():
+    ended = uvicorn(BASE | {"DATABASE_URL": ""}, "--workers", "2")
+    assert "cerberus: DATABASE_URL is not set" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_serving_never_imports_feast():
+    code = "import cerberus.app, sys; print([m for m in sys.modules if m.split('.')[0] == 'feast'])"
+    ended = python(BASE, "-c", code)
+    assert (ended.stdout, ended.returncode) == ("[]\n", 0)
