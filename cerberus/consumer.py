@@ -322,7 +322,7 @@ class Consumer:
             and part.offset != self._committed.get(tp)
             and tp not in self._liveness.ended
         }
-        if not due or generation != self._generation:
+        if not due:
             return
         taken = await kafka.commit(self._client, due, "commit_failed")
         if taken and generation == self._generation:

@@ -22,6 +22,7 @@ from faults import (
     stored,
 )
 from pipeline import live, now_ms, payment, running, until, world
+from service import service
 
 from cerberus import features, kafka, settings, transactions, window
 from chaos import cluster
@@ -148,6 +149,30 @@ async def test_a_topic_made_anew_is_read_from_its_start_also_past_the_old_commit
         await assert_rows_equal_the_log(here)
     stored = "SELECT count(*) FROM transactions WHERE transaction_id LIKE 'tn%'"
     assert await here.pool.fetchval(stored) == 5 * len(USERS)
+
+
+async def test_a_topic_made_anew_while_its_owner_is_frozen_is_read_from_its_start(environ, here):
+    at = now_ms() - 5_000
+    quiet = {"CERBERUS_RATE": "0", "CERBERUS_SESSION_TIMEOUT_S": "30", "CERBERUS_PARTITIONS": "3"}
+    with service(environ | quiet) as owner:
+        await asyncio.to_thread(owner.wait_until_ready)
+        await here.publish([(u, payment(1, u, at), at) for u in USERS])
+        counted = [here.certain(user, at) for user in USERS]
+        await asyncio.gather(*counted)
+        owner.process.send_signal(signal.SIGSTOP)
+        try:
+            await remake_topic(here)
+            new = [(u, payment(f"n{i}", u, at + 9), at + 9) for u in USERS for i in range(3)]
+            await here.publish(new)
+        finally:
+            owner.process.send_signal(signal.SIGCONT)
+
+        async def read():
+            stored = "SELECT count(*) FROM transactions WHERE transaction_id LIKE 'tn%'"
+            return await here.pool.fetchval(stored) == len(new)
+
+        await until(read, "all of the new topic is stored")
+        await assert_rows_equal_the_log(here)
 
 
 async def test_a_partition_that_begins_anew_leaves_the_long_windows_of_others(environ, tmp_path):
