@@ -118,6 +118,11 @@ class Resolver:
         self._firsts |= {tp: first for tp, first in firsts.items() if first and tp not in over}
         return over
 
+    def begins(self, tp: TopicPartition, record: partition.Record) -> None:
+        """Let a record stand for the first of a log that was empty when it was resolved."""
+        if self._firsts.get(tp) is None:
+            self._firsts[tp] = record.offset, record.timestamp
+
     async def resolve(
         self,
         client: Any,

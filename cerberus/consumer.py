@@ -224,6 +224,7 @@ class Consumer:
         for tp, records in polled.items():
             if (part := self._parts.get(tp)) is None:
                 continue  # held since: it will be sought to where it starts
+            self._resolver.begins(tp, records[0])
             for at in range(0, len(records), _CHUNK_RECORDS):
                 chunk = records[at : at + _CHUNK_RECORDS]
                 await asyncio.sleep(0)  # others on the loop wait for a chunk, not for a poll

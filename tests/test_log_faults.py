@@ -24,7 +24,7 @@ from faults import (
 from pipeline import live, now_ms, payment, running, until, world
 from service import service
 
-from cerberus import features, kafka, settings, transactions, window
+from cerberus import assignment, features, kafka, settings, transactions, window
 from chaos import cluster
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -151,6 +151,17 @@ async def test_a_topic_made_anew_is_read_from_its_start_also_past_the_old_commit
     assert await here.pool.fetchval(stored) == 5 * len(USERS)
 
 
+async def test_the_first_commit_of_a_log_that_was_empty_names_its_first_record(here):
+    async with running(one := here.consumer()):
+        await until(lambda: live(one, partitions=PARTITIONS), "the empty log is read to its end")
+        at = now_ms() - 5_000
+        await here.publish([(u, payment(1, u, at), at) for u in USERS])
+        await stored(here)
+    for offset, metadata in (await commits(here)).values():
+        found = assignment.Commit.read(offset, metadata, metadata.split(" ")[0])
+        assert found.first == (0, at)
+
+
 async def test_a_topic_made_anew_while_its_owner_is_frozen_is_read_from_its_start(environ, here):
     at = now_ms() - 5_000
     quiet = {"CERBERUS_RATE": "0", "CERBERUS_SESSION_TIMEOUT_S": "30", "CERBERUS_PARTITIONS": "3"}
@@ -159,6 +170,7 @@ async def test_a_topic_made_anew_while_its_owner_is_frozen_is_read_from_its_star
         await here.publish([(u, payment(1, u, at), at) for u in USERS])
         counted = [here.certain(user, at) for user in USERS]
         await asyncio.gather(*counted)
+        before = await here.online.states()
         owner.process.send_signal(signal.SIGSTOP)
         try:
             await remake_topic(here)
@@ -168,10 +180,16 @@ async def test_a_topic_made_anew_while_its_owner_is_frozen_is_read_from_its_star
             owner.process.send_signal(signal.SIGCONT)
 
         async def read():
-            stored = "SELECT count(*) FROM transactions WHERE transaction_id LIKE 'tn%'"
-            return await here.pool.fetchval(stored) == len(new)
+            ends = {n: records[-1].offset + 1 for n, records in (await here.log()).items()}
+            told = await here.online.states()
+            return all(
+                told[n].epoch > before[n].epoch
+                and told[n].state == "live"
+                and told[n].offset >= ends[n]
+                for n in ends
+            )
 
-        await until(read, "all of the new topic is stored")
+        await until(read, "the new topic is read")
         await assert_rows_equal_the_log(here)
 
 
