@@ -37,13 +37,13 @@ FROM decisions
 _FIND = f"""{_SELECT}
 WHERE (decision_id, as_of_ms) IN (SELECT * FROM unnest($1::uuid[], $2::bigint[]))
 """
-_OF_TRANSACTION = f"""{_SELECT}
-WHERE transaction_id = $1 ORDER BY as_of_ms DESC, decision_id DESC LIMIT $2
+# The planner must not see the limit: it sorts where it expects less than a page, and may be wrong.
+_OF = """{select}
+WHERE {key} = $1 AND (as_of_ms, decision_id) < ($2, $3)
+ORDER BY as_of_ms DESC, decision_id DESC LIMIT (SELECT $4::bigint)
 """
-_OF_USER = f"""{_SELECT}
-WHERE user_id = $1 AND (as_of_ms, decision_id) < ($2, $3)
-ORDER BY as_of_ms DESC, decision_id DESC LIMIT $4
-"""
+_OF_TRANSACTION = _OF.format(select=_SELECT, key="transaction_id")
+_OF_USER = _OF.format(select=_SELECT, key="user_id")
 _REGISTER = """
 INSERT INTO artifacts (sha256, kind, content, manifest) VALUES ($1, $2, $3, $4)
 ON CONFLICT (sha256) DO NOTHING
@@ -99,9 +99,11 @@ class Ledger:
         found = await self._fetch(f"{_SELECT} WHERE decision_id = $1", decision_id)
         return found[0] if found else None
 
-    async def of_transaction(self, transaction_id: str, limit: int) -> list[decisions.Record]:
-        """Return the decisions on all transactions of this id, newest first."""
-        return await self._fetch(_OF_TRANSACTION, transaction_id, limit)
+    async def of_transaction(
+        self, transaction_id: str, limit: int, before: Position = LAST
+    ) -> list[decisions.Record]:
+        """Return the decisions on all transactions of this id as `of_user` does a user's."""
+        return await self._fetch(_OF_TRANSACTION, transaction_id, *before, limit)
 
     async def of_user(
         self, user_id: int, limit: int, before: Position = LAST

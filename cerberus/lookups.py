@@ -1,5 +1,6 @@
 """Looking up: what was decided, on which values, and how a user stands now."""
 
+import functools
 import re
 import uuid
 from collections.abc import Callable, Mapping
@@ -65,7 +66,7 @@ class Lookups:
     async def decisions(self, query: Mapping[str, str]) -> dict[str, Any]:
         """Return decisions, newest first, of the `transaction_id` or `user_id` that is asked for.
 
-        A user's come in pages of `limit`; `next` goes into `before`, which may also be a time.
+        They come in pages of `limit`; `next` goes into `before`, which may also be a time.
 
         Raises:
             InvalidTransaction: naming the parameter.
@@ -78,16 +79,15 @@ class Lookups:
             raise errors.InvalidTransaction(
                 "user_id" if asked else "transaction_id", "ask for transaction_id or for user_id"
             )
-        limit = _integer(query, "limit", 1, MAX_LIMIT) if "limit" in query else DEFAULT_LIMIT
-        if "transaction_id" in query:
-            if "before" in query:
-                raise errors.InvalidTransaction("before", "goes with user_id only")
+        if asked == ["user_id"]:
+            user_id = _integer(query, "user_id", 0, transactions.MAX_USER_ID)
+            page = functools.partial(self._ledger.of_user, user_id)
+        else:
             transaction_id = transactions.parse_text(query, "transaction_id")
-            found = await self._ledger.of_transaction(transaction_id, limit)
-            return {"decisions": [record.public() for record in found], "next": None}
-        user_id = _integer(query, "user_id", 0, transactions.MAX_USER_ID)
+            page = functools.partial(self._ledger.of_transaction, transaction_id)
+        limit = _integer(query, "limit", 1, MAX_LIMIT) if "limit" in query else DEFAULT_LIMIT
         before = _position(query["before"]) if "before" in query else ledger.LAST
-        found = await self._ledger.of_user(user_id, limit, before)
+        found = await page(limit, before)
         more = _cursor(found[-1]) if len(found) == limit else None
         return {"decisions": [record.public() for record in found], "next": more}
 

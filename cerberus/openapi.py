@@ -198,7 +198,7 @@ def _decisions() -> dict[str, Any]:
         "parameters": [
             _parameter("transaction_id", "query", text, "either this"),
             _parameter("user_id", "query", number, "or this"),
-            _parameter("before", "query", text, "of a user: `next` of the page before, or a time"),
+            _parameter("before", "query", text, "`next` of the page before, or a time"),
             _parameter("limit", "query", limit, "of one page"),
         ],
         "responses": {"200": _answer("A page.", page)} | _problems(*_OF_LOOKUPS, *_EVERYWHERE),
