@@ -32,7 +32,11 @@ from cerberus import (
     window,
 )
 
-CONFIG_STATUS, FAILED_STATUS = 78, 1
+FAILED_STATUS, USAGE_STATUS, UNVERIFIED_STATUS = 1, 2, 3
+AWAY_STATUS, CONFIG_STATUS = 75, 78
+_STATUSES = f"""Status: 0 all come out the same, {FAILED_STATUS} some differ, {USAGE_STATUS} wrong
+arguments, {UNVERIFIED_STATUS} none differ but some cannot be taken again, for their model or policy
+is not kept, {AWAY_STATUS} Postgres does not answer, {CONFIG_STATUS} a setting is wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "inspect":
             command.add_argument("user", help="a user id")
         if name == "replay":
+            command.epilog = _STATUSES
             command.add_argument("--verify", action="store_true", required=True, help="compare")
             command.add_argument("--since", default="1970-01-01", help="a date, or RFC 3339")
         if name == "accuracy":
@@ -58,14 +63,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         return _COMMANDS[known.command][1](known, rest)
-    except errors.ConfigError as error:
-        print(f"cerberus {known.command}: {error}", file=sys.stderr)
-        return CONFIG_STATUS
     except (errors.CerberusError, OSError) as error:
         print(f"cerberus {known.command}: {error}", file=sys.stderr)
-        return FAILED_STATUS
+        return _status(known.command, error)
     except KeyboardInterrupt:
         return 130
+
+
+def _status(command: str, error: Exception) -> int:
+    if isinstance(error, errors.ConfigError):
+        return CONFIG_STATUS
+    if isinstance(error, errors.StoreUnavailable | errors.FeaturesUnavailable):
+        return AWAY_STATUS
+    # Those with arguments of their own find it in their files, too.
+    if isinstance(error, errors.InvalidTransaction) and command not in _OWN_ARGUMENTS:
+        return USAGE_STATUS
+    return FAILED_STATUS
 
 
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
@@ -141,8 +154,12 @@ def _replay(known: argparse.Namespace, rest: list[str]) -> int:
         print(line)
     print(f"{found.repeated} decisions taken again, {found.differing} differ")
     if found.unknown:
-        print(f"{found.unknown} were taken by a model or policy that is not kept")
-    return 1 if found.differing else 0
+        print(
+            f"{found.unknown} decisions cannot be taken again: their model or policy is not kept "
+            "in table artifacts, or this version cannot read it",
+            file=sys.stderr,
+        )
+    return FAILED_STATUS if found.differing else UNVERIFIED_STATUS if found.unknown else 0
 
 
 def _accuracy(known: argparse.Namespace, rest: list[str]) -> int:

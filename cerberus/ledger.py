@@ -126,16 +126,22 @@ class Ledger:
                 yield [_record(row) for row in page]
 
     async def model(self, model_sha256: str, policy_sha256: str) -> scoring.Model | None:
-        """Return the model and policy of these versions; None when they are not kept."""
+        """Return the model and policy of these versions; None when they are not kept.
+
+        Nor when this version of the service cannot read them.
+        """
         query = "SELECT sha256, content, manifest FROM artifacts WHERE sha256 = ANY($1)"
         async with pools.connection(self._pool) as connection:
             rows = await connection.fetch(query, [model_sha256, policy_sha256])
         kept = {row["sha256"]: row for row in rows}
         if not {model_sha256, policy_sha256} <= kept.keys():
             return None
-        manifest = scoring.read_manifest(kept[model_sha256]["manifest"].encode())
-        rules = policy.Policy.parse(kept[policy_sha256]["content"])
-        return scoring.Model.build(kept[model_sha256]["content"], manifest, rules)
+        try:
+            manifest = scoring.read_manifest(kept[model_sha256]["manifest"].encode())
+            rules = policy.Policy.parse(kept[policy_sha256]["content"])
+            return scoring.Model.build(kept[model_sha256]["content"], manifest, rules)
+        except (TypeError, ValueError):
+            return None
 
     async def _fetch(self, query: str, *arguments: Any) -> list[decisions.Record]:
         async with pools.connection(self._pool) as connection:

@@ -15,7 +15,7 @@ class Verified:
     Attributes:
         repeated: Decisions that were taken again.
         differing: How many came out differently.
-        unknown: How many were taken by a model or policy that is not kept.
+        unknown: How many cannot be: their model or policy is not kept, or cannot be read.
         examples: The first that differ, a sentence each.
     """
 

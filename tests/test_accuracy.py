@@ -277,7 +277,7 @@ def test_the_command_line_shows_the_same_as_the_route(environ, monkeypatch, caps
     assert cerberus.__main__.main(["accuracy", "--since", since, "--model", "cd"]) == 0
     shown = capsys.readouterr().out
     assert ("cd" * 32 in shown, "ab" in shown.split()) == (True, False)
-    assert cerberus.__main__.main(["accuracy", "--model", "xyz"]) == 1
+    assert cerberus.__main__.main(["accuracy", "--model", "xyz"]) == 2
     assert "model" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 import uuid
@@ -105,6 +106,34 @@ async def test_what_an_unknown_model_or_policy_decided_is_counted_apart(served):
     assert (found.repeated, found.differing, found.unknown) == (9, 0, 1)
 
 
+@pytest.mark.parametrize("kind", ["model", "policy"])
+async def test_the_command_ends_with_three_when_some_cannot_be_taken_again(environ, served, kind):
+    records = taken(served, 10)
+    known = {"model": records[3].decision.model_sha256, "policy": records[3].decision.policy_sha256}
+    lost = dataclasses.replace(records[3].decision, **{f"{kind}_sha256": "0" * 64})
+    broken = dataclasses.replace(records[4].decision, **{f"{kind}_sha256": "1" * 64})
+    for i, decision in ((3, lost), (4, broken)):
+        records[i] = dataclasses.replace(records[i], decision=decision)
+    await served.pool.execute(
+        "INSERT INTO artifacts (sha256, kind, content, manifest) "
+        "SELECT $1, kind, content, '{\"sha256\": 1}' FROM artifacts WHERE sha256 = $2",
+        "1" * 64,
+        known[kind],
+    )
+    if kind == "policy":
+        await served.pool.execute("UPDATE artifacts SET content = '{}' WHERE sha256 = $1", "1" * 64)
+    await served.history.ledger.write(records)
+    told = await cerberus(environ, "replay", "--verify")
+    assert (told.returncode, told.stdout) == (3, "8 decisions taken again, 0 differ\n")
+    assert told.stderr.splitlines()[-1].startswith("2 decisions cannot be taken again: ")
+    await served.pool.execute(
+        "UPDATE decisions SET probability = 0.5 WHERE decision_id = $1", records[2].decision_id
+    )
+    differing = await cerberus(environ, "replay", "--verify")
+    assert differing.returncode == 1
+    assert "2 decisions cannot be taken again" in differing.stderr
+
+
 async def test_the_command_ends_with_one_on_a_difference(environ, served):
     records = taken(served, 30)
     await served.history.ledger.write(records)
@@ -120,10 +149,21 @@ async def test_the_command_ends_with_one_on_a_difference(environ, served):
     since = transactions.format_ms(records[3].decision.row.as_of_ms)
     later = await cerberus(environ, "replay", "--verify", "--since", since)
     assert (later.returncode, later.stdout) == (0, "27 decisions taken again, 0 differ\n")
-    wrong = await cerberus(environ, "replay", "--verify", "--since", "yesterday")
-    assert wrong.returncode != 0
-    assert "since" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
+
+
+async def test_the_command_tells_a_wrong_argument_and_an_absent_store_from_a_difference(environ):
+    for arguments, named in ((("--verify", "--since", "yesterday"), "since"), ((), "--verify")):
+        wrong = await cerberus(environ, "replay", *arguments)
+        assert wrong.returncode == 2
+        assert named in wrong.stderr
+        assert "Traceback" not in wrong.stderr
+    environ["DATABASE_URL"] = "postgresql://secret@127.0.0.1:1/x"
+    away = await cerberus(environ, "replay", "--verify")
+    assert (away.returncode, away.stdout) == (75, "")
+    assert "Postgres did not answer" in away.stderr
+    shown = await cerberus(environ, "replay", "--help")
+    for status in (wrong.returncode, away.returncode, 0, 1, 3, 78):
+        assert re.search(rf"\b{status}\b", shown.stdout.partition("Status:")[2])
 
 
 async def test_a_user_is_shown_to_a_person(environ, served):
