@@ -34,6 +34,8 @@ from cerberus import (
 
 FAILED_STATUS, USAGE_STATUS, UNVERIFIED_STATUS = 1, 2, 3
 AWAY_STATUS, CONFIG_STATUS = 75, 78
+_REPORT_S = 600.0
+_AWAY = (errors.StoreUnavailable, errors.FeaturesUnavailable, errors.DecisionsUnavailable)
 _STATUSES = f"""Status: 0 all come out the same, {FAILED_STATUS} some differ, {USAGE_STATUS} wrong
 arguments, {UNVERIFIED_STATUS} none differ but some cannot be taken again, for their model or policy
 is not kept, {AWAY_STATUS} Postgres does not answer, {CONFIG_STATUS} a setting is wrong."""
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _status(command: str, error: Exception) -> int:
     if isinstance(error, errors.ConfigError):
         return CONFIG_STATUS
-    if isinstance(error, errors.StoreUnavailable | errors.FeaturesUnavailable):
+    if isinstance(error, _AWAY):
         return AWAY_STATUS
     # Those with arguments of their own find it in their files, too.
     if isinstance(error, errors.InvalidTransaction) and command not in _OWN_ARGUMENTS:
@@ -168,7 +170,7 @@ def _accuracy(known: argparse.Namespace, rest: list[str]) -> int:
 
     async def judge() -> dict[str, Any]:
         async with _offline(config) as history:
-            return await history.accuracy.report(serving.now_ms(), query)
+            return await history.accuracy.report(serving.now_ms(), query, _REPORT_S)
 
     print(accuracy.describe(asyncio.run(judge())))
     return 0

@@ -15,7 +15,9 @@ import asyncpg
 
 from cerberus import errors, pools, transactions
 
-_QUERY_S, _DAY_MS = 30.0, 86_400_000
+REPORT_S = 30.0
+"""How long Postgres may take for a report that a client waits for."""
+_DAY_MS = 86_400_000
 # OFFSET 0: each row is judged once, not once a figure.
 _COUNT = f"""
 SELECT model_sha256, day,
@@ -130,18 +132,22 @@ class Accuracy:
         self._pool = pool
         self._busy = asyncio.Lock()
 
-    async def report(self, now_ms: int, query: Mapping[str, str]) -> dict[str, Any]:
+    async def report(
+        self, now_ms: int, query: Mapping[str, str], timeout_s: float = REPORT_S
+    ) -> dict[str, Any]:
         """Judge each model's decisions by day, newest first. Cost: about 2 µs a decision.
 
         Args:
             now_ms: What is mature and known is judged as of here, ms since the Unix epoch.
             query: `since`, a date or RFC 3339, is the first moment of a decision; `model` the
                 beginning of a model's version. Both may be absent.
+            timeout_s: How long Postgres may take.
 
         Raises:
             InvalidTransaction: naming the parameter.
             Overloaded: Another report is being made.
-            StoreUnavailable: Postgres did not answer within 30 s.
+            DecisionsUnavailable: It took longer.
+            StoreUnavailable: Postgres did not answer.
         """
         for name in query.keys() - {"since", "model"}:
             raise errors.InvalidTransaction(name, "is no parameter of this report")
@@ -155,7 +161,7 @@ class Accuracy:
             rules = await connection.fetchrow(_RULES)
             async with connection.transaction(readonly=True):
                 await connection.execute("SET LOCAL jit = off")  # it takes longer than it saves
-                rows = await connection.fetch(_COUNT, now_ms, since_ms, model, timeout=_QUERY_S)
+                rows = await _fetch(connection, timeout_s, now_ms, since_ms, model)
         return {
             "as_of": transactions.format_ms(now_ms),
             "since": transactions.format_ms(since_ms) if "since" in query else None,
@@ -163,6 +169,21 @@ class Accuracy:
             "friendly_fraud_is_fraud": rules["friendly_fraud_positive"],
             "models": list(_by_model(rows)),
         }
+
+
+async def _fetch(
+    connection: asyncpg.Connection, timeout_s: float, *arguments: Any
+) -> list[Mapping[str, Any]]:
+    try:
+        found: list[Mapping[str, Any]] = await connection.fetch(
+            _COUNT, *arguments, timeout=timeout_s
+        )
+    except TimeoutError as error:
+        raise errors.DecisionsUnavailable(
+            f"The report was not made within {timeout_s:g} s; ask for less by `since`, or take "
+            "`cerberus accuracy`, which waits longer."
+        ) from error
+    return found
 
 
 def _by_model(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """Looking up: what was decided, on which values, and how a user stands now."""
 
+import asyncio
 import functools
 import re
 import uuid
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from cerberus import (
     decisions,
@@ -18,12 +19,18 @@ from cerberus import (
 )
 
 MAX_LIMIT, DEFAULT_LIMIT = 200, 50
+AT_ONCE, DEADLINE_S = 2, 2.0
+"""How many look-ups have a connection to Postgres, and how long each may wait for one and for
+its answer: the writes of the stream and of labels share the pool."""
+T = TypeVar("T")
 _LAST, _SHOWN_EVENTS = 10, 50
 _KEYS = ("transaction_id", "user_id")
 
 
 class Lookups:
     """Answers questions about decisions and users.
+
+    Two at a time ask Postgres, and each is answered or refused within 2 s.
 
     Args:
         config: Settings.
@@ -46,6 +53,7 @@ class Lookups:
         self._store = store
         self._ledger = kept
         self._clock = clock
+        self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def decision(self, decision_id: str) -> dict[str, Any]:
         """Return one decision by its id.
@@ -53,13 +61,13 @@ class Lookups:
         Raises:
             InvalidTransaction: It is no id.
             UnknownDecision: None has it.
-            StoreUnavailable: Postgres did not answer.
+            StoreUnavailable, DecisionsUnavailable: Postgres did not answer.
         """
         try:
             name = uuid.UUID(decision_id)
         except ValueError as error:
             raise errors.InvalidTransaction("decision_id", "must be a UUID") from error
-        if (record := await self._ledger.get(name)) is None:
+        if (record := await self._asked(self._ledger.get, name)) is None:
             raise errors.UnknownDecision
         return record.public()
 
@@ -70,7 +78,7 @@ class Lookups:
 
         Raises:
             InvalidTransaction: naming the parameter.
-            StoreUnavailable: Postgres did not answer.
+            StoreUnavailable, DecisionsUnavailable: Postgres did not answer.
         """
         for name in query.keys() - {*_KEYS, "before", "limit"}:
             raise errors.InvalidTransaction(name, "is no parameter of this look-up")
@@ -87,7 +95,7 @@ class Lookups:
             page = functools.partial(self._ledger.of_transaction, transaction_id)
         limit = _integer(query, "limit", 1, MAX_LIMIT) if "limit" in query else DEFAULT_LIMIT
         before = _position(query["before"]) if "before" in query else ledger.LAST
-        found = await page(limit, before)
+        found = await self._asked(page, limit, before)
         more = _cursor(found[-1]) if len(found) == limit else None
         return {"decisions": [record.public() for record in found], "next": more}
 
@@ -97,7 +105,7 @@ class Lookups:
         Raises:
             InvalidTransaction: It is no user id.
             FeaturesUnavailable: Redis did not answer.
-            StoreUnavailable: Postgres did not answer.
+            StoreUnavailable, DecisionsUnavailable: Postgres did not answer.
         """
         number = _integer({"user_id": user_id}, "user_id", 0, transactions.MAX_USER_ID)
         now_ms = self._clock()
@@ -110,7 +118,7 @@ class Lookups:
             max_staleness_ms=self._config.max_staleness_ms,
             spans=self._spans,
         )
-        last = await self._ledger.of_user(number, _LAST)
+        last = await self._asked(self._ledger.of_user, number, _LAST)
         return {
             "user_id": number,
             "as_of": transactions.format_ms(now_ms),
@@ -122,6 +130,23 @@ class Lookups:
             "events": _events(found.recent, now_ms - self._spans.longest_ms, now_ms),
             "decisions": [record.public() for record in last],
         }
+
+    async def _asked(self, find: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+        async def turn() -> T:
+            async with self._turns:
+                return await find(*arguments)
+
+        asking = asyncio.ensure_future(turn())
+        try:
+            # No `timeout` around it: a frozen Postgres keeps its connection for 2 s more.
+            await asyncio.wait({asking}, timeout=DEADLINE_S)
+        finally:
+            asking.cancel()
+        if not asking.done():
+            raise errors.DecisionsUnavailable(
+                f"Postgres has not answered within {DEADLINE_S:g} s; ask again in a second."
+            )
+        return asking.result()
 
 
 def _integer(query: Mapping[str, str], name: str, low: int, high: int) -> int:

@@ -46,10 +46,12 @@ PROBLEMS: Mapping[str, Problem] = {
         503, "Features unreachable", "no score from invented values; retry after `Retry-After` s"
     ),
     "decisions_unavailable": Problem(
-        503, "Decisions unreachable", "earlier decisions cannot be looked up; retry after a second"
+        503,
+        "Decisions unreachable",
+        "Postgres cannot tell of decisions; retry after `Retry-After` s",
     ),
     "labels_unavailable": Problem(
-        503, "Labels cannot be stored", "none of the request was; send it again after a second"
+        503, "Labels cannot be stored", "send all of the request again after `Retry-After` s"
     ),
     "starting": Problem(503, "Starting", "the process does not serve yet"),
     "internal": Problem(500, "A fault of ours", "the log of the process has the cause"),

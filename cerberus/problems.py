@@ -1,5 +1,6 @@
 """How the HTTP side tells errors: each is a problem of RFC 9457, by its code in `openapi`."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
 from cerberus import errors, openapi, security
+
+log = logging.getLogger(__name__)
 
 _CODES: Mapping[type[Exception], str] = {
     errors.InvalidTransaction: "invalid",
@@ -26,8 +29,12 @@ _CODES: Mapping[type[Exception], str] = {
 _HIDDEN: Mapping[type[Exception], Exception] = {
     # What the servers said is for the log and for /health.
     errors.FeaturesUnavailable: errors.FeaturesUnavailable(),
-    errors.StoreUnavailable: errors.DecisionsUnavailable("Postgres does not answer; try again."),
-    errors.ConfigError: errors.DecisionsUnavailable("Postgres refuses this process."),
+    errors.StoreUnavailable: errors.DecisionsUnavailable(
+        "Postgres does not answer; ask again in a second. The log of this process has the cause."
+    ),
+    errors.ConfigError: errors.DecisionsUnavailable(
+        "Postgres refuses this process; ask again when its DATABASE_URL has been corrected."
+    ),
 }
 _AGAIN = (
     "overloaded",
@@ -72,6 +79,8 @@ async def refuse(request: Request, error: Exception) -> Response:
     if (code := _CODES.get(type(error))) is None:
         raise error
     field = error.field if isinstance(error, errors.Conflict) else None
+    if isinstance(error, errors.StoreUnavailable | errors.ConfigError):
+        log.warning("%s was refused: %s", request.url.path, error)
     return _problem(code, str(_HIDDEN.get(type(error), error)), field)
 
 

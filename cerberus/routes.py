@@ -1,6 +1,7 @@
 """The HTTP side: routes, and who passes the gate."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from cerberus import (
     supervision,
     window,
 )
+
+log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES, MAX_LABELS_BYTES = 64 * 1024, 1024 * 1024
 _BODY_S = 10.0
@@ -258,9 +261,11 @@ async def take_labels(request: Request) -> Response:
     told = labels.parse_request(asked, now_ms + parts.config.max_future_skew_ms)
     try:
         return _json(await parts.history.labels.answer(told, now_ms))
-    except errors.StoreUnavailable as error:
+    except (errors.StoreUnavailable, errors.ConfigError) as error:
+        log.warning("labels were refused: %s", error)
         raise problems.Refusal(
-            "labels_unavailable", "Labels cannot be stored now; send all again."
+            "labels_unavailable",
+            "Postgres takes no labels now; send all of the request again in a second.",
         ) from error
 
 

@@ -246,6 +246,15 @@ async def test_one_report_is_made_at_a_time(database):
         assert (await store.accuracy.report(NOW_MS, {}))["models"] == []
 
 
+async def test_a_report_that_takes_too_long_is_given_up_and_says_what_to_do(database):
+    async with opened(database, labels.Rules(MATURITY_MS, False)) as (pool, store):
+        async with pool.acquire() as other, other.transaction():
+            await other.execute("LOCK TABLE decisions")
+            with pytest.raises(errors.DecisionsUnavailable, match="ask for less by `since`"):
+                await store.accuracy.report(NOW_MS, {}, timeout_s=0.2)
+        assert (await store.accuracy.report(NOW_MS, {}))["models"] == []
+
+
 def test_a_date_begins_at_midnight_in_utc():
     assert accuracy.parse_since("2026-11-24") == accuracy.parse_since("2026-11-24T01:00:00+01:00")
 

@@ -5,19 +5,28 @@ import collections
 import dataclasses
 import datetime
 import itertools
+import signal
 import uuid
 
+import asyncpg
 import orjson
 import pytest
 from asking import client, is_problem, validate
-from pipeline import now_ms, payment, world
+from pipeline import now_ms, payment, until, world
 from records import decided
 from served import NOW_MS, Served, transaction
 from service import service
+from truth import GOOD
 
-from cerberus import decisions, ledger, openapi, transactions
+from cerberus import decisions, ledger, lookups, openapi, transactions
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+PATHS = (
+    f"/decisions/{uuid.uuid4()}",
+    "/decisions?user_id=1",
+    "/decisions?transaction_id=a",
+    "/users/1",
+)
 
 
 def of_user(record, user_id):
@@ -207,12 +216,13 @@ async def test_a_wrong_or_unknown_name_is_told_apart(http):
 
 async def test_a_store_that_is_away_is_told_with_when_to_come_back(environ, served, http):
     away = Served(environ | {"DATABASE_URL": "postgresql://secret@127.0.0.1:1/x"})
-    paths = (f"/decisions/{uuid.uuid4()}", "/decisions?user_id=1", "/decisions?transaction_id=a")
+    await away.pool
     async with client(away.app()) as asked:
-        for path in (*paths, "/users/1"):
+        for path in (*PATHS, "/accuracy"):
             refused = await asked.get(path)
             told = is_problem(refused, "decisions_unavailable")
             assert refused.headers["retry-after"] == "1"
+            assert "ask again in a second" in told["detail"]
             assert "secret" not in told["detail"]
     await away.close()
     blind = Served(environ | {"REDIS_URL": "redis://127.0.0.1:1/0"}, read_timeout_ms=50)
@@ -223,6 +233,65 @@ async def test_a_store_that_is_away_is_told_with_when_to_come_back(environ, serv
         assert refused.headers["retry-after"] == "1"
         assert (await asked.get("/decisions?user_id=1")).status_code == 200
     await blind.close()
+
+
+async def test_a_database_that_refuses_us_is_told_with_when_to_come_back(environ, served, caplog):
+    wrong = Served(environ | {"DATABASE_URL": f"{environ['DATABASE_URL']}_secret"})
+    await wrong.pool
+    async with client(wrong.app()) as asked:
+        for path in (*PATHS, "/accuracy"):
+            caplog.clear()
+            refused = await asked.get(path)
+            told = is_problem(refused, "decisions_unavailable")
+            assert refused.headers["retry-after"] == "1"
+            assert "DATABASE_URL" in told["detail"]
+            assert "secret" not in told["detail"]
+            assert "_secret" in caplog.text
+        refused = await asked.post("/labels", json=GOOD)
+        is_problem(refused, "labels_unavailable")
+        assert refused.headers["retry-after"] == "1"
+    await wrong.close()
+
+
+async def test_however_many_look_up_the_labels_have_connections(environ, served, http, monkeypatch):
+    monkeypatch.setattr(lookups, "DEADLINE_S", 60.0)
+    other = await asyncpg.connect(environ["DATABASE_URL"])
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'decisions'::regclass"
+    async with other.transaction():
+        await other.execute("LOCK TABLE decisions")
+        asking = [asyncio.create_task(http.get(path)) for path in PATHS * 5]
+
+        async def there_are_some():
+            return await other.fetchval(waiting)
+
+        await until(there_are_some, "look-ups wait for the lock")
+        told = await http.post("/labels", json=GOOD)
+        assert (told.status_code, told.json()["stored"]) == (200, 1)
+        assert await other.fetchval(waiting) == lookups.AT_ONCE
+        assert not any(task.done() for task in asking)
+    async with asyncio.timeout(30):
+        answers = await asyncio.gather(*asking)
+    assert {answer.status_code for answer in answers} == {200, 404}
+    await other.close()
+
+
+async def test_a_look_up_is_given_up_while_postgres_is_frozen(served, servers, http, monkeypatch):
+    assert (await http.get(PATHS[1])).status_code == 200
+    monkeypatch.setattr(lookups, "DEADLINE_S", 0.3)
+    servers.postgres.kill(signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(30):
+            refused = await asyncio.gather(*[http.get(path) for path in PATHS * 2])
+    finally:
+        servers.postgres.kill(signal.SIGCONT)
+    for each in refused:
+        assert "within 0.3 s" in is_problem(each, "decisions_unavailable")["detail"]
+        assert each.headers["retry-after"] == "1"
+
+    async def answered():
+        return (await http.get(PATHS[1])).status_code == 200
+
+    await until(answered, "look-ups are answered again")
 
 
 async def test_what_both_doors_decided_is_found_in_a_running_service(environ):
