@@ -34,8 +34,9 @@ test: check ## Everything that must hold
 chaos: .venv/.installed ## Exactness under fire, about five minutes; EVENTS=1000000 KILLS=30 SEED=7
 	$(BIN)/python -m chaos $(CHAOS)
 
-bench: .venv/.installed ## Requests, replay, backlog and memory, as ratios within one run
+bench: .venv/.installed ## Requests, look-ups, replay, backlog and memory, as ratios within one run
 	$(BIN)/python benchmarks/predict.py
+	$(BIN)/python benchmarks/lookups.py
 	$(BIN)/python benchmarks/replay.py
 	$(BIN)/python benchmarks/backlog.py
 	$(BIN)/python benchmarks/memory.py
