@@ -19,7 +19,6 @@ from cerberus import (
     forgetting,
     importing,
     kafka,
-    labels,
     lookups,
     offline,
     online,
@@ -198,8 +197,7 @@ def _materialize(known: argparse.Namespace, rest: list[str]) -> int:
 @contextlib.asynccontextmanager
 async def _offline(config: settings.Settings) -> AsyncIterator[offline.OfflineStore]:
     async with pools.connect_postgres(config) as pool:
-        rules = labels.Rules(config.label_maturity_ms, config.friendly_fraud_is_fraud)
-        yield offline.OfflineStore(pool, config.spans, rules)
+        yield offline.OfflineStore(pool, config.spans)
 
 
 _OWN_ARGUMENTS = ("run", "train", "import", "send", "forget")

@@ -70,7 +70,10 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
             pool = await pools.connect_postgres(config)
             stack.push_async_callback(_close, pool)
             rules = labels.Rules(config.label_maturity_ms, config.friendly_fraud_is_fraud)
-            history = offline.OfflineStore(pool, spans.names, rules)
+            # Who answers for them says what they are.
+            history = offline.OfflineStore(
+                pool, spans.names, rules if "api" in config.tasks else None
+            )
             claimed = claims.Claims(config, redis, history.ledger)
             kept = decision_log.DecisionLog(config, model, history, claimed)
             stack.push_async_callback(kept.close)

@@ -4,12 +4,15 @@ Calls raise `StoreUnavailable` when Postgres does not answer within 10 s.
 """
 
 import collections
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import asyncpg
 
 from cerberus import errors, labels, pools, synthetic
+
+log = logging.getLogger(__name__)
 
 _INSERT = """
 INSERT INTO labels (transaction_id, user_id, label, source, labelled_ms, seen_ms)
@@ -105,8 +108,10 @@ class LabelStore:
 
 
 async def write_rules(connection: asyncpg.Connection, rules: labels.Rules) -> None:
-    """Tell the views when a decision is mature, and what counts as fraud."""
-    await connection.execute(_WRITE_RULES, rules.maturity_ms, rules.friendly_fraud_positive)
+    """Tell the views when a decision is mature, and what counts as fraud. Idempotent: yes."""
+    told = (rules.maturity_ms, rules.friendly_fraud_positive)
+    if await connection.execute(_WRITE_RULES, *told) != "UPDATE 0":
+        log.info("the rules of labels are now %s", rules, extra={"action": "label_rules_written"})
 
 
 def _row(label: labels.Label) -> tuple[Any, ...]:

@@ -121,7 +121,7 @@ class OfflineStore:
     Args:
         pool: The shared pool.
         spans: Names of the windows, such as ("10m",); each has two columns in the history.
-        label_rules: For the views; None leaves them as they are.
+        label_rules: For the views, written once; None leaves them as they are.
 
     Attributes:
         ledger: Its decisions.
@@ -134,6 +134,7 @@ class OfflineStore:
     ) -> None:
         self._pool = pool
         self._label_rules = label_rules
+        self._rules_told = False
         self.ledger = ledger.Ledger(pool)
         self.labels = label_store.LabelStore(pool)
         self.accuracy = accuracy.Accuracy(pool)
@@ -179,11 +180,12 @@ class OfflineStore:
                 await connection.execute("INSERT INTO schema_migrations (name) VALUES ($1)", name)
                 applied.append(name)
             await self._add_columns(connection)
-            if self._label_rules is not None:
+            if self._label_rules is not None and (applied or not self._rules_told):
                 await label_store.write_rules(connection, self._label_rules)
             coming = months.coming(now or datetime.datetime.now(datetime.UTC))
             for table in months.TABLES:
                 await months.add(connection, table, coming)
+        self._rules_told = True
         return applied
 
     async def _add_columns(self, connection: asyncpg.Connection) -> None:

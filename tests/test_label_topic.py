@@ -3,8 +3,11 @@
 import asyncio
 import collections
 import contextlib
+import os
 import random
 import signal
+import subprocess
+import sys
 
 import orjson
 import pytest
@@ -241,3 +244,13 @@ async def test_the_service_takes_labels_at_both_doors_and_judges_by_its_settings
 
         body = running_service.wait(judged, "all four are judged, two of them fraud")
         assert body["friendly_fraud_is_fraud"] is True
+        # Neither of these has the settings of the one who serves.
+        worker = {"CERBERUS_TASKS": "labels,retention", "CERBERUS_RATE": "0"}
+        with service(environ | worker) as other:
+            other.wait_until_ready()
+            command = [sys.executable, "-m", "cerberus", "migrate"]
+            await asyncio.to_thread(
+                subprocess.run, command, env=os.environ | environ, timeout=60, check=True
+            )
+        again = running_service.http.get("/accuracy").json()
+        assert (again["label_maturity_days"], again["friendly_fraud_is_fraud"]) == (0, True)

@@ -272,6 +272,24 @@ async def test_writers_side_by_side_store_each_label_once(store):
     assert store.labels.counts == {"stored": 3_000, "known": 5 * 3_000}
 
 
+async def test_rules_are_told_once_and_again_where_the_tables_are_made_anew(database):
+    async with asyncpg.create_pool(database) as pool:
+
+        async def maturity_ms():
+            return await pool.fetchval("SELECT maturity_ms FROM label_rules")
+
+        serving = [offline.OfflineStore(pool, ("10m",), labels.Rules(i, True)) for i in (1, 2)]
+        for store in serving:
+            await store.migrate()
+        await offline.OfflineStore(pool, ("10m",)).migrate()
+        await serving[0].migrate()  # as each hour: who started last is right
+        assert await maturity_ms() == 2
+        await pool.execute("DROP SCHEMA public CASCADE")
+        await pool.execute("CREATE SCHEMA public")
+        await serving[0].migrate()
+        assert await maturity_ms() == 1
+
+
 @pytest.mark.parametrize("friendly", [False, True])
 async def test_every_label_is_true_or_false_and_silence_counts_only_when_mature(database, friendly):
     rules = labels.Rules(5 * DAY_MS, friendly)
