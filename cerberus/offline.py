@@ -156,8 +156,9 @@ class OfflineStore:
     async def migrate(self, now: datetime.datetime | None = None) -> list[str]:
         """Bring the schema up to date and return what was applied. Idempotent: yes.
 
-        Each numbered file is applied once, under a lock; columns of new windows and the coming
-        months' partitions are added, and the views are told the rules of labels.
+        Each numbered file is applied once, under a lock; columns of new windows are added, and the
+        views are told the rules of labels, all of it or nothing. Then the coming months' partitions
+        are added, each by itself, where that can be done at once.
         """
         applied = []
         async with pools.connection(self._pool) as connection, connection.transaction():
@@ -182,10 +183,12 @@ class OfflineStore:
             await self._add_columns(connection)
             if self._label_rules is not None and (applied or not self._rules_told):
                 await label_store.write_rules(connection, self._label_rules)
-            coming = months.coming(now or datetime.datetime.now(datetime.UTC))
+        self._rules_told = True
+        coming = months.coming(now or datetime.datetime.now(datetime.UTC))
+        # Not in the transaction above: whoever writes would wait until it ends.
+        async with pools.connection(self._pool) as connection:
             for table in months.TABLES:
                 await months.add(connection, table, coming)
-        self._rules_told = True
         return applied
 
     async def _add_columns(self, connection: asyncpg.Connection) -> None:

@@ -6,11 +6,13 @@ import pathlib
 import random
 
 import pytest
+from pipeline import until
 
 from cerberus import (
     decisions,
     errors,
     features,
+    months,
     offline,
     policy,
     pools,
@@ -100,6 +102,43 @@ async def test_months_have_partitions_and_other_times_are_kept_all_the_same(pool
         1_000: "transactions_default",
         7_000_000_000_000: "transactions_default",
     }
+
+
+async def test_nobody_waits_for_what_a_migration_has_done(pool, store, monkeypatch):
+    monkeypatch.setattr(months, "_LOCK_MS", 8_000)
+    monkeypatch.setattr(months, "_WORK_MS", 8_000)
+    waiting = (
+        "SELECT count(*) FROM pg_locks WHERE relation = 'decisions'::regclass AND NOT granted "
+        "AND mode = 'AccessExclusiveLock'"
+    )
+    held = (
+        "SELECT DISTINCT relation::regclass::text AS name FROM pg_locks "
+        "WHERE relation::regclass::text ~ '^(transactions|decisions)' AND granted "
+        "AND mode ~ 'Exclusive'"
+    )
+    locked = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    async with pool.acquire() as reader:
+        async with reader.transaction():
+            await reader.execute("SELECT * FROM decisions")
+            later = datetime.datetime(2031, 1, 1, tzinfo=datetime.UTC)
+            starting = asyncio.create_task(store.migrate(later))
+            await until(lambda: pool.fetchval(waiting), "a start waits for one table's month")
+            assert [row["name"] for row in await pool.fetch(held)] == []
+            assert await pool.fetchval(locked) == 0
+            # What was asked for first is there, and another start has nothing to wait for.
+            assert await pool.fetchval("SELECT to_regclass('transactions_2031_03')")
+            assert not starting.done()
+        await starting
+    assert await pool.fetchval("SELECT to_regclass('decisions_2031_03')")
+
+
+async def test_a_migration_that_fails_leaves_nothing(pool, monkeypatch):
+    monkeypatch.setitem(offline._MIGRATIONS, "999_wrong.sql", "SELECT no_such_column")
+    with pytest.raises(errors.StoreUnavailable):
+        await offline.OfflineStore(pool, ("10m",)).migrate()
+    assert await pool.fetchval("SELECT to_regclass('transactions')") is None
+    monkeypatch.delitem(offline._MIGRATIONS, "999_wrong.sql")
+    assert len(await offline.OfflineStore(pool, ("10m",)).migrate()) == len(offline._MIGRATIONS)
 
 
 async def test_any_order_and_any_repetition_of_writes_ends_in_the_same_rows(pool, store):
