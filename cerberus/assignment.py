@@ -1,15 +1,16 @@
 """Where a newly assigned partition starts to read, and from where on it has effects."""
 
 import asyncio
+import contextlib
 import dataclasses
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from cerberus import kafka, offline, partition, settings, transactions, window
+from cerberus import kafka, offline, partition, settings, window
 
 _CALL_S = 10.0
 First = tuple[int, int] | None
@@ -245,8 +246,12 @@ async def seed(
     part: partition.Partition,
     next_ms: int,
     user_ids: Collection[int] | None = None,
-) -> None:
+) -> AsyncGenerator[None, None]:
     """Let what the log's replay does not reach take effect on a partition; of all users when None.
+
+    In pages, so that any amount of it costs the memory of the windows alone. The partition may go
+    on reading between two: a user counts as seeded when the last one is in. Repeating any part of
+    it changes nothing. Deadline: 10 s a page.
 
     Args:
         store: Knows it.
@@ -255,17 +260,29 @@ async def seed(
         next_ms: Event time of the next valid record.
         user_ids: Whose events.
 
+    Yields:
+        After each page.
+
     Raises:
         StoreUnavailable: Postgres did not answer; seed again.
     """
-    past: Collection[transactions.Transaction] = ()
-    imported: Collection[transactions.Transaction] = ()
+    met = set(user_ids or ())
     after_ms = part.seed_after_ms(next_ms)
     if part.seeds_log:
-        past = await store.seed(topic, part.origin, part.number, after_ms, user_ids)
+        told = store.seed(topic, part.origin, part.number, after_ms, user_ids)
+        async with contextlib.aclosing(told):
+            async for past in told:
+                part.seed((), past)
+                met.update(each.user_id for each in past)
+                yield
     if part.seeds_imported:
-        imported = await store.imported(after_ms, part.imported_until_ms, user_ids)
-    part.seed(user_ids or (), past, imported)
+        told = store.imported(after_ms, part.imported_until_ms, user_ids)
+        async with contextlib.aclosing(told):
+            async for imported in told:
+                part.seed((), (), imported)
+                met.update(each.user_id for each in imported if part.at_home(each.user_id))
+                yield
+    part.seed(met)
 
 
 async def first_records(

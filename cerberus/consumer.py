@@ -107,7 +107,7 @@ class Consumer:
             while not progress.stopping.is_set():
                 await self._turn(progress)
         finally:
-            self._liveness.stop()
+            await self._liveness.stop()
             if self._client is not None:
                 await kafka.stop(self._client)
             await self._sink.close()
@@ -283,7 +283,8 @@ class Consumer:
 
         async def fetch() -> None:
             next_ms = valid[0].event_ms
-            await assignment.seed(self._offline, self._topic, part, next_ms, users)
+            async for _ in assignment.seed(self._offline, self._topic, part, next_ms, users):
+                progress.beat()
 
         return not users or await self._insist(fetch, generation, progress)
 

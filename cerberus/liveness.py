@@ -7,7 +7,7 @@ state, or the trail that rows leave, has lost rows, too; then all live rows are 
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import aiokafka
@@ -15,6 +15,7 @@ from aiokafka.errors import KafkaError
 
 from cerberus import (
     assignment,
+    errors,
     features,
     kafka,
     offline,
@@ -26,6 +27,7 @@ from cerberus import (
 )
 
 _TELL_S, _MARK_MS = 1.0, 2_000
+_SEED_S = 0.25
 Parts = Mapping[aiokafka.TopicPartition, partition.Partition]
 
 
@@ -74,6 +76,7 @@ class Liveness:
         self._marking: asyncio.Task[None] | None = None
         self._scores_lost: bool | None = None
         self._looked_s = self._told_s = self._resent_s = 0.0
+        self._seeding: dict[partition.Partition, AsyncGenerator[None, None]] = {}
         self.ended: set[aiokafka.TopicPartition] = set()
 
     def succeed(
@@ -99,10 +102,12 @@ class Liveness:
         """Forget where the log ended; nothing is owned any more."""
         self._marks.clear()
 
-    def stop(self) -> None:
-        """Stop asking where the log ends."""
+    async def stop(self) -> None:
+        """Stop asking where the log ends, and what lies before a replay's reach."""
         if self._marking is not None:
             self._marking.cancel()
+        with contextlib.suppress(errors.StoreUnavailable):
+            await self._give_up_seeding({})
 
     def lag(self, parts: Parts) -> dict[int, int]:
         """Return how many offsets each partition was behind when that was last asked."""
@@ -133,7 +138,7 @@ class Liveness:
         """
         self._looked_s = time.monotonic()
         due = self._looked_s - self._told_s >= _TELL_S
-        if not now and not due:
+        if not (now or due or self._seeding):
             return False
         if due:
             if self._marking is None or self._marking.done():
@@ -191,16 +196,41 @@ class Liveness:
         if lost := await self._write_states(parts):
             await self._look_for_scores(parts)
             await self._online.write_states(self._count, states(parts), create=True)
+        await self._give_up_seeding(parts)
         for part in list(parts.values()):
             if part.replaying or not (due or part.restoring):
                 continue
-            if part.restoring and part.seeds:
-                await assignment.seed(self._offline, self._topic, part, part.imported_until_ms)
+            if part.restoring and not await self._seed(part, beat):
+                continue
             part.restoring = await self._rows.write_rows(part, part.windows.users, beat)
         if due:
             self._resent_s = time.monotonic()
         if lost:
             await self._write_states(parts)
+
+    async def _seed(self, part: partition.Partition, beat: Callable[[], None]) -> bool:
+        """Fetch for a moment what lies before the replay's reach; True when nothing is missing.
+
+        The consumer goes on in between, or its group and its other partitions would miss it.
+        """
+        if not part.seeds:
+            return True
+        pages = self._seeding.pop(part, None) or assignment.seed(
+            self._offline, self._topic, part, part.imported_until_ms
+        )
+        ends_s = time.monotonic() + _SEED_S
+        async for _ in pages:
+            beat()
+            if time.monotonic() >= ends_s:
+                self._seeding[part] = pages
+                return False
+        return True
+
+    async def _give_up_seeding(self, parts: Parts) -> None:
+        """Let go of what is no longer owned, or no longer reaches any window."""
+        owned = set(parts.values())
+        for part in [p for p in self._seeding if p not in owned or not p.seeds]:
+            await self._seeding.pop(part).aclose()
 
     async def _look_for_scores(self, parts: Parts) -> None:
         self._scores_lost = (

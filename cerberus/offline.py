@@ -7,7 +7,7 @@ Calls raise `StoreUnavailable` when Postgres does not answer within 10 s.
 import contextlib
 import datetime
 import pathlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,10 @@ _MIGRATIONS = {
 }
 IMPORTED = "import"
 """Stands for the topic of a transaction that no log has told of."""
+_PAGE = 2_000
 _MIGRATION_S = 3600  # a table with years in it is written anew
+# Or a process that is frozen in a transaction would let no other start, and no month go.
+_NO_IDLING = f"SET LOCAL idle_in_transaction_session_timeout = '{pools.QUERY_S}s'"
 _MIGRATION_LOCK, _SINGLETON_LOCK = 7_237_001, 7_237_002
 _WRITE_TRANSACTIONS = """
 INSERT INTO transactions AS t (topic, user_id, event_ms, transaction_id, amount_minor, currency,
@@ -93,6 +96,9 @@ _SEED = """
 SELECT user_id, event_ms, transaction_id, amount_minor, currency, merchant_id FROM transactions
 WHERE event_ms > $1 AND topic = $2 AND epoch = $3 AND partition = $4 AND log_offset < $5
 """
+
+
+Pages = AsyncGenerator[list[transactions.Transaction], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +168,7 @@ class OfflineStore:
         """
         applied = []
         async with pools.connection(self._pool) as connection, connection.transaction():
-            # Or a process that is frozen in here would let no other start.
-            await connection.execute(
-                f"SET LOCAL idle_in_transaction_session_timeout = '{pools.QUERY_S}s'"
-            )
+            await connection.execute(_NO_IDLING)
             lock = "SELECT pg_advisory_xact_lock($1)"
             await connection.execute(lock, _MIGRATION_LOCK, timeout=_MIGRATION_S)
             await connection.execute(
@@ -280,21 +283,17 @@ class OfflineStore:
         async with pools.connection(self._pool) as connection:
             await connection.execute(query, *arguments)
 
-    async def seed(
+    def seed(
         self,
         topic: str,
         fence: features.Fence,
         partition: int,
         after_ms: int,
         user_ids: Collection[int] | None = None,
-    ) -> list[transactions.Transaction]:
-        """Return what happened after `after_ms` in the log before `fence`; all users when None."""
-        query, arguments = _SEED, [after_ms, topic, fence.epoch, partition, fence.offset]
-        if user_ids is not None:
-            query, arguments = _SEED + "AND user_id = ANY($6)", [*arguments, list(user_ids)]
-        async with pools.connection(self._pool) as connection:
-            rows = await connection.fetch(query, *arguments)
-        return [transactions.Transaction(**row) for row in rows]
+    ) -> Pages:
+        """Yield what happened after `after_ms` in the log before `fence`; all users when None."""
+        place = (after_ms, topic, fence.epoch, partition, fence.offset)
+        return self._pages(_SEED, place, user_ids)
 
     async def imported_until(self, topic: str, epoch: int, partition: int, begin_ms: int) -> int:
         """Return up to when imported transactions count in a log's windows; 0 when there are none.
@@ -310,17 +309,24 @@ class OfflineStore:
         async with pools.connection(self._pool) as connection:
             return await connection.fetchval(_BEGIN, topic, epoch, partition, begin_ms) or 0
 
-    async def imported(
+    def imported(
         self, after_ms: int, until_ms: int, user_ids: Collection[int] | None = None
-    ) -> list[transactions.Transaction]:
-        """Return what was imported of `(after_ms, until_ms]`; of all users when None."""
-        query = _IMPORTED
-        more: list[list[int]] = []
+    ) -> Pages:
+        """Yield what was imported of `(after_ms, until_ms]`; of all users when None."""
+        return self._pages(_IMPORTED, (after_ms, until_ms), user_ids)
+
+    async def _pages(
+        self, query: str, arguments: Sequence[Any], user_ids: Collection[int] | None
+    ) -> Pages:
+        """Yield transactions in no order, all as they stood at the start; 10 s for each page."""
         if user_ids is not None:
-            query, more = query + "AND user_id = ANY($3)", [list(user_ids)]
-        async with pools.connection(self._pool) as connection:
-            rows = await connection.fetch(query, after_ms, until_ms, *more)
-        return [transactions.Transaction(**row) for row in rows]
+            query += f"AND user_id = ANY(${len(arguments) + 1})"
+            arguments = (*arguments, list(user_ids))
+        async with pools.connection(self._pool) as connection, connection.transaction():
+            await connection.execute(_NO_IDLING)
+            rows = await connection.cursor(query, *arguments)
+            while page := await rows.fetch(_PAGE):
+                yield [transactions.Transaction(**row) for row in page]
 
     async def seed_credit_scores(
         self, scores: Sequence[tuple[int, int]], at: datetime.datetime

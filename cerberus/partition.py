@@ -202,21 +202,28 @@ class Partition:
     def seed(
         self,
         user_ids: Iterable[int],
-        past: Iterable[transactions.Transaction],
+        past: Iterable[transactions.Transaction] = (),
         imported: Iterable[transactions.Transaction] = (),
     ) -> None:
-        """Take in what these users did before `origin`, and before any log."""
+        """Take in what was done before `origin`, then before any log: all, or a part of it.
+
+        Args:
+            user_ids: Of whom nothing is missing after this; until then nobody is shown their rows.
+            past: What the log told before `origin`, of whomever.
+            imported: What no log has told, of whomever; after all of `past`.
+        """
         for transaction in past:
             self.windows.seed(transaction)
-            self._seeded.add(transaction.user_id)
-            self._touch(transaction.user_id)
         for transaction in imported:
-            if self.at_home(transaction.user_id):
-                if self.windows.seed(transaction) is window.Outcome.ACCEPTED:
-                    self._imported.add(transaction.id_hash64)
-                self._seeded.add(transaction.user_id)
-                self._touch(transaction.user_id)
-        self._seeded.update(user_ids)
+            if (
+                self.at_home(transaction.user_id)
+                and self.windows.seed(transaction) is window.Outcome.ACCEPTED
+            ):
+                self._imported.add(transaction.id_hash64)
+        for user_id in user_ids:
+            self._seeded.add(user_id)
+            if self.windows.user(user_id) is not None:
+                self._touch(user_id)
 
     def _meet(self, transaction: transactions.Transaction) -> None:
         """Make room for what the log tells: it stands where the same was imported."""

@@ -13,6 +13,8 @@ from pipeline import live, now_ms, payment, running, trained, until, world
 from cerberus import (
     features,
     history,
+    liveness,
+    offline,
     partition,
     pools,
     transactions,
@@ -76,7 +78,9 @@ def test_a_row_holds_nothing_that_was_imported_of_a_time_far_ahead():
 
 
 @pytest.fixture
-async def here(environ, tmp_path):
+async def here(environ, tmp_path, monkeypatch):
+    monkeypatch.setattr(offline, "_PAGE", 7)
+    monkeypatch.setattr(liveness, "_SEED_S", 0.01)
     changes = {"CERBERUS_REPLAY_SPAN_S": "60", "CERBERUS_PARTITIONS": "2"}
     async with world(trained(environ, tmp_path, SPANS) | changes) as opened:
         yield opened

@@ -7,7 +7,7 @@ import random
 import pytest
 from pipeline import live, now_ms, payment, running, trained, until, world
 
-from cerberus import features, offline, transactions
+from cerberus import assignment, features, liveness, offline, partition, transactions
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 SPANS = ("1m", "20m")
@@ -15,7 +15,10 @@ USERS = range(1000, 1010)
 
 
 @pytest.fixture
-async def here(environ, tmp_path):
+async def here(environ, tmp_path, monkeypatch):
+    # Many pages, and many turns of the consumer between them.
+    monkeypatch.setattr(offline, "_PAGE", 5)
+    monkeypatch.setattr(liveness, "_SEED_S", 0.01)
     changes = {"CERBERUS_REPLAY_SPAN_S": "60", "CERBERUS_PARTITIONS": "2"}
     async with world(trained(environ, tmp_path, SPANS) | changes) as opened:
         yield opened
@@ -84,5 +87,76 @@ async def test_a_seed_is_of_one_life_of_one_partition(here):
     facts = [offline.TransactionFact(t, *at, 5) for t, at in zip(txn, places, strict=True)]
     await here.offline.write("a", facts[:3], [], [])
     await here.offline.write("b", facts[3:], [], [])
-    past = await here.offline.seed("a", features.Fence(2, 9, 0), 0, 0)
-    assert [t.transaction_id for t in past] == ["t0"]
+    pages = [page async for page in here.offline.seed("a", features.Fence(2, 9, 0), 0, 0)]
+    assert [[t.transaction_id for t in page] for page in pages] == [["t0"]]
+
+
+async def test_nobody_is_seeded_before_the_last_page_and_a_repetition_changes_nothing(here):
+    at_ms = now_ms()
+    paid = [transactions.Transaction(f"t{i}", i % 5, 100, "USD", "", at_ms) for i in range(20)]
+    facts = [offline.TransactionFact(txn, 1, 0, i) for i, txn in enumerate(paid[:17])]
+    await here.offline.write("a", facts, [], [])
+    facts = [offline.TransactionFact(txn, 0, 0, i) for i, txn in enumerate(paid[17:])]
+    await here.offline.write(offline.IMPORTED, facts, [], [])
+    part = partition.Partition(
+        0, here.spans, 1, 17, 17, seeded_until_ms=at_ms, imported_until_ms=at_ms
+    )
+    for cut in (1, 2, 4, 5):  # the last is of what was imported
+        pages = assignment.seed(here.offline, "a", part, at_ms)
+        for _ in range(cut):
+            await anext(pages)
+        await pages.aclose()
+        assert (part.unseeded(range(5)), part.touched) == (set(range(5)), set())
+    # One of them pays before the others are seeded.
+    async for _ in assignment.seed(here.offline, "a", part, at_ms, {3}):
+        pass
+    assert (part.unseeded(range(5)), part.touched) == ({0, 1, 2, 4}, {3})
+    assert len([page async for page in assignment.seed(here.offline, "a", part, at_ms)]) == 5
+    assert (part.unseeded(range(6)), part.touched) == ({5}, set(range(5)))
+    assert [part.windows.stats(user, at_ms)[1].count for user in range(5)] == [4] * 5
+
+
+async def test_records_are_read_on_while_the_past_of_all_users_is_fetched(here, monkeypatch):
+    start = now_ms() - 600_000
+    await here.publish(traffic(random.Random(2), 400, start, now_ms()))
+    async with running(one := here.consumer()):
+        await drained(here, one)
+    monkeypatch.setattr(offline, "_PAGE", 1)
+    monkeypatch.setattr(liveness, "_SEED_S", 0.0)
+    async with running(two := here.consumer()):
+        await drained(here, two)
+        await here.redis.flushdb()
+
+        def restoring():
+            return {state.state for state in two.states().values()} == {"restoring"}
+
+        await until(restoring, "the loss is found")
+        await here.publish(traffic(random.Random(3), 20, now_ms() - 1_000, now_ms(), 1_000))
+        await until(lambda: two.counts["accepted"] == 20 and not any(two.lag().values()), "read on")
+        assert restoring()
+        await assert_nothing_is_left_open_by_who_loses_a_partition(here, two, monkeypatch)
+        await assert_rows_equal_the_log(here)
+
+
+async def assert_nothing_is_left_open_by_who_loses_a_partition(here, two, monkeypatch):
+    monkeypatch.setattr(offline, "_NO_IDLING", "SELECT 1")  # or Postgres would end it by itself
+    opened = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+        "AND state = 'idle in transaction'"
+    )
+    async with running(three := here.consumer()):
+        await until(lambda: len(two.states()) == len(three.states()) == 1, "each has one")
+        monkeypatch.setattr(liveness, "_SEED_S", 0.25)
+        await until(lambda: live(two, three, partitions=2), "all is restored")
+
+        async def none():
+            return not await here.pool.fetchval(opened)
+
+        await until(none, "no transaction is left open", 5)
+        monkeypatch.setattr(liveness, "_SEED_S", 0.0)
+        await here.redis.flushdb()
+        await until(lambda: here.pool.fetchval(opened), "it is fetched once more")
+    await until(lambda: len(two.states()) == 2, "one has all")
+    monkeypatch.setattr(liveness, "_SEED_S", 0.25)
+    await drained(here, two)
+    await until(none, "no transaction is left open", 5)

@@ -2,9 +2,11 @@
 
 import asyncio
 import datetime
+import functools
 import pathlib
 import random
 
+import asyncpg
 import pytest
 from pipeline import until
 
@@ -252,13 +254,33 @@ async def test_stored_effects_are_known_by_epoch_and_partition(store):
     assert not await store.has_rows(TOPIC, 1, 1)
 
 
-async def test_a_seed_holds_only_the_log_before_the_fence(store):
+async def test_a_seed_holds_only_the_log_before_the_fence_in_pages(store, monkeypatch):
     facts = [fact(transaction(i, user_id=i % 2, at=NOW_MS + i), i) for i in range(10)]
     await store.write(TOPIC, facts, [], [])
-    past = await store.seed(TOPIC, features.Fence(1, 7, 0), 0, NOW_MS + 1, {1})
+    fence = features.Fence(1, 7, 0)
+    [past] = [page async for page in store.seed(TOPIC, fence, 0, NOW_MS + 1, {1})]
     assert sorted(t.transaction_id for t in past) == ["t3", "t5"]
-    everyone = await store.seed(TOPIC, features.Fence(1, 7, 0), 0, NOW_MS + 1)
-    assert len(everyone) == 5
+    monkeypatch.setattr(offline, "_PAGE", 2)
+    everyone = [page async for page in store.seed(TOPIC, fence, 0, NOW_MS + 1)]
+    assert [len(page) for page in everyone] == [2, 2, 1]
+    assert {t.transaction_id for page in everyone for t in page} == {f"t{i}" for i in range(2, 7)}
+
+
+async def test_a_seed_has_a_deadline_for_each_page_and_none_for_all(environ, store, monkeypatch):
+    facts = [fact(transaction(i, at=NOW_MS + i), i) for i in range(40)]
+    await store.write(TOPIC, facts, [], [])
+    monkeypatch.setattr(offline, "_PAGE", 4)
+    # A tenth of a second a row.
+    monkeypatch.setattr(offline, "_SEED", offline._SEED + "AND pg_sleep(0.1)::text = ''")
+    hurried = functools.partial(asyncpg.create_pool, environ["DATABASE_URL"])
+    async with hurried(command_timeout=2) as pool:
+        slow = offline.OfflineStore(pool, ("10m",))
+        seen = [page async for page in slow.seed(TOPIC, features.Fence(1, 99, 0), 0, 0)]
+        assert sum(map(len, seen)) == 40
+    async with hurried(command_timeout=0.2) as pool:
+        slow = offline.OfflineStore(pool, ("10m",))
+        with pytest.raises(errors.StoreUnavailable):
+            await anext(slow.seed(TOPIC, features.Fence(1, 99, 0), 0, 0))
 
 
 async def test_one_holds_a_singleton_until_it_lets_go_or_its_connection_dies(pool, store):
