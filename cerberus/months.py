@@ -108,11 +108,18 @@ async def drop(
 
 
 async def delete(
-    connection: asyncpg.Connection, table: str, condition: str, value: Any
+    connection: asyncpg.Connection, table: str, condition: str, value: Any, also: str = ""
 ) -> AsyncIterator[int]:
     """Delete the rows for which `condition` holds of $1, 4 MB of the table a statement.
 
     Reads the table once, by place: it needs no index, and no batch is searched for twice.
+
+    Args:
+        connection: To the tables.
+        table: To read.
+        condition: In SQL.
+        value: $1.
+        also: What else each statement deletes, in SQL; the rows deleted here are `gone`.
 
     Yields:
         How many rows each statement has deleted.
@@ -120,12 +127,13 @@ async def delete(
     size = "SELECT pg_relation_size($1::regclass) / current_setting('block_size')::integer"
     blocks = await connection.fetchval(size, table)
     for at in range(0, blocks, _BLOCKS):
-        done = await connection.execute(
-            f"DELETE FROM {table} WHERE ctid >= '({at},0)' AND ctid < '({at + _BLOCKS},0)' "
-            f"AND {condition}",
-            value,
+        query = (
+            f"WITH gone AS (DELETE FROM {table} WHERE ctid >= '({at},0)' "
+            f"AND ctid < '({at + _BLOCKS},0)' AND {condition} RETURNING *)"
         )
-        yield int(done.rpartition(" ")[2])
+        if also:
+            query += f", more AS ({also})"
+        yield await connection.fetchval(f"{query} SELECT count(*) FROM gone", value)
 
 
 async def _drop(connection: asyncpg.Connection, name: str) -> bool:

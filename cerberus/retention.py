@@ -15,15 +15,26 @@ from cerberus import errors, months, offline, pools, settings, supervision
 log = logging.getLogger(__name__)
 
 _LOOK_S, _RETRY_S = 3600.0, 60.0
-_TIME = "timestamptz 'epoch' + $1::bigint * interval '1 millisecond'"
+_TIME = "timestamptz 'epoch' + {}::bigint * interval '1 millisecond'"
+_STATS = "user_transaction_stats"
 _ROWS = {f"{table}_default": f"{column} < $1" for table, column in months.TABLES.items()} | {
-    "user_transaction_stats": f"event_timestamp < {_TIME}",
+    _STATS: f"event_timestamp < {_TIME.format('$1')}",
     "labels": "labelled_ms < $1",
 }
 """What lies in no month's partition, and which rows of it are older than $1."""
-_CLEARED = "SELECT kept_from_ms FROM retention WHERE table_name = $1"
-_CLEAR = """
-INSERT INTO retention (table_name, kept_from_ms) VALUES ($1, $2)
+_DUE = {table: f"SELECT EXISTS (SELECT FROM {table} WHERE {_ROWS[table]})" for table in _ROWS} | {
+    _STATS: "SELECT NOT EXISTS (SELECT FROM retention "
+    f"WHERE table_name = '{_STATS}' AND kept_from_ms >= $1)"
+}
+"""Whether a table is to be read: the history once a month, for an index would cost each event."""
+_WITH = {
+    "transactions_default": f"DELETE FROM {_STATS} AS s USING gone WHERE s.user_id = gone.user_id "
+    f"AND s.event_timestamp >= {_TIME.format('gone.event_ms')} "
+    f"AND s.event_timestamp < {_TIME.format('(gone.event_ms + 1)')}"
+}
+"""So what comes late there is found by the transaction that was stored with it."""
+_CLEAR = f"""
+INSERT INTO retention (table_name, kept_from_ms) VALUES ('{_STATS}', $1)
 ON CONFLICT (table_name) DO UPDATE SET kept_from_ms = excluded.kept_from_ms
 """
 Beat = Callable[[], Awaitable[None]]
@@ -66,7 +77,7 @@ class Retention:
     async def sweep(self, progress: supervision.Progress, still_held: Beat) -> bool:
         """Remove what is older than is kept; False when something is in use and is left for later.
 
-        Idempotent: yes; what was removed up to is known, so that nothing is searched for twice.
+        Idempotent: yes; what has nothing old in it is not read.
 
         Raises:
             StoreUnavailable: Postgres did not answer.
@@ -93,13 +104,15 @@ class Retention:
         before_ms: int,
         progress: supervision.Progress,
     ) -> None:
-        if (await connection.fetchval(_CLEARED, table) or 0) >= before_ms:
+        if not await connection.fetchval(_DUE[table], before_ms):
             return
         count = 0
-        async for deleted in months.delete(connection, table, _ROWS[table], before_ms):
+        rows = months.delete(connection, table, _ROWS[table], before_ms, _WITH.get(table, ""))
+        async for deleted in rows:
             count += deleted
             progress.beat()
             if progress.stopping.is_set():
                 return
-        await connection.execute(_CLEAR, table, before_ms)
+        if table == _STATS:
+            await connection.execute(_CLEAR, before_ms)
         log.info("%s: %d rows removed", table, count, extra={"action": "rows_removed"})

@@ -159,9 +159,7 @@ async def test_a_month_in_use_is_left_for_later_and_nobody_waits_behind_it(
     assert (await times(pool))["transactions"][0] == KEPT_FROM_MS
 
 
-async def test_what_has_no_month_of_its_own_goes_in_batches_and_is_searched_once(
-    config, pool, store, monkeypatch
-):
+async def test_what_has_no_month_of_its_own_goes_in_batches(config, pool, store, monkeypatch):
     monkeypatch.setattr(months, "_BLOCKS", 1)
     old_ms = KEPT_FROM_MS - 900 * 86_400_000
     await pool.execute(
@@ -177,12 +175,43 @@ async def test_what_has_no_month_of_its_own_goes_in_batches_and_is_searched_once
     assert len(statements) > 10
     assert max(statements) < 200
     await sweep(config, store)
-    await write(store, 1, old_ms)
-    await sweep(config, store)
-    assert (await times(pool))["labels"] == [old_ms]
-    await sweep(config, store, NOW + datetime.timedelta(days=31))
-    assert (await times(pool))["labels"] == []
     assert len((await times(pool))["transactions"]) == 1_000
+
+
+async def test_what_arrives_when_its_month_is_long_over_goes_with_the_next_sweep(
+    config, pool, store, monkeypatch
+):
+    monkeypatch.setattr(months, "_BLOCKS", 1)
+    kept = [KEPT_FROM_MS, KEPT_FROM_MS + 900 * 86_400_000]
+    for i, at_ms in enumerate(kept):
+        await write(store, i % 2, at_ms)
+    await sweep(config, store)
+    before = [at_ms for at_ms in every_few_days() if at_ms < KEPT_FROM_MS]
+    for _ in range(2):
+        for i, at_ms in enumerate(before):
+            await write(store, i % 3, at_ms)
+            await write(store, 10 + i, at_ms)
+        assert await sweep(config, store)
+        for table, found in (await times(pool)).items():
+            assert found == kept, table
+
+
+async def test_whether_anything_old_is_there_is_told_by_an_index(pool, store):
+    late_ms = KEPT_FROM_MS + 900 * 86_400_000
+    await pool.execute(
+        "INSERT INTO transactions SELECT u, $1::bigint + u, 't' || u, 1, 'USD', 'm', 'a', 1, 0, u "
+        "FROM generate_series(1, 20000) AS g (u)",
+        late_ms,
+    )
+    await pool.execute(
+        "INSERT INTO labels SELECT 't' || u, NULL, 'fraud', 's', $1::bigint + u, 1 "
+        "FROM generate_series(1, 20000) AS g (u)",
+        late_ms,
+    )
+    await pool.execute("ANALYZE")
+    for table in ("transactions_default", "labels"):
+        told = await pool.fetch(f"EXPLAIN {retention._DUE[table]}".replace("$1", str(late_ms)))
+        assert "Index" in str(told), told
 
 
 async def test_by_default_everything_is_kept_and_the_coming_months_are_made(environ, pool, store):
