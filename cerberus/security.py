@@ -8,6 +8,7 @@ asked for a loopback name (a rebound DNS name is not one), and must not come fro
 A proxy that hides all of it cannot be told apart: set a key wherever one stands in front.
 """
 
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -100,6 +101,7 @@ def _because(reason: str) -> str:
     return f"{Forbidden()} This caller is not one: {reason}."
 
 
+@functools.lru_cache(maxsize=256)
 def _loopback_url(value: bytes) -> bool:
     try:
         host = urllib.parse.urlsplit(value.decode("ascii")).hostname
@@ -108,6 +110,7 @@ def _loopback_url(value: bytes) -> bool:
     return host is not None and _loopback(host)
 
 
+@functools.lru_cache(maxsize=256)
 def _loopback(host: str) -> bool:
     if host == "localhost":
         return True

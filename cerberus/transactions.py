@@ -253,4 +253,4 @@ def parse_timestamp(document: Mapping[str, Any]) -> int:
 def format_ms(ms: int) -> str:
     """Write ms since the Unix epoch as RFC 3339 in UTC with three places."""
     moment = _EPOCH + datetime.timedelta(milliseconds=ms)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03d}Z"
+    return f"{moment.isoformat(timespec='milliseconds')[:23]}Z"
