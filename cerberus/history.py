@@ -190,10 +190,13 @@ class History:
         await connection.execute(_ADVANCE, fingerprint, *numbers, progress.finished)
 
     async def make_months(self, times_ms: Sequence[int]) -> None:
-        """Make partitions for the months of these times, where that can be done at once."""
+        """Make partitions for the months of these times, where that can be done in some seconds.
+
+        A month once begun in the default partition stays there.
+        """
         wanted = {months.of_ms(ms) for ms in set(times_ms)} - self._months
         async with pools.connection(self._pool) as connection:
-            await months.add(connection, "transactions", sorted(wanted))
+            await months.add(connection, "transactions", sorted(wanted), months.TRIES)
         self._months |= wanted
 
     async def add(

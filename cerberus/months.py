@@ -18,17 +18,22 @@ TABLES = {"transactions": "event_ms", "decisions": "as_of_ms"}
 AHEAD = 3
 """How many months have partitions, this one included."""
 _LOCK_MS, _WORK_MS = 500, 3_000
-_TRIES, _PAUSE_S = 5, 1.0
+_PAUSE_S = 1.0
+TRIES = 5
+"""How often it is tried to change what others use, where that has time."""
 _BLOCKS = 512
 _OF_TABLE = """
 SELECT c.relname::text FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
 WHERE i.inhparent = $1::regclass ORDER BY 1
 """
-# Another has it, is making it, or the default partition has rows of it or takes long to search.
-_NOT_NOW = (
+# Another makes it, or the default partition has rows of it.
+_NEVER = (
     asyncpg.CheckViolationError,
     asyncpg.DuplicateTableError,
     asyncpg.UniqueViolationError,
+)
+# Another reads or writes there, or the default partition takes long to search.
+_IN_USE = (
     asyncpg.LockNotAvailableError,
     asyncpg.QueryCanceledError,
     asyncpg.DeadlockDetectedError,
@@ -65,12 +70,15 @@ def coming(now: datetime.datetime) -> list[datetime.datetime]:
 
 
 async def add(
-    connection: asyncpg.Connection, table: str, starts: Iterable[datetime.datetime]
+    connection: asyncpg.Connection,
+    table: str,
+    starts: Iterable[datetime.datetime],
+    tries: int = 1,
 ) -> list[str]:
     """Add the partitions of the months that begin then, and return which were missing.
 
     Idempotent: yes. A month whose first rows are in the default partition already stays there, and
-    one whose lock is not had within 0.5 s is left to the next call.
+    one whose lock is not had within 0.5 s, however often that is tried, is left to the next call.
     """
     made = []
     for start in starts:
@@ -78,12 +86,10 @@ async def add(
         if await connection.fetchval("SELECT to_regclass($1)", name) is not None:
             continue
         low, high = to_ms(start), to_ms(start_of(start + datetime.timedelta(days=31)))
-        with contextlib.suppress(*_NOT_NOW):
-            async with _briefly(connection):
-                await connection.execute(
-                    f"CREATE TABLE {name} PARTITION OF {table} FOR VALUES FROM ({low}) TO ({high})"
-                )
-            made.append(name)
+        create = f"CREATE TABLE {name} PARTITION OF {table} FOR VALUES FROM ({low}) TO ({high})"
+        with contextlib.suppress(*_NEVER):
+            if await _changed(connection, create, tries):
+                made.append(name)
     return made
 
 
@@ -101,7 +107,7 @@ async def drop(
     for (name,) in await connection.fetch(_OF_TABLE, table):
         if not _over(name, before):
             continue
-        if not await _drop(connection, name):
+        if not await _changed(connection, f"DROP TABLE {name}", TRIES):
             return dropped, False
         dropped.append(name)
     return dropped, True
@@ -136,22 +142,18 @@ async def delete(
         yield await connection.fetchval(f"{query} SELECT count(*) FROM gone", value)
 
 
-async def _drop(connection: asyncpg.Connection, name: str) -> bool:
-    for _ in range(_TRIES):
-        with contextlib.suppress(*_NOT_NOW):
-            async with _briefly(connection):
-                await connection.execute(f"DROP TABLE {name}")
+async def _changed(connection: asyncpg.Connection, statement: str, tries: int) -> bool:
+    """Change a table without holding anyone up; False when it stays in use."""
+    for left in reversed(range(tries)):
+        with contextlib.suppress(*_IN_USE):
+            async with connection.transaction():
+                await connection.execute(f"SET LOCAL lock_timeout = {_LOCK_MS}")
+                await connection.execute(f"SET LOCAL statement_timeout = {_WORK_MS}")
+                await connection.execute(statement)
             return True
-        await asyncio.sleep(_PAUSE_S)
+        if left:
+            await asyncio.sleep(_PAUSE_S)
     return False
-
-
-@contextlib.asynccontextmanager
-async def _briefly(connection: asyncpg.Connection) -> AsyncIterator[None]:
-    async with connection.transaction():
-        await connection.execute(f"SET LOCAL lock_timeout = {_LOCK_MS}")
-        await connection.execute(f"SET LOCAL statement_timeout = {_WORK_MS}")
-        yield
 
 
 def _name(table: str, start: datetime.datetime) -> str:

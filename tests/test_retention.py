@@ -11,6 +11,7 @@ from pipeline import running, until
 from cerberus import (
     decisions,
     features,
+    history,
     labels,
     months,
     offline,
@@ -257,3 +258,15 @@ async def test_a_partition_that_cannot_be_made_at_once_is_left_to_the_next_time(
     await write(store, 1, months.to_ms(start))
     row = await pool.fetchrow("SELECT tableoid::regclass::text AS t FROM transactions")
     assert row["t"] == "transactions_2030_01"
+
+
+async def test_an_import_waits_some_seconds_for_a_month_s_partition(pool, store):
+    start = datetime.datetime(2031, 1, 1, tzinfo=datetime.UTC)
+    past = history.History(pool, window.Spans())
+    async with pool.acquire() as reader, reader.transaction():
+        await reader.execute("SELECT * FROM transactions")
+        making = asyncio.create_task(past.make_months([months.to_ms(start)]))
+        await asyncio.sleep(1)
+        assert not making.done()
+    await asyncio.wait_for(making, 30)
+    assert await pool.fetchval("SELECT to_regclass('transactions_2031_01')") is not None
