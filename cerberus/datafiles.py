@@ -18,7 +18,7 @@ _SUFFIXES = {".csv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json"
     (".parquet", ".pq"), "parquet"
 )
 _DELIMITERS = (",", ";", "\t", "|")
-_HEAD_BYTES, _LINE_BYTES = 1 << 20, 1 << 20
+_HEAD_BYTES, _LINE_BYTES, _ROW_LINES = 1 << 20, 1 << 20, 100
 
 
 class Position(NamedTuple):
@@ -116,22 +116,28 @@ class File:
             if start.bytes:
                 file.seek(start.bytes)
                 lines = _Lines(file, start)
-            reader = csv.reader(lines, delimiter=delimiter)
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
             rows = start.rows
             while True:
-                line = lines.at.lines + 1
-                lines.broken = ""
+                line = lines.begin_row()
                 try:
                     cells = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:
                     cells, lines.broken = [""], f"is not CSV: {error}"
-                if not cells:
+                if not cells and not lines.broken:
                     continue  # an empty line
                 broken = lines.broken
                 if not broken and len(cells) != len(header):
                     broken = f"has {len(cells)} cells, the header {len(header)}"
+                if not broken and lines.at.lines - line >= _ROW_LINES:
+                    broken = f"has a cell of more than {_ROW_LINES} lines"
+                if broken and lines.at != lines.second:
+                    # A quote too much has swallowed what stands behind: only its line is refused.
+                    file.seek(lines.second.bytes)
+                    lines = _Lines(file, lines.second)
+                    reader = csv.reader(lines, delimiter=delimiter, strict=True)
                 values = {} if broken else dict(zip(header, cells, strict=True))
                 rows += 1
                 yield Row(line, values, broken), lines.at._replace(rows=rows)
@@ -179,8 +185,14 @@ class _Lines:
 
     def __init__(self, file: Any, at: Position) -> None:
         self._file = file
-        self.at = at
+        self.at = self.second = at
         self.broken = ""
+        self._first = True
+
+    def begin_row(self) -> int:
+        """Return the line with which the next row begins; `second` is then the place behind it."""
+        self.broken, self._first = "", True
+        return self.at.lines + 1
 
     def __iter__(self) -> "_Lines":
         return self
@@ -198,6 +210,8 @@ class _Lines:
         if not self.at.bytes:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         self.at = self.at._replace(lines=self.at.lines + 1, bytes=self.at.bytes + size)
+        if self._first:
+            self.second, self._first = self.at, False
         try:
             return str(raw, "utf-8")
         except UnicodeDecodeError:

@@ -19,6 +19,7 @@ from cerberus import transactions, window
 RECENT_EVENTS = 256
 TILES_A_SPAN = 600
 STALE_MS = 5_000
+_TILES_KEPT = 30_000  # twice as many can be packed, as far as a window may reach ahead of its row
 
 _VERSION = 1
 # version, epoch, offset, as_of_ms, partition, complete, lower_ms, events, tiles
@@ -142,8 +143,8 @@ class Recent:
 
 
 def tile_ms(spans: window.Spans) -> int:
-    """Return the length of a tile: the longest span / 600, at least 1 ms."""
-    return max(1, spans.longest_ms // TILES_A_SPAN)
+    """Return the length of a tile: the longest span / 600, or what is kept / 30,000 if longer."""
+    return max(1, spans.longest_ms // TILES_A_SPAN, spans.keep_ms // _TILES_KEPT)
 
 
 def pack(

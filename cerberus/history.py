@@ -100,6 +100,7 @@ WITH due AS (
             * interval '1 microsecond' AS at
         FROM counted WHERE imported AND wanted AND (rank < {last} OR rank = of_ms - 1)
     ) AS rows
+    ORDER BY user_id, at
     ON CONFLICT (user_id, event_timestamp) DO UPDATE SET
         log_offset = excluded.log_offset, {updates}
     WHERE s.epoch = 0

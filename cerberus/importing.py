@@ -235,9 +235,11 @@ def read_label(
     """
     said = found.get("label")
     told = str(said).lower() if isinstance(said, bool) else layouts.text(said)
+    if isinstance(told, str):
+        told = values.get(told, told)
     document = {
         "transaction_id": layouts.text(found.get("transaction_id")),
-        "label": values.get(told, told),
+        "label": told,
         "source": layouts.text(found.get("source", offline.IMPORTED)),
         "labelled_at": layout.moment(found.get("labelled_at"), "labelled_at"),
         "user_id": layouts.whole(found.get("user_id")),

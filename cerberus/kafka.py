@@ -266,7 +266,11 @@ class Publisher:
     async def _send(self, message: Message) -> "asyncio.Future[Any]":
         if self._producer is None:
             client = producer(self._config)
-            await client.start()
+            try:
+                await client.start()
+            except BaseException:
+                await stop(client)
+                raise
             self._producer = client
         acknowledged: asyncio.Future[Any] = await self._producer.send(
             message.topic,

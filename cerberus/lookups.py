@@ -1,11 +1,10 @@
 """Looking up: what was decided, on which values, and how a user stands now."""
 
-import asyncio
 import functools
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from cerberus import (
     decisions,
@@ -13,6 +12,7 @@ from cerberus import (
     features,
     ledger,
     online,
+    pools,
     settings,
     transactions,
     window,
@@ -22,7 +22,6 @@ MAX_LIMIT, DEFAULT_LIMIT = 200, 50
 AT_ONCE, DEADLINE_S = 2, 2.0
 """How many look-ups have a connection to Postgres, and how long each may wait for one and for
 its answer: the writes of the stream and of labels share the pool."""
-T = TypeVar("T")
 _LAST, _SHOWN_EVENTS = 10, 50
 _KEYS = ("transaction_id", "user_id")
 
@@ -53,7 +52,7 @@ class Lookups:
         self._store = store
         self._ledger = kept
         self._clock = clock
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._turns = pools.Turns(AT_ONCE)
 
     async def decision(self, decision_id: str) -> dict[str, Any]:
         """Return one decision by its id.
@@ -62,6 +61,7 @@ class Lookups:
             InvalidTransaction: It is no id.
             UnknownDecision: None has it.
             StoreUnavailable, DecisionsUnavailable: Postgres did not answer.
+            Overloaded: 200 wait already.
         """
         try:
             name = uuid.UUID(decision_id)
@@ -79,6 +79,7 @@ class Lookups:
         Raises:
             InvalidTransaction: naming the parameter.
             StoreUnavailable, DecisionsUnavailable: Postgres did not answer.
+            Overloaded: 200 wait already.
         """
         for name in query.keys() - {*_KEYS, "before", "limit"}:
             raise errors.InvalidTransaction(name, "is no parameter of this look-up")
@@ -106,6 +107,7 @@ class Lookups:
             InvalidTransaction: It is no user id.
             FeaturesUnavailable: Redis did not answer.
             StoreUnavailable, DecisionsUnavailable: Postgres did not answer.
+            Overloaded: 200 wait already.
         """
         number = _integer({"user_id": user_id}, "user_id", 0, transactions.MAX_USER_ID)
         now_ms = self._clock()
@@ -131,22 +133,13 @@ class Lookups:
             "decisions": [record.public() for record in last],
         }
 
-    async def _asked(self, find: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-        async def turn() -> T:
-            async with self._turns:
-                return await find(*arguments)
-
-        asking = asyncio.ensure_future(turn())
+    async def _asked(self, find: Callable[..., Awaitable[pools.T]], *arguments: Any) -> pools.T:
         try:
-            # No `timeout` around it: a frozen Postgres keeps its connection for 2 s more.
-            await asyncio.wait({asking}, timeout=DEADLINE_S)
-        finally:
-            asking.cancel()
-        if not asking.done():
+            return await self._turns.call(DEADLINE_S, find, *arguments)
+        except TimeoutError as error:
             raise errors.DecisionsUnavailable(
                 f"Postgres has not answered within {DEADLINE_S:g} s; ask again in a second."
-            )
-        return asking.result()
+            ) from error
 
 
 def _integer(query: Mapping[str, str], name: str, low: int, high: int) -> int:

@@ -68,7 +68,13 @@ _OF_PREDICT = (
     "features_unavailable",
     "decisions_unavailable",
 )
-_OF_LOOKUPS = ("api_disabled", "method_not_allowed", "invalid", "decisions_unavailable")
+_OF_LOOKUPS = (
+    "api_disabled",
+    "method_not_allowed",
+    "invalid",
+    "overloaded",
+    "decisions_unavailable",
+)
 _OF_LABELS = (
     "not_json",
     "api_disabled",
@@ -76,6 +82,7 @@ _OF_LABELS = (
     "body_timeout",
     "too_large",
     "invalid",
+    "overloaded",
     "labels_unavailable",
 )
 _EVERYWHERE = ("unauthorized", "forbidden", "starting", "internal")
@@ -267,7 +274,7 @@ def _accuracy() -> dict[str, Any]:
             _parameter("since", "query", text, "of decisions: a date, or RFC 3339"),
             _parameter("model", "query", text, "the beginning of a model's version"),
         ],
-        "responses": {"200": answer} | _problems("overloaded", *_OF_LOOKUPS, *_EVERYWHERE),
+        "responses": {"200": answer} | _problems(*_OF_LOOKUPS, *_EVERYWHERE),
     }
 
 

@@ -10,7 +10,7 @@ import hashlib
 import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 import redis.asyncio
@@ -47,6 +47,7 @@ _POSTGRES_DOWN = (
     asyncpg.TransactionRollbackError,
     asyncpg.ReadOnlySQLTransactionError,
 )
+T = TypeVar("T")
 Redis = "redis.asyncio.Redis | redis.asyncio.RedisCluster"
 Connected = Callable[[Any], Awaitable[None]]
 # A script, its keys, its arguments.
@@ -182,6 +183,47 @@ def unavailable() -> Iterator[None]:
         ) from error
     except _POSTGRES_DOWN as error:
         raise errors.StoreUnavailable(f"Postgres did not answer: {error!r}") from error
+
+
+class Turns:
+    """Lets a few calls at a time use Postgres, so that the pool is left to other purposes.
+
+    Args:
+        at_once: How many have a connection.
+        waiting: How many there may be at most, these included.
+    """
+
+    def __init__(self, at_once: int, waiting: int = 200) -> None:
+        self._turns = asyncio.Semaphore(at_once)
+        self._left = waiting
+
+    async def call(
+        self, deadline_s: float, function: Callable[..., Awaitable[T]], *arguments: Any
+    ) -> T:
+        """Call when it is its turn.
+
+        Raises:
+            Overloaded: Too many wait already.
+            TimeoutError: Turn and answer did not come in time.
+        """
+        if not self._left:
+            raise errors.Overloaded
+
+        async def turn() -> T:
+            async with self._turns:
+                return await function(*arguments)
+
+        self._left -= 1
+        asking = asyncio.ensure_future(turn())
+        try:
+            # No `timeout` around it: a frozen Postgres keeps its connection for 2 s more.
+            await asyncio.wait({asking}, timeout=deadline_s)
+        finally:
+            self._left += 1
+            asking.cancel()
+        if not asking.done():
+            raise TimeoutError
+        return asking.result()
 
 
 def columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:

@@ -28,6 +28,7 @@ from cerberus import (
     offline,
     online,
     openapi,
+    pools,
     problems,
     scoring,
     security,
@@ -69,6 +70,7 @@ class Parts:
         health: Answers `GET /health`.
         meter: Answers `GET /metrics`.
         clock: The wall clock in ms since the Unix epoch.
+        label_turns: Lets a few requests at a time write labels.
     """
 
     config: settings.Settings
@@ -81,6 +83,7 @@ class Parts:
     health: health.Health
     meter: metrics.Metrics
     clock: Callable[[], int]
+    label_turns: pools.Turns
 
 
 def assemble(
@@ -144,6 +147,7 @@ def assemble(
         health=health.Health(config, model, servers, supervisor, kept, consumed, labelled),
         meter=meter,
         clock=clock,
+        label_turns=pools.Turns(2),
     )
 
 
@@ -260,9 +264,10 @@ async def take_labels(request: Request) -> Response:
     now_ms = parts.clock()
     told = labels.parse_request(asked, now_ms + parts.config.max_future_skew_ms)
     try:
-        return _json(await parts.history.labels.answer(told, now_ms))
-    except (errors.StoreUnavailable, errors.ConfigError) as error:
-        log.warning("labels were refused: %s", error)
+        answer = parts.history.labels.answer
+        return _json(await parts.label_turns.call(pools.QUERY_S, answer, told, now_ms))
+    except (TimeoutError, errors.StoreUnavailable, errors.ConfigError) as error:
+        log.warning("labels were refused: %r", error)
         raise problems.Refusal(
             "labels_unavailable",
             "Postgres takes no labels now; send all of the request again in a second.",

@@ -23,6 +23,7 @@ from cerberus import (
     features,
     metrics,
     online,
+    pools,
     scoring,
     settings,
     transactions,
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH = 256
 _GRACE_S = 1.0
-_LOOK_UP_S = 2.0
+_LOOK_UP_S, _LOOKING_UP = 2.0, 2
 _TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")
 _IN_HAND = ("transaction_id", "amount", "currency", "merchant_id")
 _NEEDED = {
@@ -118,6 +119,7 @@ class Predictor:
         self._timeout_s = config.read_timeout_ms / 1000
         self._waiting: deque[_Waiting] = deque()
         self._drain: asyncio.Task[None] | None = None
+        self._turns = pools.Turns(_LOOKING_UP, config.max_in_flight)
         self.in_flight = 0
 
     def parse(self, document: Mapping[str, Any], traceparent: str = "") -> Request:
@@ -201,8 +203,7 @@ class Predictor:
 
     async def _look_up(self, in_hand: transactions.Transaction) -> decisions.Record | None:
         try:
-            async with asyncio.timeout(_LOOK_UP_S):
-                found = await self._claims.look_up([in_hand])
+            found = await self._turns.call(_LOOK_UP_S, self._claims.look_up, [in_hand])
         except (TimeoutError, errors.StoreUnavailable, errors.ConfigError) as error:
             raise errors.DecisionsUnavailable from error
         return next(iter(found.values()), None)

@@ -16,6 +16,7 @@ MODEL_PATH = pathlib.Path(__file__).parent.parent / "models" / "fraud_model.json
 POLICY_PATH = MODEL_PATH.with_name("policy.json")
 AUTO_RATE = 2.0
 _UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_LONGEST_S = 23 * 86_400  # ages in a packed window have 32 bits of ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +254,11 @@ def _url(read: environment.Reader, name: str, *schemes: str) -> str:
     try:
         url = urllib.parse.urlsplit(value)
         _ = url.port  # asking for it judges it
-    except ValueError as error:
-        raise errors.ConfigError(f"{name}: {error}") from error
+    except ValueError:
+        # What is wrong may be a part of the password.
+        raise errors.ConfigError(
+            f"{name} is no address: percent-encode what is special in its user name and password"
+        ) from None
     if url.scheme not in schemes:
         raise errors.ConfigError(f"{name} must begin with {wanted}")
     return value
@@ -279,8 +283,10 @@ def _spans(read: environment.Reader) -> tuple[str, ...]:
     names = read.words("CERBERUS_SPANS")
     good = all(re.fullmatch(r"[1-9]\d{0,4}[smhd]", name) for name in names)
     lengths = [_UNITS_S[name[-1]] * int(name[:-1]) for name in names] if good else []
-    if not lengths or sorted(set(lengths)) != lengths:
-        raise errors.ConfigError("CERBERUS_SPANS must be increasing lengths such as 10m,1h,24h")
+    if not lengths or sorted(set(lengths)) != lengths or lengths[-1] > _LONGEST_S:
+        raise errors.ConfigError(
+            "CERBERUS_SPANS must be increasing lengths such as 10m,1h,24h, of 23d at most"
+        )
     return names
 
 

@@ -96,6 +96,10 @@ class Sink:
         for result in results:
             if result is not None:
                 raise result
+        self.otherwise += sum(
+            record.differing(seen.transaction) is not None
+            for record, (_, seen) in zip(decided, accepted, strict=True)
+        )
 
     async def _keep(
         self,
@@ -119,7 +123,7 @@ class Sink:
         if batch.observed:
             await self._offline.write(
                 self._topic,
-                [_fact(number, seen) for number, seen in batch.observed],
+                [_fact(number, seen) for number, seen in batch.observed if _is_new(seen)],
                 [_stats(seen) for _, seen in accepted],
                 decided,
             )
@@ -173,12 +177,7 @@ class Sink:
         looked_up = {decisions.of_transaction(transaction) for transaction in old}
         settled = await self._claims.settle(taken, now_ms, looked_up)
         known |= {record.decision_id: record for record in settled}
-        standing = [known[name] for name in names]
-        self.otherwise += sum(
-            record.differing(transaction) is not None
-            for record, transaction in zip(standing, paid, strict=True)
-        )
-        return standing
+        return [known[name] for name in names]
 
     async def _take(
         self, new: Sequence[tuple[uuid.UUID, int, partition.Observed]], now_ms: int
@@ -225,6 +224,11 @@ class Sink:
         topic = self._config.kafka.topic(kafka.DEAD_LETTERS)
         dead = [kafka.dead_letter(topic, *each) for each in rejected]
         await self._publisher.publish(messages + dead)
+
+
+def _is_new(seen: partition.Observed) -> bool:
+    """Say whether nothing stands under this identity yet, in any life of the topic."""
+    return seen.outcome not in (window.Outcome.DUPLICATE, window.Outcome.CONFLICT)
 
 
 def _fact(number: int, seen: partition.Observed) -> offline.TransactionFact:

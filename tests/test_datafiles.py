@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import paid, texts
 
-from cerberus import datafiles, errors, layouts, transactions
+from cerberus import datafiles, errors, importing, layouts, transactions
 
 LAYOUT = layouts.Layout(columns={"merchant_id": "shop"}, timestamp_format="epoch_ms")
 FORMATS = ("csv", "jsonl", "parquet")
@@ -84,6 +84,25 @@ def test_reading_goes_on_from_any_position(tmp_path, kind, names, size, group):
         assert read(file, size + 1, position) == whole[seen:]
     assert seen == len(rows)
     assert file.done(position) <= file.total
+
+
+@quietly
+@given(stray=st.sets(st.integers(0, 299), max_size=4), size=st.integers(1, 400))
+def test_a_quote_too_much_costs_its_own_line_only(tmp_path, stray, size):
+    path = tmp_path / "rows.csv"
+    cells = ['"Joe' if i in stray else "Joe" for i in range(300)]
+    lines = [f"t{i},{i},1,2,{cell}" for i, cell in enumerate(cells)]
+    path.write_text("\n".join(["transaction_id,user_id,amount,timestamp,shop", *lines]))
+    rows = read(LAYOUT.open(path, *FIELDS), size)
+    assert [row.line for row in rows] == list(range(2, 302))
+    assert {row.line - 2 for row in rows if row.broken} == stray
+
+
+@pytest.mark.parametrize("label", [["fraud"], {"a": 1}, 7, None, ""])
+def test_a_label_that_is_no_word_is_refused_by_its_field(label):
+    found = {"transaction_id": "a", "label": label, "labelled_at": "2026-01-01T00:00:00Z"}
+    with pytest.raises(errors.InvalidTransaction, match="label"):
+        importing.read_label(found, LAYOUT, {"1": "fraud"}, 2**60)
 
 
 @given(st.integers(0, transactions.MAX_AMOUNT_MINOR))

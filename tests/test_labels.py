@@ -17,7 +17,7 @@ from asking import client, is_problem
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from pipeline import now_ms
+from pipeline import now_ms, until
 from served import NOW_MS, Served
 from truth import (
     DAY_MS,
@@ -461,3 +461,25 @@ async def test_the_label_of_the_readme_is_taken(served, http):
     [body] = re.findall(r"localhost:8000/labels .*--data '([^']+)'", readme)
     served.now_ms = now_ms()
     assert (await http.post("/labels", json=json.loads(body))).json()["stored"] == 1
+
+
+async def test_a_flood_of_labels_is_refused_at_once_and_leaves_connections(environ, served, http):
+    other = await asyncpg.connect(environ["DATABASE_URL"])
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'labels'::regclass"
+    async with other.transaction():
+        await other.execute("LOCK TABLE labels")
+        asking = [asyncio.create_task(http.post("/labels", json=GOOD)) for _ in range(300)]
+
+        async def refused():
+            held = await other.fetchval(waiting)
+            assert held <= 2
+            return held == 2 and sum(task.done() for task in asking) == 100
+
+        await until(refused, "those too many are refused, and two have a connection")
+    answers = await asyncio.gather(*asking)
+    assert sum(answer.status_code == 200 for answer in answers) == 200
+    for answer in answers:
+        if answer.status_code != 200:
+            is_problem(answer, "overloaded")
+            assert answer.headers["retry-after"] == "1"
+    await other.close()

@@ -70,6 +70,23 @@ async def test_a_partition_that_is_added_is_read_at_once_and_leaves_no_short_win
             assert row.degraded == ()
 
 
+async def test_what_was_told_first_stands_also_when_the_epoch_rises_in_between(here):
+    name = here.config.kafka.topic(kafka.TRANSACTIONS)
+    homes = [(u, *(transactions.partition_of(u, PARTITIONS + n) for n in (0, 1))) for u in USERS]
+    user, place = next((u, old) for u, old, new in homes if old == new)
+    at = now_ms() - 60_000
+    await here.publish([(user, payment("a", user, at, 10.0), at)])
+    async with running(one := here.consumer()):
+        await drained(here, one)
+        async with admin_of(here) as admin:
+            await admin.create_partitions({name: NewPartitions(PARTITIONS + 1)})
+        await until(lambda: live(one, partitions=PARTITIONS + 1), "the new partition is read")
+        await here.publish([(user, payment("a", user, at, 99.0), at)], partition=place)
+        await until(lambda: one.counts["conflict"], "the other amount is seen")
+        await stored(here)
+    assert await here.pool.fetchval("SELECT amount_minor FROM transactions") == 1_000
+
+
 async def test_while_there_are_more_partitions_than_are_read_nobody_is_at_the_end(
     here, monkeypatch
 ):

@@ -42,6 +42,7 @@ def test_a_missing_address_is_named(missing):
         ("CERBERUS_RATE", "nan"),
         ("CERBERUS_SPANS", "1h,10m"),
         ("CERBERUS_SPANS", "10"),
+        ("CERBERUS_SPANS", "1h,24d"),
         ("CERBERUS_PARTITIONS", "1.5"),
         ("CERBERUS_CURRENCY", "usd"),
         ("CERBERUS_LABEL_MATURITY_DAYS", "-1"),
@@ -55,11 +56,21 @@ def test_a_wrong_value_is_named(name, value):
         settings.load({**BASE, name: value})
 
 
-@pytest.mark.parametrize("broker", ["https://user:sesame@h:1", "user:sesame@h:1"])
-def test_a_secret_in_a_wrong_address_is_not_repeated(broker):
-    with pytest.raises(errors.ConfigError) as caught:
-        settings.load(BASE | {"KAFKA_BROKER": broker})
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("KAFKA_BROKER", "https://user:sesame@h:1"),
+        ("KAFKA_BROKER", "user:sesame@h:1"),
+        ("REDIS_URL", "redis://:sesame/x@h:6379"),
+        ("DATABASE_URL", "postgres://user:sesame#x@h/d"),
+        ("DATABASE_URL", "postgres://user:sesame?x@h/d"),
+    ],
+)
+def test_a_secret_in_a_wrong_address_is_not_repeated(name, address):
+    with pytest.raises(errors.ConfigError, match=name) as caught:
+        settings.load(BASE | {name: address})
     assert "sesame" not in str(caught.value)
+    assert caught.value.__cause__ is None
 
 
 @pytest.mark.parametrize("parameter", ["bogus=1", "socket_timeout=abc"])

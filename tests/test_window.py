@@ -148,6 +148,24 @@ def test_the_packed_window_answers_as_the_window_and_counts_the_one_in_hand_once
     ]
 
 
+@pytest.mark.parametrize("names", [("1s",), ("10m",), ("23d",)])
+def test_the_longest_windows_and_the_greatest_lateness_can_be_packed(names):
+    spans = window.Spans(names, 86_400_000, 3_600_000)
+    user, now_ms = window.UserWindow(), START_MS + spans.keep_ms
+    step_ms = 2 * spans.keep_ms // 70_000
+    times = [now_ms + spans.keep_ms - i * step_ms for i in range(70_000)]
+    for i, event_ms in enumerate(reversed(times)):
+        user.insert(window.Event(event_ms, 1, i, 0))
+    fence = features.Fence(1, 5, now_ms)
+    recent = features.unpack(features.pack(user, fence, 0, now_ms - spans.keep_ms, spans), spans)
+    for as_of_ms in (now_ms, now_ms + spans.slack_ms, now_ms + spans.keep_ms):
+        after_ms = as_of_ms - spans.longest_ms
+        told = recent.stats(after_ms, as_of_ms)[0].count
+        true = user.stats(after_ms, as_of_ms).count
+        a_tile = features.tile_ms(spans) // step_ms + 1
+        assert abs(told - true) <= 2 * a_tile
+
+
 @pytest.mark.parametrize(("short_ms", "reason"), [(0, ()), (1, ("warming",))])
 def test_a_row_whose_window_reaches_behind_what_is_known_says_so(short_ms, reason):
     user = window.UserWindow()
