@@ -4,7 +4,6 @@ Only mature decisions are judged. Before that silence says nothing, and a recall
 the frauds that nobody has found yet would be missing from it.
 """
 
-import asyncio
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,7 +129,7 @@ class Accuracy:
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
-        self._busy = asyncio.Lock()
+        self._turns = pools.Turns(1, 1)
 
     async def report(
         self, now_ms: int, query: Mapping[str, str], timeout_s: float = REPORT_S
@@ -155,13 +154,19 @@ class Accuracy:
         model = query.get("model", "").lower()
         if "model" in query and not re.fullmatch("[0-9a-f]{1,64}", model):
             raise errors.InvalidTransaction("model", "must be the beginning of a model's sha256")
-        if self._busy.locked():
-            raise errors.Overloaded("Another report is being made; ask again in a second.")
-        async with self._busy, pools.connection(self._pool) as connection:
-            rules = await connection.fetchrow(_RULES)
-            async with connection.transaction(readonly=True):
-                await connection.execute("SET LOCAL jit = off")  # it takes longer than it saves
-                rows = await _fetch(connection, timeout_s, now_ms, since_ms, model)
+        try:
+            rules, rows = await self._turns.call(
+                timeout_s, self._count, timeout_s, now_ms, since_ms, model
+            )
+        except errors.Overloaded as error:
+            raise errors.Overloaded(
+                "Another report is being made; ask again in a second."
+            ) from error
+        except TimeoutError as error:
+            raise errors.DecisionsUnavailable(
+                f"The report was not made within {timeout_s:g} s; ask for less by `since`, or take "
+                "`cerberus accuracy`, which waits longer."
+            ) from error
         return {
             "as_of": transactions.format_ms(now_ms),
             "since": transactions.format_ms(since_ms) if "since" in query else None,
@@ -170,20 +175,15 @@ class Accuracy:
             "models": list(_by_model(rows)),
         }
 
-
-async def _fetch(
-    connection: asyncpg.Connection, timeout_s: float, *arguments: Any
-) -> list[Mapping[str, Any]]:
-    try:
-        found: list[Mapping[str, Any]] = await connection.fetch(
-            _COUNT, *arguments, timeout=timeout_s
-        )
-    except TimeoutError as error:
-        raise errors.DecisionsUnavailable(
-            f"The report was not made within {timeout_s:g} s; ask for less by `since`, or take "
-            "`cerberus accuracy`, which waits longer."
-        ) from error
-    return found
+    async def _count(
+        self, timeout_s: float, *arguments: Any
+    ) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+        async with pools.connection(self._pool) as connection:
+            rules = await connection.fetchrow(_RULES)
+            async with connection.transaction(readonly=True):
+                await connection.execute("SET LOCAL jit = off")  # it takes longer than it saves
+                # Whoever asked gives up first.
+                return rules, await connection.fetch(_COUNT, *arguments, timeout=2 * timeout_s)
 
 
 def _by_model(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

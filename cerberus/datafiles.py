@@ -107,7 +107,15 @@ class File:
 
     def _header(self) -> list[str]:
         with self.path.open("rb") as file:
-            return _split(next(_Lines(file, START), ""))[1]
+            lines = _Lines(file, START)
+            header = next(lines, "")
+        try:
+            if header.strip() and not lines.broken:
+                return _split(header)[1]
+            broken = lines.broken or "is empty"
+        except csv.Error as error:
+            broken = f"is not CSV: {error}"
+        raise errors.InvalidTransaction(self.path.name, f"its header {broken}")
 
     def _csv_rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
         with self.path.open("rb") as file:
@@ -172,12 +180,10 @@ class File:
         rest = range(first, len(groups))
         for batch in file.iter_batches(size, row_groups=list(rest), columns=columns):
             passed = max(0, start.rows - skipped)
-            found = batch.slice(passed).to_pylist() if passed < batch.num_rows else []
             begin = skipped + min(passed, batch.num_rows)
             skipped += batch.num_rows
-            if found:
-                rows = [Row(begin + i, values) for i, values in enumerate(found, 1)]
-                yield rows, Position(skipped, skipped)
+            if begin < skipped:
+                yield _parquet_rows(batch.slice(passed), begin + 1), Position(skipped, skipped)
 
 
 class _Lines:
@@ -223,6 +229,17 @@ def _split(header: str) -> tuple[str, list[str]]:
     """Return the delimiter of a CSV file, seen in its header, and the header's cells."""
     delimiter = max(_DELIMITERS, key=header.count)
     return delimiter, next(csv.reader([header], delimiter=delimiter), [])
+
+
+def _parquet_rows(batch: Any, line: int) -> list[Row]:
+    """Return rows from `line` on; what Python cannot hold, such as the year 10000, is broken."""
+    try:
+        return [Row(line + i, values) for i, values in enumerate(batch.to_pylist())]
+    except (ArithmeticError, LookupError, ValueError) as error:
+        if batch.num_rows == 1:
+            return [Row(line, {}, f"cannot be read: {error}")]
+    half = batch.num_rows // 2
+    return _parquet_rows(batch.slice(0, half), line) + _parquet_rows(batch.slice(half), line + half)
 
 
 def _parquet(path: pathlib.Path) -> Any:

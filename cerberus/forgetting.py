@@ -187,7 +187,8 @@ async def forget(config: settings.Settings, user_id: int, *, sure: bool) -> int:
     spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
     _say(
         "Consumers that have a window of this user in memory write its row again, until its last "
-        f"transaction is {spans.keep_ms // 1000} s old: if it paid within that, forget again then."
+        f"transaction is {spans.keep_ms // 1000} s old: if it paid within that, forget again then. "
+        "A consumer that starts anew brings back what the log still holds of that time."
     )
     try:
         for sentence in await held_by_the_log(config, time.time_ns() // 1_000_000):

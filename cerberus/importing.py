@@ -35,6 +35,7 @@ from cerberus import (
 )
 
 _ROWS, _USERS = 5_000, 500
+_REJECT_BYTES = 100_000
 _MAX_SCORE = 100_000
 _LABEL_FIELDS = ("transaction_id", "label", "labelled_at")
 _SCORE_FIELDS = ("user_id", "credit_score", "timestamp")
@@ -77,6 +78,9 @@ class Rejects:
         path: Of the file.
         file: Name of the file that the rows stand in.
         size: How much of what is there stands.
+
+    Raises:
+        InvalidTransaction: Something else is there.
     """
 
     def __init__(self, path: pathlib.Path, file: str, size: int) -> None:
@@ -84,7 +88,11 @@ class Rejects:
         self._file = file
         self.size = size
         if path.exists():
-            os.truncate(path, size)
+            if not _tells_of_rejects(path):
+                raise errors.InvalidTransaction(
+                    "--rejects", f"{path} holds something else: name another file, or remove it"
+                )
+            os.truncate(path, min(size, path.stat().st_size))
 
     def write(self, refused: Sequence[tuple[int, errors.InvalidTransaction]]) -> None:
         """Tell of rows, on the disk when this returns."""
@@ -102,6 +110,15 @@ class Rejects:
             file.flush()
             os.fsync(file.fileno())
             self.size = file.tell()
+
+
+def _tells_of_rejects(path: pathlib.Path) -> bool:
+    with path.open("rb") as file:
+        line = file.readline(_REJECT_BYTES)
+    try:
+        return not line or set(orjson.loads(line)) == {"file", "line", "field", "reason"}
+    except (ValueError, TypeError):
+        return False
 
 
 class Importer:

@@ -52,6 +52,12 @@ class Layout:
             InvalidTransaction: naming the required field that has neither column nor constant.
         """
         file = datafiles.File(path, [self.column(name) for name in (*required, *optional)])
+        for name in (*required, *optional):
+            column = self.column(name)
+            if file.columns and file.columns.count(column) > 1 and name not in self.constants:
+                raise errors.InvalidTransaction(
+                    name, f"{path.name} has several columns {column!r}: keep one"
+                )
         for name in required:
             column = self.column(name)
             if file.columns is None or name in self.constants or column in file.columns:

@@ -1,6 +1,7 @@
 """The HTTP side: routes, and who passes the gate."""
 
 import asyncio
+import collections
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -248,7 +249,7 @@ async def decision(request: Request) -> Response:
 async def decisions_of(request: Request) -> Response:
     """Answer `GET /decisions?transaction_id=…` and `GET /decisions?user_id=…`."""
     parts: Parts = request.app.state.parts
-    return _json(await parts.lookups.decisions(request.query_params))
+    return _json(await parts.lookups.decisions(_query(request)))
 
 
 async def user(request: Request) -> Response:
@@ -277,7 +278,15 @@ async def take_labels(request: Request) -> Response:
 async def judge(request: Request) -> Response:
     """Answer `GET /accuracy`."""
     parts: Parts = request.app.state.parts
-    return _json(await parts.history.accuracy.report(parts.clock(), request.query_params))
+    return _json(await parts.history.accuracy.report(parts.clock(), _query(request)))
+
+
+def _query(request: Request) -> dict[str, str]:
+    asked = request.query_params.multi_items()
+    for name, times in collections.Counter(name for name, _ in asked).items():
+        if times > 1:
+            raise errors.InvalidTransaction(name, "must be given once")
+    return dict(asked)
 
 
 async def _document(

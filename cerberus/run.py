@@ -115,7 +115,7 @@ def run(
     environ = {**environ, "PYTHONUNBUFFERED": "1"}
     given = {name: value for name, value in environ.items() if value}
     told = settings.load(_ADDRESSES | given)
-    if told.rate > 0:
+    if told.kafka.on_loopback:
         environ = {**environ, **_SOON, **given}
     wanted = _spans(told)
     if "CERBERUS_MODEL" not in given and wanted != window.Spans():
@@ -133,6 +133,13 @@ def run(
             return _serve(site, config, port, pool)
     except KeyboardInterrupt:
         return 0
+    except errors.ServerUnavailable as error:
+        if not (set_by := sorted({*_ADDRESSES, "KAFKA_URL"} & given.keys())):
+            raise
+        raise errors.ServerUnavailable(
+            f"{error}\n{', '.join(set_by)}: set, so no such server was started; unset it where "
+            "that is not meant"
+        ) from error
 
 
 def _prepare(

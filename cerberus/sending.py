@@ -17,6 +17,7 @@ import tqdm
 from cerberus import errors, kafka, layouts, settings, transactions, window
 
 _ROWS, _BATCH = 5_000, 1_000
+_SLOWEST = 0.001
 _LONGEST_WAIT_S = 1.0
 
 
@@ -167,7 +168,9 @@ def main(argv: Sequence[str]) -> int:
     sender = Sender(config, chosen.file, layout, pace)
     found = sender.check()
     spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
-    if not pace.now and found.latest_ms < _now_ms() - spans.keep_ms:
+    if not found.count:
+        sys.stderr.write(f"{chosen.file.name} has no rows\n")
+    elif not pace.now and found.latest_ms < _now_ms() - spans.keep_ms:
         sys.stderr.write(
             f"all of them are older than the {spans.keep_ms // 1000} s that windows keep: behind "
             "newer records of the topic they change no window; --now stamps them anew\n"
@@ -196,6 +199,6 @@ def _positive(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not _SLOWEST <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {_SLOWEST} or more")
     return value

@@ -297,6 +297,11 @@ def _retention(read: environment.Reader) -> int:
         raise errors.ConfigError(
             f"CERBERUS_RETENTION_DAYS must be 0 or cover the longest of CERBERUS_SPANS, {longest}"
         )
+    if 0 < days < read.number("CERBERUS_LABEL_MATURITY_DAYS", 0, 3_650):
+        raise errors.ConfigError(
+            "CERBERUS_RETENTION_DAYS must be 0 or cover CERBERUS_LABEL_MATURITY_DAYS: "
+            "a decision that is gone before it is mature is never judged"
+        )
     return days
 
 

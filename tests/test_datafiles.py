@@ -187,3 +187,25 @@ def test_a_file_that_is_none_of_its_suffix_is_named(tmp_path):
     path.write_bytes(b"no")
     with pytest.raises(errors.InvalidTransaction, match=r"rows\.parquet"):
         datafiles.File(path, [])
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (b"", "is empty"),
+        ("transaction_id\n".encode("utf-16"), "is not UTF-8"),
+        (b"transaction_id,user_id\rt1,2\r", "is not CSV"),
+    ],
+)
+def test_a_header_that_cannot_be_read_is_said(tmp_path, header, said):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(header)
+    with pytest.raises(errors.InvalidTransaction, match=said):
+        LAYOUT.open(path, *FIELDS)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("transaction_id,user_id,amount,amount,timestamp\nt,1,5,6,7\n")
+    with pytest.raises(errors.InvalidTransaction, match=r"amount: rows\.csv has several columns"):
+        LAYOUT.open(path, *FIELDS)

@@ -418,3 +418,29 @@ def test_feast_joins_imported_history_point_in_time(environ, tmp_path):
         loaded = feature_store.materialize(rig.config, last_ms)
         assert loaded.full
         assert rig.feast_reads([3])["credit_score"] == [631]
+
+
+@pytest.mark.parametrize("holds", ["its own input", "something else"])
+async def test_a_file_that_holds_something_else_is_not_made_one_of_rejects(config, tmp_path, holds):
+    path = write(tmp_path / "past.csv", [paid(1), paid(2, amount="x")])
+    rejects = path
+    if holds == "something else":
+        rejects = tmp_path / "precious.txt"
+        rejects.write_text("precious\n")
+    before = rejects.read_bytes()
+    with pytest.raises(errors.InvalidTransaction, match="--rejects"):
+        await load(config, path, rejects=rejects)
+    assert rejects.read_bytes() == before
+
+
+async def test_a_value_that_no_row_can_hold_is_refused_by_its_line(config, pool, tmp_path):
+    path = tmp_path / "past.parquet"
+    rows = [paid(i) for i in range(5)]
+    times = pyarrow.array([BEGIN_MS * 1000] * 2 + [2**62] + [BEGIN_MS * 1000] * 2)
+    table = pyarrow.Table.from_pylist(rows).drop_columns(["timestamp"])
+    stamps = times.cast(pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(table.append_column("timestamp", stamps), path)
+    progress = await load(config, path)
+    assert (progress.added, progress.rejected) == (4, 1)
+    [told] = map(json.loads, path.with_name("past.parquet.rejects.jsonl").read_text().splitlines())
+    assert told["line"] == 3

@@ -175,6 +175,7 @@ async def test_a_page_has_fifty_unless_told(served, http, key):
     [
         ("", "transaction_id"),
         ("user_id=1&transaction_id=a", "user_id"),
+        ("user_id=1&user_id=2", "user_id"),
         ("limit=5", "transaction_id"),
         ("user_id=1&limit=0", "limit"),
         ("user_id=1&limit=201", "limit"),

@@ -43,6 +43,7 @@ def test_a_missing_address_is_named(missing):
         ("CERBERUS_SPANS", "1h,10m"),
         ("CERBERUS_SPANS", "10"),
         ("CERBERUS_SPANS", "1h,24d"),
+        ("CERBERUS_RETENTION_DAYS", "29"),
         ("CERBERUS_PARTITIONS", "1.5"),
         ("CERBERUS_CURRENCY", "usd"),
         ("CERBERUS_LABEL_MATURITY_DAYS", "-1"),
