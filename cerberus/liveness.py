@@ -211,10 +211,13 @@ class Liveness:
     async def _seed(self, part: partition.Partition, beat: Callable[[], None]) -> bool:
         """Fetch for a moment what lies before the replay's reach; True when nothing is missing.
 
-        The consumer goes on in between, or its group and its other partitions would miss it.
+        The consumer goes on in between, or its group and its other partitions would miss it. One
+        partition at a time: each holds a connection of the pool until its last page.
         """
         if not part.seeds:
             return True
+        if self._seeding and part not in self._seeding:
+            return False
         pages = self._seeding.pop(part, None) or assignment.seed(
             self._offline, self._topic, part, part.imported_until_ms
         )
@@ -229,7 +232,7 @@ class Liveness:
     async def _give_up_seeding(self, parts: Parts) -> None:
         """Let go of what is no longer owned, or no longer reaches any window."""
         owned = set(parts.values())
-        for part in [p for p in self._seeding if p not in owned or not p.seeds]:
+        for part in [p for p in self._seeding if p not in owned or p.replaying or not p.seeds]:
             await self._seeding.pop(part).aclose()
 
     async def _look_for_scores(self, parts: Parts) -> None:

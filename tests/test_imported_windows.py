@@ -245,3 +245,31 @@ async def test_an_import_between_two_runs_counts_from_the_second_on(here):
     async with running(two := here.consumer()):
         await drained(here, two)
         assert await assert_rows_equal(here, before) > 50
+
+
+@pytest.mark.anyio
+@pytest.mark.servers
+async def test_however_many_partitions_are_seeded_they_take_one_connection(
+    environ, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(offline, "_PAGE", 25)
+    monkeypatch.setattr(liveness, "_SEED_S", 0.0)
+    count = 6
+    async with world(
+        trained(environ, tmp_path, SPANS) | {"CERBERUS_PARTITIONS": str(count)}
+    ) as here:
+        before = past(random.Random(12), 100, now_ms() - 1_000_000, now_ms() - 1, 0)
+        await imports(here, before)
+        opened = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+            "AND pid <> pg_backend_pid() AND state = 'idle in transaction'"
+        )
+        seen = []
+        async with running(one := here.consumer()):
+
+            async def seeded():
+                seen.append(await here.pool.fetchval(opened))
+                return live(one, partitions=count)
+
+            await until(seeded, "all partitions live")
+        assert max(seen) == 1
