@@ -36,6 +36,7 @@ class Commit:
         count: How many partitions the topic had.
         first: Offset and timestamp of the log's first record then, which tell a topic from
             another that was made later under its name; None when there was no record.
+        known_from_ms: As in `partition.Partition`.
     """
 
     offset: int
@@ -44,24 +45,28 @@ class Commit:
     epoch: int = 0
     count: int = 0
     first: First = None
+    known_from_ms: int = 0
 
     def metadata(self, cluster: str) -> str:
         """Write all but the offset."""
-        numbers = (self.frontier_ms, *self.moved, self.epoch, self.count, *(self.first or ()))
-        return " ".join(map(str, (cluster, *numbers)))
+        numbers = (self.frontier_ms, *self.moved, self.epoch, self.count)
+        later = (*(self.first or (-1, -1)), self.known_from_ms)
+        return " ".join(map(str, (cluster, *numbers, *later)))
 
     @classmethod
     def read(cls, offset: int, metadata: str, cluster: str) -> "Commit":
         """Read what `metadata` wrote; of another cluster or by another hand, only the offset."""
         try:
             written_by, *numbers = metadata.split()
-            frontier_ms, until_ms, former, epoch, count, *first = map(int, numbers)
+            frontier_ms, until_ms, former, epoch, count, *later = map(int, numbers)
+            # Earlier versions wrote less; a later one may write more.
+            at, stamp_ms, known_from_ms = (*later, *(-1, -1, 0)[len(later) :])[:3]
         except ValueError:
             return cls(offset)
         if written_by != cluster:
             return cls(offset)
-        known = (first[0], first[1]) if first else None
-        return cls(offset, frontier_ms, (until_ms, former), epoch, count, known)
+        first = (at, stamp_ms) if at >= 0 else None
+        return cls(offset, frontier_ms, (until_ms, former), epoch, count, first, known_from_ms)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,6 +111,7 @@ class Resolver:
             part.epoch,
             part.count,
             self._firsts.get(tp),
+            part.known_from_ms,
         ).metadata(self._cluster)
 
     def ended(self, firsts: Mapping[TopicPartition, First]) -> set[TopicPartition]:
@@ -204,9 +210,10 @@ class Resolver:
         seeds = frontier_ms is not None and spans.longest_ms > self._config.replay_span_ms
         # What lies before the log's first record may be missing, unless the store still has it.
         gap = start == log.begin > 0 and not (seeds and committed >= log.begin)
-        known_from_ms = 0
-        if gap:
-            known_from_ms = -1 if log.end > log.begin else now_ms
+        # Remembered, because the store never had what was missing at the first reading.
+        known_from_ms = commit.known_from_ms if commit else 0
+        if gap or known_from_ms < 0:
+            known_from_ms = -1 if log.end > log.begin else max(now_ms, known_from_ms)
         imported_until_ms = await self._offline.imported_until(
             self._topic, log.epoch, log.tp.partition, log.first[1] if log.first else now_ms
         )

@@ -226,8 +226,10 @@ async def test_a_partition_that_begins_anew_leaves_the_long_windows_of_others(en
         async with running(one := here.consumer()):
             await drained(here, one, 2)
         offset, metadata = (await commits(here, 2))[0]
-        *rest, first_ms = metadata.split(" ")
-        await commit(here, {0: (offset, " ".join([*rest, str(int(first_ms) + 1)]))})
+        cluster_id = metadata.split(" ")[0]
+        found = assignment.Commit.read(offset, metadata, cluster_id)
+        other = dataclasses.replace(found, first=(found.first[0], found.first[1] + 1))
+        await commit(here, {0: (offset, other.metadata(cluster_id))})
         async with running(two := here.consumer()):
             await drained(here, two, 2)
             assert two.states()[0].epoch > two.states()[1].epoch

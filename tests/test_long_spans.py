@@ -5,9 +5,12 @@ import dataclasses
 import random
 
 import pytest
+from aiokafka import TopicPartition
+from aiokafka.admin import RecordsToDelete
+from faults import admin_of
 from pipeline import live, now_ms, payment, running, trained, until, world
 
-from cerberus import assignment, features, liveness, offline, partition, transactions
+from cerberus import assignment, features, kafka, liveness, offline, partition, transactions
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 SPANS = ("1m", "20m")
@@ -160,3 +163,38 @@ async def assert_nothing_is_left_open_by_who_loses_a_partition(here, two, monkey
     monkeypatch.setattr(liveness, "_SEED_S", 0.25)
     await drained(here, two)
     await until(none, "no transaction is left open", 5)
+
+
+async def forget_the_log_below(here, offset):
+    name = here.config.kafka.topic(kafka.TRANSACTIONS)
+    async with admin_of(here) as admin:
+        await admin.delete_records({TopicPartition(name, 0): RecordsToDelete(offset)})
+
+
+def counted(i, at_ms):
+    return 1000, payment(i, 1000, at_ms), at_ms
+
+
+async def test_what_was_missing_at_the_first_reading_is_doubted_after_restarts_too(
+    environ, tmp_path
+):
+    changes = {"CERBERUS_REPLAY_SPAN_S": "60", "CERBERUS_PARTITIONS": "1"}
+    async with world(trained(environ, tmp_path, SPANS) | changes) as here:
+        start = now_ms() - 600_000
+        await here.publish([counted(i, start - 300_000 + i) for i in range(5)])
+        await forget_the_log_below(here, 5)
+        await here.publish([counted(10 + i, start + i * 30_000) for i in range(20)])
+        for _ in range(3):
+            async with running(one := here.consumer()):
+                await until(lambda one=one: live(one, partitions=1), "all is read")
+                assert (await here.read(1000, now_ms())).degraded == ("warming",)
+                assert one.states()[0].known_from_ms == start + here.spans.slack_ms
+
+
+@pytest.mark.parametrize("metadata", ["c 9 8 7 6 5", "c 9 8 7 6 5 4 3", "c 9 8 7 6 5 4 3 2 1"])
+def test_what_a_commit_says_is_read_whatever_version_wrote_it(metadata):
+    found = assignment.Commit.read(1, metadata, "c")
+    assert (found.frontier_ms, found.moved, found.epoch, found.count) == (9, (8, 7), 6, 5)
+    assert found.first == ((4, 3) if " 4 3" in metadata else None)
+    assert found.known_from_ms == (2 if " 3 2" in metadata else 0)
+    assert assignment.Commit.read(1, found.metadata("c"), "c") == found
