@@ -37,6 +37,7 @@ class Commit:
         first: Offset and timestamp of the log's first record then, which tell a topic from
             another that was made later under its name; None when there was no record.
         known_from_ms: As in `partition.Partition`.
+        since_epoch: As in `partition.Partition`; where nothing is written, `epoch`.
     """
 
     offset: int
@@ -46,11 +47,12 @@ class Commit:
     count: int = 0
     first: First = None
     known_from_ms: int = 0
+    since_epoch: int = 0
 
     def metadata(self, cluster: str) -> str:
         """Write all but the offset."""
         numbers = (self.frontier_ms, *self.moved, self.epoch, self.count)
-        later = (*(self.first or (-1, -1)), self.known_from_ms)
+        later = (*(self.first or (-1, -1)), self.known_from_ms, self.since_epoch)
         return " ".join(map(str, (cluster, *numbers, *later)))
 
     @classmethod
@@ -60,13 +62,13 @@ class Commit:
             written_by, *numbers = metadata.split()
             frontier_ms, until_ms, former, epoch, count, *later = map(int, numbers)
             # Earlier versions wrote less; a later one may write more.
-            at, stamp_ms, known_from_ms = (*later, *(-1, -1, 0)[len(later) :])[:3]
+            at, stamp_ms, *since = (*later, *(-1, -1, 0, epoch)[len(later) :])[:4]
         except ValueError:
             return cls(offset)
         if written_by != cluster:
             return cls(offset)
         first = (at, stamp_ms) if at >= 0 else None
-        return cls(offset, frontier_ms, (until_ms, former), epoch, count, first, known_from_ms)
+        return cls(offset, frontier_ms, (until_ms, former), epoch, count, first, *since)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ class Resolver:
             part.count,
             self._firsts.get(tp),
             part.known_from_ms,
+            part.since_epoch,
         ).metadata(self._cluster)
 
     def ended(self, firsts: Mapping[TopicPartition, First]) -> set[TopicPartition]:
@@ -214,8 +217,9 @@ class Resolver:
         known_from_ms = commit.known_from_ms if commit else 0
         if gap or known_from_ms < 0:
             known_from_ms = -1 if log.end > log.begin else max(now_ms, known_from_ms)
+        since_epoch = (commit and commit.since_epoch) or log.epoch
         imported_until_ms = await self._offline.imported_until(
-            self._topic, log.epoch, log.tp.partition, log.first[1] if log.first else now_ms
+            self._topic, since_epoch, log.tp.partition, log.first[1] if log.first else now_ms
         )
         part = partition.Partition(
             log.tp.partition,
@@ -226,12 +230,14 @@ class Resolver:
             count=log.count,
             known_from_ms=known_from_ms,
             moved=log.moved,
+            since_epoch=since_epoch,
             seeded_until_ms=(frontier_ms or 0) if seeds else 0,
             imported_until_ms=imported_until_ms,
             rebuilding=commit is None,
         )
-        # Those who have not paid since have no row yet.
-        part.restoring = 0 < imported_until_ms > (frontier_ms or 0) - spans.keep_ms
+        # Those who have not paid since have no row of this epoch yet.
+        anew = seeds and commit is not None and commit.epoch != log.epoch
+        part.restoring = anew or 0 < imported_until_ms > (frontier_ms or 0) - spans.keep_ms
         return part
 
     async def _start(self, client: Any, log: _Log) -> int:
@@ -276,7 +282,9 @@ async def seed(
     met = set(user_ids or ())
     after_ms = part.seed_after_ms(next_ms)
     if part.seeds_log:
-        told = store.seed(topic, part.origin, part.number, after_ms, user_ids)
+        told = store.seed(
+            topic, part.origin, part.number, after_ms, user_ids, since_epoch=part.since_epoch
+        )
         async with contextlib.aclosing(told):
             async for past in told:
                 part.seed((), past)

@@ -94,7 +94,8 @@ SELECT begin_ms FROM life WHERE EXISTS (
 
 _SEED = """
 SELECT user_id, event_ms, transaction_id, amount_minor, currency, merchant_id FROM transactions
-WHERE event_ms > $1 AND topic = $2 AND epoch = $3 AND partition = $4 AND log_offset < $5
+WHERE event_ms > $1 AND topic = $2 AND epoch BETWEEN $3 AND $4 AND partition = $5
+    AND log_offset < $6
 """
 
 
@@ -290,9 +291,15 @@ class OfflineStore:
         partition: int,
         after_ms: int,
         user_ids: Collection[int] | None = None,
+        *,
+        since_epoch: int | None = None,
     ) -> Pages:
-        """Yield what happened after `after_ms` in the log before `fence`; all users when None."""
-        place = (after_ms, topic, fence.epoch, partition, fence.offset)
+        """Yield what happened after `after_ms` in the log before `fence`; all users when None.
+
+        What was stored under an epoch from `since_epoch` on is of the same log; None: of one alone.
+        """
+        epochs = (fence.epoch if since_epoch is None else since_epoch, fence.epoch)
+        place = (after_ms, topic, *epochs, partition, fence.offset)
         return self._pages(_SEED, place, user_ids)
 
     async def imported_until(self, topic: str, epoch: int, partition: int, begin_ms: int) -> int:

@@ -97,6 +97,8 @@ class Partition:
             until its first record is seen.
         moved: Until when, ms, there were how many partitions fewer or more; users who had another
             partition then may have events in it.
+        since_epoch: In which this log was first read; it stays when only the number of partitions
+            changes. `epoch` when 0.
         seeded_until_ms: Users may have events up to it, from before `begin`, which the log's
             replay does not reach; 0 when it reaches all.
         imported_until_ms: Users may have events up to it that no log has told of; 0 when there are
@@ -122,6 +124,7 @@ class Partition:
         count: int = 0,
         known_from_ms: int = 0,
         moved: tuple[int, int] = (0, 0),
+        since_epoch: int = 0,
         seeded_until_ms: int = 0,
         imported_until_ms: int = 0,
         rebuilding: bool = False,
@@ -129,6 +132,7 @@ class Partition:
         self.number = number
         self.count = count
         self.epoch = epoch
+        self.since_epoch = since_epoch or epoch
         self.begin = begin
         self.offset = begin
         self.commit = commit

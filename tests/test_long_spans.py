@@ -6,8 +6,8 @@ import random
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.admin import RecordsToDelete
-from faults import admin_of
+from aiokafka.admin import NewPartitions, RecordsToDelete
+from faults import admin_of, remake_topic
 from pipeline import live, now_ms, payment, running, trained, until, world
 
 from cerberus import assignment, features, kafka, liveness, offline, partition, transactions
@@ -38,9 +38,9 @@ async def assert_rows_equal_the_log(here):
         assert (short.count, short.total_minor) == told.stats(user, told.frontier)
 
 
-def drained(here, one):
+def drained(here, one, count=2):
     def at_the_end():
-        return live(one, partitions=2) and not any(one.lag().values())
+        return live(one, partitions=count) and not any(one.lag().values())
 
     return until(at_the_end, "all partitions live and caught up")
 
@@ -92,6 +92,8 @@ async def test_a_seed_is_of_one_life_of_one_partition(here):
     await here.offline.write("b", facts[3:], [], [])
     pages = [page async for page in here.offline.seed("a", features.Fence(2, 9, 0), 0, 0)]
     assert [[t.transaction_id for t in page] for page in pages] == [["t0"]]
+    both = here.offline.seed("a", features.Fence(2, 9, 0), 0, 0, since_epoch=1)
+    assert {t.transaction_id async for page in both for t in page} == {"t0", "t1"}
 
 
 async def test_nobody_is_seeded_before_the_last_page_and_a_repetition_changes_nothing(here):
@@ -187,14 +189,62 @@ async def test_what_was_missing_at_the_first_reading_is_doubted_after_restarts_t
         for _ in range(3):
             async with running(one := here.consumer()):
                 await until(lambda one=one: live(one, partitions=1), "all is read")
-                assert (await here.read(1000, now_ms())).degraded == ("warming",)
+
+                async def warming():
+                    return (await here.read(1000, now_ms())).degraded == ("warming",)
+
+                await until(warming, "it is doubted", 10)
                 assert one.states()[0].known_from_ms == start + here.spans.slack_ms
 
 
-@pytest.mark.parametrize("metadata", ["c 9 8 7 6 5", "c 9 8 7 6 5 4 3", "c 9 8 7 6 5 4 3 2 1"])
+@pytest.mark.parametrize(
+    "metadata", ["c 9 8 7 6 5", "c 9 8 7 6 5 4 3", "c 9 8 7 6 5 4 3 2 1", "c 9 8 7 6 5 4 3 2 1 0"]
+)
 def test_what_a_commit_says_is_read_whatever_version_wrote_it(metadata):
     found = assignment.Commit.read(1, metadata, "c")
     assert (found.frontier_ms, found.moved, found.epoch, found.count) == (9, (8, 7), 6, 5)
     assert found.first == ((4, 3) if " 4 3" in metadata else None)
-    assert found.known_from_ms == (2 if " 3 2" in metadata else 0)
+    later = (found.known_from_ms, found.since_epoch)
+    assert later == ((2, 1) if " 3 2" in metadata else (0, 6))
     assert assignment.Commit.read(1, found.metadata("c"), "c") == found
+
+
+async def test_who_stays_where_a_partition_is_added_keeps_the_long_window(here):
+    old, new = now_ms() - 600_000, now_ms() - 5_000
+    stay = [
+        u
+        for u in range(1000, 1100)
+        if transactions.partition_of(u, 2) == transactions.partition_of(u, 3)
+    ][:10]
+    await here.publish([(u, payment(f"a{u}", u, old), old) for u in stay])
+    # The others' rows are of the former epoch.
+    await here.publish([(u, payment(f"b{u}", u, new), new) for u in stay[5:]])
+    async with running(one := here.consumer()):
+        await drained(here, one)
+    name = here.config.kafka.topic(kafka.TRANSACTIONS)
+    async with admin_of(here) as admin:
+        await admin.create_partitions({name: NewPartitions(3)})
+    for flushed in (False, True, False):
+        async with running(two := here.consumer()):
+            await drained(here, two, 3)
+            if flushed:
+                await here.redis.flushdb()
+            for place, user in enumerate(stay):
+                row = await here.certain(user, now_ms())
+                assert row.stats[1].count == (2 if place >= 5 else 1)
+            assert {part.since_epoch < part.epoch for part in two._parts.values()} == {True, False}
+
+
+async def test_a_topic_made_anew_takes_nothing_of_the_former_into_long_windows(here):
+    start = now_ms() - 600_000
+    for life in (1, 2):
+        places = [(u, start + i * 5_000) for i, u in enumerate([*USERS] * 10)]
+        await here.publish([(u, payment(f"{life}-{at}", u, at), at) for u, at in places])
+        async with running(one := here.consumer()):
+            await drained(here, one)
+        async with running(two := here.consumer()):
+            await drained(here, two)
+            assert two.counts["replayed"] < len(places)
+            await assert_rows_equal_the_log(here)
+        if life == 1:
+            await remake_topic(here)

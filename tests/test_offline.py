@@ -277,7 +277,7 @@ async def test_a_seed_reads_the_end_of_a_month_not_all_of_it(pool, store):
     )
     await pool.execute("VACUUM ANALYZE transactions")
     query = offline._SEED
-    for i, value in enumerate((at_ms + 59_000, f"'{TOPIC}'", 1, 0, 99_999), 1):
+    for i, value in enumerate((at_ms + 59_000, f"'{TOPIC}'", 1, 1, 0, 99_999), 1):
         query = query.replace(f"${i}", str(value))
     plan = [row[0] for row in await pool.fetch(f"EXPLAIN (ANALYZE, TIMING off) {query}")]
     assert any("Bitmap Index Scan on transactions_2026_11_event_ms" in line for line in plan), plan
