@@ -211,13 +211,21 @@ class Resolver:
         committed = commit.offset if commit else 0
         start = await self._start(client, log)
         seeds = frontier_ms is not None and spans.longest_ms > self._config.replay_span_ms
+        since_epoch = (commit and commit.since_epoch) or log.epoch
+        # A database that was lost has nothing to seed from.
+        lost = (
+            seeds
+            and bool(frontier_ms)
+            and not await self._offline.has_rows(
+                self._topic, log.epoch, log.tp.partition, since_epoch=since_epoch
+            )
+        )
         # What lies before the log's first record may be missing, unless the store still has it.
-        gap = start == log.begin > 0 and not (seeds and committed >= log.begin)
+        gap = lost or (start == log.begin and not (seeds and committed >= log.begin))
         # Remembered, because the store never had what was missing at the first reading.
         known_from_ms = commit.known_from_ms if commit else 0
-        if gap or known_from_ms < 0:
+        if (gap and start > 0) or known_from_ms < 0:
             known_from_ms = -1 if log.end > log.begin else max(now_ms, known_from_ms)
-        since_epoch = (commit and commit.since_epoch) or log.epoch
         imported_until_ms = await self._offline.imported_until(
             self._topic, since_epoch, log.tp.partition, log.first[1] if log.first else now_ms
         )

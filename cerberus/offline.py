@@ -226,18 +226,17 @@ class OfflineStore:
         async with pools.connection(self._pool) as connection:
             return bool(await connection.fetchval(query))
 
-    async def has_rows(self, topic: str, epoch: int, partition: int) -> bool:
-        """Say whether effects of this partition were stored in this epoch."""
+    async def has_rows(
+        self, topic: str, epoch: int, partition: int, *, since_epoch: int | None = None
+    ) -> bool:
+        """Say whether effects of this partition were stored since `since_epoch`; None: in one."""
+        query = (
+            "SELECT EXISTS (SELECT FROM log_positions "
+            "WHERE topic = $1 AND epoch BETWEEN $2 AND $3 AND partition = $4)"
+        )
+        since = epoch if since_epoch is None else since_epoch
         async with pools.connection(self._pool) as connection:
-            return bool(
-                await connection.fetchval(
-                    "SELECT EXISTS (SELECT FROM log_positions "
-                    "WHERE topic = $1 AND epoch = $2 AND partition = $3)",
-                    topic,
-                    epoch,
-                    partition,
-                )
-            )
+            return bool(await connection.fetchval(query, topic, since, epoch, partition))
 
     async def write(
         self,

@@ -248,3 +248,29 @@ async def test_a_topic_made_anew_takes_nothing_of_the_former_into_long_windows(h
             await assert_rows_equal_the_log(here)
         if life == 1:
             await remake_topic(here)
+
+
+async def test_a_database_that_was_lost_leaves_no_long_window_short_without_a_doubt(
+    environ, tmp_path
+):
+    changes = {"CERBERUS_REPLAY_SPAN_S": "60", "CERBERUS_PARTITIONS": "1"}
+    async with world(trained(environ, tmp_path, SPANS) | changes) as here:
+        start = now_ms() - 900_000
+        await here.publish([counted(i, start + i * 30_000) for i in range(30)])
+        async with running(one := here.consumer()):
+            await until(lambda: live(one, partitions=1), "all is read")
+            assert (await here.certain(1000, now_ms())).stats[1].count == 30
+        await here.pool.execute(
+            "TRUNCATE transactions, log_positions, log_epochs, log_begins, decisions"
+        )
+        for _ in range(2):
+            # Some is stored again before the second start.
+            await here.publish([counted(now_ms(), now_ms() - 5_000)])
+            async with running(two := here.consumer()):
+                await until(lambda two=two: live(two, partitions=1), "the end of it is read")
+
+                async def warming():
+                    return (await here.read(1000, now_ms())).degraded == ("warming",)
+
+                await until(warming, "it is doubted", 10)
+                await until(lambda two=two: two.counts["accepted"], "it is stored")
