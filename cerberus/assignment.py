@@ -128,9 +128,14 @@ class Resolver:
         self._firsts |= {tp: first for tp, first in firsts.items() if first and tp not in over}
         return over
 
-    def begins(self, tp: TopicPartition, record: partition.Record) -> None:
-        """Let a record stand for the first of a log that was empty when it was resolved."""
-        if self._firsts.get(tp) is None:
+    def begins(
+        self, tp: TopicPartition, part: partition.Partition, record: partition.Record
+    ) -> None:
+        """Let a record stand for the first of a log that was empty when it was resolved.
+
+        Only where reading began: what a writer took back before it is found by asking alone.
+        """
+        if self._firsts.get(tp) is None and record.offset == part.begin:
             self._firsts[tp] = record.offset, record.timestamp
 
     async def resolve(

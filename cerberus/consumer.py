@@ -98,7 +98,7 @@ class Consumer:
 
     async def run(self, progress: supervision.Progress) -> None:
         """Consume until told to stop; a new client is built at each call."""
-        for held in (self._parts, self._parked, self._fresh):
+        for held in (self._parts, self._parked, self._fresh, self._committed):
             held.clear()
         self._upstream.forget()
         try:
@@ -224,7 +224,7 @@ class Consumer:
         for tp, records in polled.items():
             if (part := self._parts.get(tp)) is None:
                 continue  # held since: it will be sought to where it starts
-            self._resolver.begins(tp, records[0])
+            self._resolver.begins(tp, part, records[0])
             for at in range(0, len(records), _CHUNK_RECORDS):
                 chunk = records[at : at + _CHUNK_RECORDS]
                 await asyncio.sleep(0)  # others on the loop wait for a chunk, not for a poll

@@ -179,6 +179,31 @@ async def test_the_first_commit_of_a_log_that_was_empty_names_its_first_record(h
         assert found.first == (0, at)
 
 
+async def test_a_first_record_that_its_writer_took_back_begins_no_other_life(here):
+    name = here.config.kafka.topic(kafka.TRANSACTIONS)
+    bootstrap = here.config.kafka.bootstrap
+    async with (
+        AIOKafkaProducer(bootstrap_servers=bootstrap, transactional_id=name) as writer,
+        running(one := here.consumer()),
+    ):
+        await until(lambda: live(one, partitions=PARTITIONS), "the empty log is read to its end")
+        before = {state.epoch for state in one.states().values()}
+        marking = one._liveness._marking
+        await until(lambda: one._liveness._marking is not marking, "the log is asked for its end")
+        await until(lambda: one._liveness._marking.done(), "it has answered")
+        at = now_ms() - 5_000
+        for i, end in enumerate((writer.abort_transaction, writer.commit_transaction)):
+            await writer.begin_transaction()
+            value = payment(i, 1000, at + i)
+            await writer.send_and_wait(name, value, partition=0, timestamp_ms=at + i)
+            await end()
+        await until(lambda: one.counts["accepted"] == 1, "what was kept is read")
+        await asyncio.sleep(2.5)  # the log is asked for its end each second
+        await drained(here, one)
+        assert {state.epoch for state in one.states().values()} == before
+        assert one.counts["accepted"] == 1
+
+
 async def test_a_topic_made_anew_while_its_owner_is_frozen_is_read_from_its_start(environ, here):
     at = now_ms() - 5_000
     quiet = {"CERBERUS_RATE": "0", "CERBERUS_SESSION_TIMEOUT_S": "30", "CERBERUS_PARTITIONS": "3"}
