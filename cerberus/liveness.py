@@ -106,8 +106,7 @@ class Liveness:
         """Stop asking where the log ends, and what lies before a replay's reach."""
         if self._marking is not None:
             self._marking.cancel()
-        with contextlib.suppress(errors.StoreUnavailable):
-            await self._give_up_seeding({})
+        await self._give_up_seeding({})
 
     def lag(self, parts: Parts) -> dict[int, int]:
         """Return how many offsets each partition was behind when that was last asked."""
@@ -233,7 +232,9 @@ class Liveness:
         """Let go of what is no longer owned, or no longer reaches any window."""
         owned = set(parts.values())
         for part in [p for p in self._seeding if p not in owned or p.replaying or not p.seeds]:
-            await self._seeding.pop(part).aclose()
+            # One that a dead connection ends with an error leaves the others to be let go of.
+            with contextlib.suppress(errors.StoreUnavailable):
+                await self._seeding.pop(part).aclose()
 
     async def _look_for_scores(self, parts: Parts) -> None:
         self._scores_lost = (

@@ -84,7 +84,7 @@ async def test_a_row_that_was_lost_alone_is_sent_again(here, meanwhile):
     await lose()
     here.config = dataclasses.replace(here.config, resend_s=86_400.0)
     async with running(two := here.consumer()):
-        two._resent_s = time.monotonic()
+        two._liveness._resent_s = time.monotonic()
         await drained(here, two)
         await until(back, "the row is back", 10)
 
