@@ -7,8 +7,10 @@ that moment have reached it. A claim takes about 0.7 kB.
 """
 
 import asyncio
+import hashlib
 import logging
 import re
+import secrets
 import time
 import uuid
 from collections.abc import Collection, Sequence
@@ -63,15 +65,19 @@ return found
 """
 
 
-# ARGV: now in ms, the server's run, the marks' prefix, how many buckets. A cluster's node leaves
-# the others' marks alone.
+# ARGV: now in ms, the server's run, the marks' prefix, how many buckets, a token. A cluster's node
+# leaves the others' marks alone. The token makes a run that is set anew another value.
 _RECOGNISE = """
 for bucket = 0, tonumber(ARGV[4]) - 1 do
   local mark = ARGV[3] .. '{' .. bucket .. '}'
   local run = redis.pcall('GET', mark .. ':run')
-  if type(run) ~= 'table' and run ~= ARGV[2] then
+  if type(run) == 'table' then
+    if string.find(run.err, 'cluster is down') then
+      return redis.error_reply('CLUSTERDOWN cannot tell its run yet')
+    end
+  elseif not run or string.match(run, '^%w*') ~= ARGV[2] then
     redis.call('SET', mark, ARGV[1])
-    redis.call('SET', mark .. ':run', ARGV[2])
+    redis.call('SET', mark .. ':run', ARGV[2] .. '#' .. ARGV[5])
   end
 end
 return 1
@@ -93,9 +99,11 @@ def recognise(config: settings.Settings) -> pools.Connected:
             run = re.search(rb"run_id:(\w+)", await connection.read_response())
             if run is not None:
                 now_ms = time.time_ns() // 1_000_000
-                arguments = (now_ms, run[1], prefix, _BUCKETS)
+                arguments = (now_ms, run[1], prefix, _BUCKETS, secrets.token_hex(8))
                 await connection.send_command("EVAL", _RECOGNISE, 0, *arguments, check_health=False)
                 await connection.read_response()
+        except redis.exceptions.ClusterDownError:
+            raise  # it has begun anew: it is recognised when it takes part again
         except redis.exceptions.ResponseError as error:
             log.debug("Redis does not say which run it is: %s", error)
 
@@ -131,6 +139,7 @@ class Claims:
         # What was answered when Redis lost its claims has reached Postgres after this.
         self._settling_ms = 2 * config.decision_flush_ms + _WRITING_MS
         self._since_ms = 0
+        self._runs = [b""] * _BUCKETS
         self._client = client
         self._ledger = kept
 
@@ -161,6 +170,26 @@ class Claims:
         """
         marks = [_mark(self._config, bucket) for bucket in range(_BUCKETS)]
         await pools.evaluate(self._client, [(_DOUBT, [mark], [now_ms]) for mark in marks])
+
+    async def witness(self) -> str:
+        """Return what changes when a node of a Redis Cluster is emptied, begins anew or takes over.
+
+        The runs of all buckets' servers, in one round trip; one that is missing is set anew.
+
+        Raises:
+            FeaturesUnavailable: Not every node answered within 2 s.
+        """
+        token = secrets.token_hex(8).encode()
+        pipe = self._client.pipeline(transaction=False)
+        for bucket, run in enumerate(self._runs):
+            name = f"{_mark(self._config, bucket)}:run"
+            pipe.set(name, b"%b#%b" % (run, token), nx=True)
+            pipe.get(name)
+        _, *found = await pools.answers(pipe.execute())
+        runs: list[bytes] = found[::2]
+        # Who was only emptied is no other server: claims need not be doubted twice.
+        self._runs = [run.partition(b"#")[0] for run in runs]
+        return hashlib.sha256(b" ".join(runs)).hexdigest()[:16]
 
     async def claim(
         self,

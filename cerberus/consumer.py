@@ -71,7 +71,7 @@ class Consumer:
         self._sink = sink.Sink(config, spans, model, online_store, offline_store, claimed)
         self._resolver = assignment.Resolver(config, spans, offline_store)
         self._liveness = liveness.Liveness(
-            config, online_store, offline_store, self._sink, self._resolver
+            config, online_store, offline_store, self._sink, self._resolver, claimed
         )
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._client: Any = None

@@ -25,7 +25,6 @@ from cerberus import errors, feast_layout, online, pools, settings
 REPO = pathlib.Path(__file__).parent.parent / "feature_repo"
 _SERVED = (online.STATS_VIEW, online.WINDOW_VIEW, online.CREDIT_VIEW)
 _TYPES = {"Int64", "Float64", "Bytes"}
-_LOADING = f"{online.MATERIALIZED}:loading"
 _BATCH_ROWS = 10_000
 # Feast leaves no other way to set an option of its sessions: it writes "-c search_path=", this
 # text and ",public", and what it passes wins over PGOPTIONS. Without nested loops 10,000 rows of
@@ -215,14 +214,14 @@ def _credit_view(store: Any, config: settings.Settings) -> Any:
 async def _begin(config: settings.Settings, now_ms: int) -> bool:
     """Leave a mark that is lost with the data, then say whether the batch views are lost."""
     async with pools.connect_redis(config) as client:
-        await client.set(_LOADING, now_ms)
+        await client.set(online.LOADING, now_ms)
         return not await client.exists(online.MATERIALIZED)
 
 
 async def _finish(config: settings.Settings) -> bool:
     """Turn the mark into the sign that the views are there; False when the mark is gone."""
     async with pools.connect_redis(config) as client:
-        return bool(await client.copy(_LOADING, online.MATERIALIZED, replace=True))
+        return bool(await client.copy(online.LOADING, online.MATERIALIZED, replace=True))
 
 
 def _schema(view: Any) -> dict[str, str]:

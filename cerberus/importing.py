@@ -313,7 +313,7 @@ async def load(config: settings.Settings, plan: Plan) -> dict[str, history.Progr
 async def _serve_scores(config: settings.Settings) -> None:
     """Let the materializer load all scores, as after a loss: some lie before what it has loaded."""
     async with pools.connect_redis(config) as client:
-        for key in (online.MATERIALIZED, f"{online.MATERIALIZED}:loading"):
+        for key in (online.MATERIALIZED, online.LOADING):
             await pools.answers(client.delete(key))
 
 

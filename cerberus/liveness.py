@@ -1,7 +1,8 @@
 """Who is live: how far each partition is behind the log's end, and what Redis must know of it.
 
 An owner writes its partitions' states with every batch and each second. Redis that has lost a
-state, or the trail that rows leave, has lost rows, too; then all live rows are sent again.
+state, or the trail that rows leave, has lost rows, too; then all live rows are sent again. What one
+node of a cluster loses is made the loss of all.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from aiokafka.errors import KafkaError
 
 from cerberus import (
     assignment,
+    claims,
     errors,
     features,
     kafka,
@@ -51,6 +53,7 @@ class Liveness:
         offline_store: Knows what lies before a replay's reach.
         rows: Sends rows again.
         resolver: Knows which log each partition was resolved on.
+        claimed: Sees a node of a Redis Cluster lose its data.
 
     Attributes:
         ended: Partitions whose log was found to be another since; whoever reads it clears it.
@@ -63,6 +66,7 @@ class Liveness:
         offline_store: offline.OfflineStore,
         rows: sink.Sink,
         resolver: assignment.Resolver,
+        claimed: claims.Claims,
     ) -> None:
         self._resend_s = config.resend_s
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
@@ -70,6 +74,8 @@ class Liveness:
         self._offline = offline_store
         self._rows = rows
         self._resolver = resolver
+        self._claims = claimed
+        self._clustered = config.redis_cluster
         self._count = 0
         self._marks: dict[aiokafka.TopicPartition, tuple[int, int]] = {}
         self._since_s: dict[aiokafka.TopicPartition, float] = {}
@@ -158,8 +164,11 @@ class Liveness:
             FeaturesUnavailable: Redis did not acknowledge.
             StoreUnavailable: Postgres did not answer.
         """
+        due = self._looked_s - self._told_s >= _TELL_S
+        if due and self._clustered:
+            await self._online.follow(await self._claims.witness())
         await self._restore(parts, beat)
-        if self._looked_s - self._told_s >= _TELL_S:
+        if due:
             self._told_s = time.monotonic()
 
     async def _mark(self, client: Any, parts: Parts) -> None:

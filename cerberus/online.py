@@ -29,6 +29,7 @@ from cerberus import (
 
 STATS_VIEW, WINDOW_VIEW, CREDIT_VIEW = "user_transaction_stats", "user_window", "user_credit"
 MATERIALIZED = "cerberus:{materialized}"  # in braces: what a cluster's keys are placed by
+LOADING = f"{MATERIALIZED}:loading"
 _T = TypeVar("_T")
 _NO_TRAILS: Mapping[int, partition.Trail] = types.MappingProxyType({})
 _UNREADABLE = (ValueError, IndexError, struct.error)
@@ -291,6 +292,25 @@ class OnlineStore:
             calls.append((_WRITE_STATE, [self._partitions_key], [*known, *told]))
         answers = await pools.evaluate(self._client, calls)
         return {p for p, answer in zip(states, answers, strict=True) if answer == -1}
+
+    async def follow(self, witness: str) -> None:
+        """Make the loss of one node of a cluster, which changes the witness, the loss of all.
+
+        States, trails and the sign that the batch views are loaded are forgotten when they stand
+        beside another witness; every owner notices that. Idempotent: yes.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer within 2 s; follow again.
+        """
+        new, loaded = witness.encode(), f"{MATERIALIZED}:witness"
+        if (old := await pools.answers(self._client.get(loaded))) != new:
+            if old is not None:
+                await pools.answers(self._client.delete(MATERIALIZED, LOADING))
+            await pools.answers(self._client.set(loaded, new))
+        if (old := await pools.answers(self._client.hget(self._partitions_key, "witness"))) != new:
+            if old is not None:
+                await pools.answers(self._client.delete(self._partitions_key))
+            await pools.answers(self._client.hset(self._partitions_key, "witness", new))
 
     async def states(self) -> dict[int, features.PartitionState]:
         """Read what the owners say of all partitions.
