@@ -165,8 +165,10 @@ class Liveness:
             StoreUnavailable: Postgres did not answer.
         """
         due = self._looked_s - self._told_s >= _TELL_S
-        if due and self._clustered:
-            await self._online.follow(await self._claims.witness())
+        if due:
+            self._scores_lost = None  # an import lets them be loaded anew
+            if self._clustered:
+                await self._online.follow(await self._claims.witness())
         await self._restore(parts, beat)
         if due:
             self._told_s = time.monotonic()

@@ -131,6 +131,14 @@ async def test_until_lost_credit_scores_are_loaded_again_the_answers_say_so(here
             await asyncio.sleep(0.1)
         await here.redis.set(online.MATERIALIZED, now_ms())
         await until(certain, "nothing is in doubt")
+        await here.redis.delete(online.MATERIALIZED)  # as an import does
+
+        async def doubted():
+            return not await certain()
+
+        await until(doubted, "scores are in doubt")
+        await here.redis.set(online.MATERIALIZED, now_ms())
+        await until(certain, "nothing is in doubt")
         await here.redis.delete(online.MATERIALIZED)
         await here.redis.delete(*await here.redis.keys("cerberus:partitions*"))
         await asyncio.sleep(2)
