@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -293,23 +294,26 @@ async def seed(
         StoreUnavailable: Postgres did not answer; seed again.
     """
     met = set(user_ids or ())
-    after_ms = part.seed_after_ms(next_ms)
-    if part.seeds_log:
-        told = store.seed(
-            topic, part.origin, part.number, after_ms, user_ids, since_epoch=part.since_epoch
-        )
-        async with contextlib.aclosing(told):
-            async for past in told:
-                part.seed((), past)
-                met.update(each.user_id for each in past)
-                yield
-    if part.seeds_imported:
-        told = store.imported(after_ms, part.imported_until_ms, user_ids)
-        async with contextlib.aclosing(told):
-            async for imported in told:
-                part.seed((), (), imported)
-                met.update(each.user_id for each in imported if part.at_home(each.user_id))
-                yield
+    after_ms = sys.maxsize
+    # Once more where the first record was read in between, and lies further back.
+    while (reach_ms := part.seed_after_ms(next_ms)) < after_ms:
+        after_ms = reach_ms
+        if part.seeds_log:
+            told = store.seed(
+                topic, part.origin, part.number, after_ms, user_ids, since_epoch=part.since_epoch
+            )
+            async with contextlib.aclosing(told):
+                async for past in told:
+                    part.seed((), past)
+                    met.update(each.user_id for each in past)
+                    yield
+        if part.seeds_imported:
+            told = store.imported(after_ms, part.imported_until_ms, user_ids)
+            async with contextlib.aclosing(told):
+                async for imported in told:
+                    part.seed((), (), imported)
+                    met.update(each.user_id for each in imported if part.at_home(each.user_id))
+                    yield
     part.seed(met)
 
 

@@ -279,6 +279,8 @@ class Consumer:
         if not part.seeds:
             return True
         valid = [v for v in verdicts if isinstance(v, transactions.Transaction)]
+        if valid:
+            part.expect(valid[0].event_ms)
         users = part.unseeded(v.user_id for v in valid)
 
         async def fetch() -> None:

@@ -187,8 +187,18 @@ class Partition:
         Args:
             next_ms: Event time of the next valid record, which is a bound where nothing was read.
         """
-        since_ms = self._origin.as_of_ms or next_ms
+        since_ms = self._origin.as_of_ms or (0 if self.windows.frontier_ms else next_ms)
         return max(self.windows.lower_ms, since_ms - self.windows.spans.keep_ms)
+
+    def expect(self, next_ms: int) -> None:
+        """Forget who is seeded if the first record, at `next_ms`, is older than was expected.
+
+        Until it came, nothing was fetched that is too old for windows at `imported_until_ms`.
+        """
+        unread = not (self._origin.as_of_ms or self.windows.frontier_ms)
+        if unread and next_ms < self.imported_until_ms:
+            self._seeded.clear()
+            self.restoring = True
 
     def at_home(self, user_id: int) -> bool:
         """Whether this is the partition of the user's records."""

@@ -218,6 +218,40 @@ async def test_a_log_of_old_times_goes_on_where_the_import_ended(here):
 
 @pytest.mark.anyio
 @pytest.mark.servers
+@pytest.mark.parametrize("meanwhile", ["it is live", "its past is fetched"])
+async def test_a_first_record_older_than_expected_finds_what_was_imported_before_it(
+    here, monkeypatch, meanwhile
+):
+    rng = random.Random(13)
+    then_ms = now_ms() - 40 * 86_400_000
+    before = past(rng, 200, then_ms - 1_200_000, then_ms, 0)
+    # Of each user something of today is fetched before any record comes.
+    today = past(rng, 150, now_ms() - 600_000, now_ms() - 1, 2_000)
+    await imports(here, before + today)
+    monkeypatch.setattr(liveness, "_SEED_S", 0.25 if meanwhile == "it is live" else 0.0)
+    async with running(one := here.consumer()):
+        if meanwhile == "it is live":
+            await until(lambda: live(one, partitions=2), "an empty log is read to its end")
+        else:
+            await until(lambda: one._liveness._seeding, "its past is fetched")
+        after = sorted(past(rng, 60, then_ms, then_ms + 60_000, 1_000), key=lambda p: p.event_ms)
+        # Half of the users are known from the import alone.
+        after = [p for p in after if p.user_id < 1005]
+        await here.publish([record(p) for p in after])
+        await until(lambda: one.counts["accepted"] == len(after), "all is read")
+        monkeypatch.setattr(liveness, "_SEED_S", 0.25)
+        await drained(here, one)
+        await assert_decisions_equal(here, before)
+        # Their rows in Redis are too old to be kept.
+        for number, judge in (await oracles(here, before)).items():
+            [part] = [p for p in one._parts.values() if p.number == number]
+            for user in filter(part.at_home, USERS):
+                found = part.windows.stats(user, judge.frontier)[1]
+                assert (found.count, found.total_minor) == judge.stats(user, judge.frontier)
+
+
+@pytest.mark.anyio
+@pytest.mark.servers
 async def test_who_was_only_imported_is_counted_on_an_empty_log(here):
     before = past(random.Random(10), 100, now_ms() - 1_000_000, now_ms() - 1, 0)
     await imports(here, before)
