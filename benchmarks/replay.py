@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cerberus import (  # noqa: E402
+    claims,
     consumer,
     feast_layout,
     kafka,
@@ -98,13 +99,15 @@ async def drain(config, spans, tps, total):
 
 
 async def _until(condition):
-    while not condition():  # noqa: ASYNC110 - it looks on from outside
-        await asyncio.sleep(0.005)
+    async with asyncio.timeout(300):
+        while not condition():  # noqa: ASYNC110 - it looks on from outside
+            await asyncio.sleep(0.005)
 
 
-async def replay(config, spans, model, store, history):
+async def replay(config, spans, model, redis, store, history):
     """Let a new owner recover all partitions; returns seconds from the first replayed record."""
-    one = consumer.Consumer(config, spans, model, store, history)
+    claimed = claims.Claims(config, redis, history.ledger)
+    one = consumer.Consumer(config, spans, model, store, history, claimed)
     progress = supervision.Progress(time.monotonic)
     running = asyncio.create_task(one.run(progress))
     await _until(lambda: one.counts["replayed"])
@@ -123,7 +126,8 @@ async def measure(environ, options):
     model = scoring.Model.load(config.model_path, config.spans)
     plan = feast_layout.Plan.load(config.plan_path)
     topic = config.kafka.topic(kafka.TRANSACTIONS)
-    store = online.OnlineStore(pools.connect_redis(config), plan, spans, topic)
+    redis = pools.connect_redis(config)
+    store = online.OnlineStore(redis, plan, spans, topic)
     await kafka.create_topics(config)
     async with pools.connect_postgres(config) as pool:
         history = offline.OfflineStore(pool, config.spans)
@@ -134,7 +138,7 @@ async def measure(environ, options):
         print("round   bare drain/s      replay/s   ratio")
         for number in range(options.rounds):
             drained_s = await drain(config, spans, tps, total)
-            replayed_s = await replay(config, spans, model, store, history)
+            replayed_s = await replay(config, spans, model, redis, store, history)
             ratios.append(drained_s / replayed_s)
             print(
                 f"{number + 1:>5} {total / drained_s:>14,.0f} {total / replayed_s:>13,.0f} "
