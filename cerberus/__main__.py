@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cerberus", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (meaning, _) in _COMMANDS.items():
-        command = commands.add_parser(name, help=meaning, add_help=name not in _OWN_ARGUMENTS)
+        command = commands.add_parser(
+            name, help=meaning, description=meaning, add_help=name not in _OWN_ARGUMENTS
+        )
         if name in _OWN_ARGUMENTS:
             continue
         if name == "inspect":

@@ -38,7 +38,7 @@ class Commit:
         first: Offset and timestamp of the log's first record then, which tell a topic from
             another that was made later under its name; None when there was no record.
         known_from_ms: As in `partition.Partition`.
-        since_epoch: As in `partition.Partition`; where nothing is written, `epoch`.
+        since_epoch: As in `partition.Partition`.
     """
 
     offset: int
@@ -61,15 +61,15 @@ class Commit:
         """Read what `metadata` wrote; of another cluster or by another hand, only the offset."""
         try:
             written_by, *numbers = metadata.split()
-            frontier_ms, until_ms, former, epoch, count, *later = map(int, numbers)
-            # Earlier versions wrote less; a later one may write more.
-            at, stamp_ms, *since = (*later, *(-1, -1, 0, epoch)[len(later) :])[:4]
+            frontier_ms, until_ms, former, epoch, count, at, stamp_ms, *since = map(int, numbers)
+            known_from_ms, since_epoch = since
         except ValueError:
             return cls(offset)
         if written_by != cluster:
             return cls(offset)
         first = (at, stamp_ms) if at >= 0 else None
-        return cls(offset, frontier_ms, (until_ms, former), epoch, count, first, *since)
+        moved = (until_ms, former)
+        return cls(offset, frontier_ms, moved, epoch, count, first, known_from_ms, since_epoch)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

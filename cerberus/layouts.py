@@ -90,6 +90,8 @@ class Layout:
         Raises:
             InvalidTransaction: It is no number since the Unix epoch, though it should be.
         """
+        if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+            value = datetime.datetime.combine(value, datetime.time())
         if isinstance(value, datetime.datetime):
             aware = value if value.tzinfo else value.replace(tzinfo=datetime.UTC)
             return _rfc_3339((aware - _EPOCH) // datetime.timedelta(milliseconds=1))

@@ -244,7 +244,7 @@ class Liveness:
         owned = set(parts.values())
         for part in [p for p in self._seeding if p not in owned or p.replaying or not p.seeds]:
             # One that a dead connection ends with an error leaves the others to be let go of.
-            with contextlib.suppress(errors.StoreUnavailable):
+            with contextlib.suppress(errors.CerberusError):
                 await self._seeding.pop(part).aclose()
 
     async def _look_for_scores(self, parts: Parts) -> None:

@@ -291,14 +291,13 @@ class OfflineStore:
         after_ms: int,
         user_ids: Collection[int] | None = None,
         *,
-        since_epoch: int | None = None,
+        since_epoch: int,
     ) -> Pages:
         """Yield what happened after `after_ms` in the log before `fence`; all users when None.
 
-        What was stored under an epoch from `since_epoch` on is of the same log; None: of one alone.
+        What was stored under an epoch from `since_epoch` on is of the same log.
         """
-        epochs = (fence.epoch if since_epoch is None else since_epoch, fence.epoch)
-        place = (after_ms, topic, *epochs, partition, fence.offset)
+        place = (after_ms, topic, since_epoch, fence.epoch, partition, fence.offset)
         return self._pages(_SEED, place, user_ids)
 
     async def imported_until(self, topic: str, epoch: int, partition: int, begin_ms: int) -> int:

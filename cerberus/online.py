@@ -95,14 +95,6 @@ class StreamRow:
     partition: int
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """How many rows the store did not take, being older; whether it has lost earlier ones."""
-
-    older: int = 0
-    lost: bool = False
-
-
 class OnlineStore:
     """Reads and writes the rows that decisions are made from.
 
@@ -218,14 +210,15 @@ class OnlineStore:
         }
         return scores, before is not None and after is not None
 
-    async def write(
-        self, rows: Sequence[StreamRow], trail: partition.Trail | None = None
-    ) -> Refused:
+    async def write(self, rows: Sequence[StreamRow], trail: partition.Trail | None = None) -> bool:
         """Store rows whose fence is not older than what is there. Idempotent: yes.
 
         Args:
             rows: Of one partition, when there is a trail.
             trail: Followed and led on.
+
+        Returns:
+            Whether Redis has lost earlier rows: it has not the trail.
 
         Raises:
             FeaturesUnavailable: not all was acknowledged within 2 s; write again.
@@ -234,7 +227,8 @@ class OnlineStore:
             (_WRITE_ROW, [self._key(row.user_id)], self._row_arguments(row)) for row in rows
         ]
         if trail is None or not rows:
-            return Refused(older=(await pools.evaluate(self._client, calls)).count(0))
+            await pools.evaluate(self._client, calls)
+            return False
         fence, before, new = rows[-1].fence, trail.tried, next(self._trails)
         trail.tried = new
         # Behind the rows: what loses one of them loses the trail.
@@ -247,10 +241,10 @@ class OnlineStore:
             new,
         ]
         calls.append((_LEAVE_TRAIL, [self._partitions_key], arguments))
-        *answers, led_on = await pools.evaluate(self._client, calls)
+        led_on = (await pools.evaluate(self._client, calls))[-1]
         if led_on == 1:
             trail.left = new
-        return Refused(older=answers.count(0), lost=led_on == -1)
+        return bool(led_on == -1)
 
     async def mark_split(self, newest: Mapping[int, int]) -> None:
         """Say of users until when (ms) they have events outside their partition. Idempotent: yes.

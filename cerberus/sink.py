@@ -151,7 +151,7 @@ class Sink:
             for user_id, packed, stats in part.rows(users)
         )
         while some := list(itertools.islice(rows, _ROWS)):
-            lost |= (await self._online.write(some, part.trail)).lost
+            lost |= await self._online.write(some, part.trail)
             beat()
         return lost
 

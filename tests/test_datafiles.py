@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import datetime
 import io
 import json
 import random
@@ -135,6 +136,7 @@ def test_money_is_exact_however_it_is_written(cents):
         ("epoch_s", 10**18, None),
         ("epoch_ms", -1, None),
         ("epoch_ms", True, None),
+        ("epoch_ms", datetime.date(2026, 11, 24), 1_795_478_400_000),
     ],
 )
 def test_moments_in_each_format(kind, written, ms):

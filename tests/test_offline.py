@@ -258,10 +258,10 @@ async def test_a_seed_holds_only_the_log_before_the_fence_in_pages(store, monkey
     facts = [fact(transaction(i, user_id=i % 2, at=NOW_MS + i), i) for i in range(10)]
     await store.write(TOPIC, facts, [], [])
     fence = features.Fence(1, 7, 0)
-    [past] = [page async for page in store.seed(TOPIC, fence, 0, NOW_MS + 1, {1})]
+    [past] = [page async for page in store.seed(TOPIC, fence, 0, NOW_MS + 1, {1}, since_epoch=1)]
     assert sorted(t.transaction_id for t in past) == ["t3", "t5"]
     monkeypatch.setattr(offline, "_PAGE", 2)
-    everyone = [page async for page in store.seed(TOPIC, fence, 0, NOW_MS + 1)]
+    everyone = [page async for page in store.seed(TOPIC, fence, 0, NOW_MS + 1, since_epoch=1)]
     assert [len(page) for page in everyone] == [2, 2, 1]
     assert {t.transaction_id for page in everyone for t in page} == {f"t{i}" for i in range(2, 7)}
 
@@ -294,12 +294,14 @@ async def test_a_seed_has_a_deadline_for_each_page_and_none_for_all(environ, sto
     hurried = functools.partial(asyncpg.create_pool, environ["DATABASE_URL"])
     async with hurried(command_timeout=2) as pool:
         slow = offline.OfflineStore(pool, ("10m",))
-        seen = [page async for page in slow.seed(TOPIC, features.Fence(1, 99, 0), 0, 0)]
+        seen = [
+            page async for page in slow.seed(TOPIC, features.Fence(1, 99, 0), 0, 0, since_epoch=1)
+        ]
         assert sum(map(len, seen)) == 40
     async with hurried(command_timeout=0.2) as pool:
         slow = offline.OfflineStore(pool, ("10m",))
         with pytest.raises(errors.StoreUnavailable):
-            await anext(slow.seed(TOPIC, features.Fence(1, 99, 0), 0, 0))
+            await anext(slow.seed(TOPIC, features.Fence(1, 99, 0), 0, 0, since_epoch=1))
 
 
 async def test_one_holds_a_singleton_until_it_lets_go_or_its_connection_dies(pool, store):
