@@ -6,7 +6,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.structs import OffsetAndMetadata
-from pipeline import live, until
+from pipeline import live, shown, until
 
 from cerberus import kafka, transactions
 
@@ -29,8 +29,10 @@ def drained(here, one, partitions=PARTITIONS):
         logs = await here.log()
         ends = {number: records[-1].offset + 1 for number, records in logs.items() if records}
         states = one.states()
-        return live(one, partitions=partitions) and all(
-            states[number].offset >= end for number, end in ends.items()
+        return (
+            live(one, partitions=partitions)
+            and all(states[number].offset >= end for number, end in ends.items())
+            and await shown(here, partitions)
         )
 
     return until(at_the_end, "all partitions live and at the log's end")

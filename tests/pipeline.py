@@ -246,7 +246,15 @@ async def until(condition, what, seconds=60):
 
 def live(*consumers, partitions):
     """Say whether the consumers together own all partitions, live and caught up."""
-    states = [s for c in consumers for s in c.states().values()]
+    return _live([s for c in consumers for s in c.states().values()], partitions)
+
+
+async def shown(here, partitions):
+    """Say whether readers are told so, too, which is a moment after the owners know it."""
+    return _live((await here.online.states()).values(), partitions)
+
+
+def _live(states, partitions):
     return len(states) == partitions and all(
         s.state == "live" and now_ms() - s.caught_up_ms < 3_000 for s in states
     )

@@ -9,7 +9,7 @@ import orjson
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
-from pipeline import live, now_ms, payment, running, until, world
+from pipeline import live, now_ms, payment, running, shown, until, world
 
 from cerberus import kafka, transactions
 
@@ -106,13 +106,14 @@ async def assert_rows_equal_the_log(here, oracles):
 
 
 async def drained(here, *consumers, partitions=PARTITIONS):
-    await until(
-        lambda: (
+    async def at_the_end():
+        return (
             live(*consumers, partitions=partitions)
             and not any(lag for c in consumers for lag in c.lag().values())
-        ),
-        "all partitions live and caught up",
-    )
+            and await shown(here, partitions)
+        )
+
+    await until(at_the_end, "all partitions live and caught up")
 
 
 async def test_every_effect_equals_the_oracle_of_the_log(here):
