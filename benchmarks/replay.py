@@ -106,7 +106,7 @@ async def _until(condition):
 
 async def replay(config, spans, model, redis, store, history):
     """Let a new owner recover all partitions; returns seconds from the first replayed record."""
-    claimed = claims.Claims(config, redis, history.ledger)
+    claimed = claims.Claims(config, redis, history.ledger, lambda: store.spoken)
     one = consumer.Consumer(config, spans, model, store, history, claimed)
     progress = supervision.Progress(time.monotonic)
     running = asyncio.create_task(one.run(progress))

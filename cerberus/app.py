@@ -74,7 +74,7 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
             history = offline.OfflineStore(
                 pool, spans.names, rules if "api" in config.tasks else None
             )
-            claimed = claims.Claims(config, redis, history.ledger)
+            claimed = claims.Claims(config, redis, history.ledger, lambda: store.spoken)
             kept = decision_log.DecisionLog(config, model, history, claimed)
             stack.push_async_callback(kept.close)
             consumed = consumer.Consumer(config, spans, model, store, history, claimed)

@@ -5,15 +5,17 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import orjson
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
 from cerberus import kafka, offline, partition, settings, window
 
 _CALL_S = 10.0
+_VERSION = 1
 First = tuple[int, int] | None
 
 
@@ -50,26 +52,69 @@ class Commit:
     known_from_ms: int = 0
     since_epoch: int = 0
 
-    def metadata(self, cluster: str) -> str:
-        """Write all but the offset."""
+    def metadata(self, cluster: str, version: int = _VERSION) -> str:
+        """Write all but the offset.
+
+        Args:
+            cluster: The brokers' name for themselves.
+            version: 1 is a JSON object; 0 is the line of numbers that releases before versions
+                were introduced wrote, and the only form they read.
+        """
+        if version >= _VERSION:
+            told = {"version": _VERSION, "cluster": cluster, **dataclasses.asdict(self)}
+            del told["offset"]
+            return orjson.dumps(told).decode()
         numbers = (self.frontier_ms, *self.moved, self.epoch, self.count)
         later = (*(self.first or (-1, -1)), self.known_from_ms, self.since_epoch)
         return " ".join(map(str, (cluster, *numbers, *later)))
 
     @classmethod
     def read(cls, offset: int, metadata: str, cluster: str) -> "Commit":
-        """Read what `metadata` wrote; of another cluster or by another hand, only the offset."""
+        """Read what `metadata` wrote in any version; fields that are not known are ignored.
+
+        Of what another cluster, another hand or a later version wrote only the offset stands.
+        """
         try:
-            written_by, *numbers = metadata.split()
-            frontier_ms, until_ms, former, epoch, count, at, stamp_ms, *since = map(int, numbers)
-            known_from_ms, since_epoch = since
-        except ValueError:
+            told = orjson.loads(metadata) if metadata.startswith("{") else _numbered(metadata)
+            first = told["first"]
+            mine = told["version"] in (0, _VERSION) and told["cluster"] == cluster
+            commit = cls(
+                offset=offset,
+                frontier_ms=told["frontier_ms"],
+                moved=_pair(told["moved"]),
+                epoch=int(told["epoch"]),
+                count=int(told["count"]),
+                first=None if first is None else _pair(first),
+                known_from_ms=int(told["known_from_ms"]),
+                since_epoch=int(told["since_epoch"]),
+            )
+        except (KeyError, TypeError, ValueError):
             return cls(offset)
-        if written_by != cluster:
-            return cls(offset)
-        first = (at, stamp_ms) if at >= 0 else None
-        moved = (until_ms, former)
-        return cls(offset, frontier_ms, moved, epoch, count, first, known_from_ms, since_epoch)
+        return commit if mine else cls(offset)
+
+
+def _numbered(metadata: str) -> dict[str, Any]:
+    """Read version 0 of a commit's metadata."""
+    cluster, *numbers = metadata.split()
+    frontier_ms, until_ms, former, epoch, count, at, stamp_ms, known_from_ms, since_epoch = map(
+        int, numbers
+    )
+    return {
+        "version": 0,
+        "cluster": cluster,
+        "frontier_ms": frontier_ms,
+        "moved": (until_ms, former),
+        "epoch": epoch,
+        "count": count,
+        "first": (at, stamp_ms) if at >= 0 else None,
+        "known_from_ms": known_from_ms,
+        "since_epoch": since_epoch,
+    }
+
+
+def _pair(told: Sequence[Any]) -> tuple[int, int]:
+    one, other = told
+    return int(one), int(other)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,7 +150,7 @@ class Resolver:
         self._cluster = ""
         self._firsts: dict[TopicPartition, First] = {}
 
-    def metadata(self, tp: TopicPartition, part: partition.Partition) -> str:
+    def metadata(self, tp: TopicPartition, part: partition.Partition, version: int) -> str:
         """Return what to write beside the commit of a partition's present offset."""
         return Commit(
             part.offset,
@@ -116,7 +161,7 @@ class Resolver:
             self._firsts.get(tp),
             part.known_from_ms,
             part.since_epoch,
-        ).metadata(self._cluster)
+        ).metadata(self._cluster, version)
 
     def ended(self, firsts: Mapping[TopicPartition, First]) -> set[TopicPartition]:
         """Return the partitions whose log is another than when they were resolved.

@@ -320,7 +320,7 @@ class Consumer:
 
     async def _commit(self, generation: int) -> None:
         due = {
-            tp: (part.offset, self._resolver.metadata(tp, part))
+            tp: (part.offset, self._resolver.metadata(tp, part, self._online.spoken))
             for tp, part in self._parts.items()
             if not part.replaying
             and part.offset != self._committed.get(tp)

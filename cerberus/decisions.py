@@ -10,6 +10,35 @@ import orjson
 from cerberus import features, scoring, transactions, window
 
 HTTP, STREAM = "http", "stream"
+VERSION = 1
+"""Of the bytes of a record that `Record.pack` writes for other processes."""
+COLUMNS = {
+    "decision_id": "uuid",
+    "as_of_ms": "bigint",
+    "user_id": "bigint",
+    "transaction_id": "text",
+    "amount_minor": "bigint",
+    "currency": "text",
+    "merchant_id": "text",
+    "door": "text",
+    "features": "jsonb",
+    "degraded": "text[]",
+    "approximate": "boolean",
+    "score": "float8",
+    "probability": "float8",
+    "prediction": "text",
+    "decision": "text",
+    "model_sha256": "text",
+    "policy_sha256": "text",
+    "fence_epoch": "bigint",
+    "fence_offset": "bigint",
+    "fence_as_of_ms": "bigint",
+    "fence_partition": "integer",
+    "latency_ms": "jsonb",
+    "trace_id": "text",
+    "decided_ms": "bigint",
+}
+"""What a decision consists of, and the SQL type of each part: for claims and table `decisions`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +67,46 @@ class Record:
     latency_ms: Mapping[str, float] = field(default_factory=dict)
     trace_id: str = ""
 
-    def pack(self) -> bytes:
-        """Write it all as a JSON array; `unpack` reads back the same record."""
+    def columns(self) -> dict[str, Any]:
+        """Return the record flat, in the order of `COLUMNS`; `from_columns` reads it back."""
+        decision, row, txn = self.decision, self.decision.row, self.transaction
+        epoch, offset, as_of_ms = row.fence or (None, None, None)
+        return {
+            "decision_id": self.decision_id,
+            "as_of_ms": row.as_of_ms,
+            "user_id": row.user_id,
+            "transaction_id": txn and txn.transaction_id,
+            "amount_minor": row.amount_minor,
+            "currency": txn and txn.currency,
+            "merchant_id": txn and txn.merchant_id,
+            "door": self.door,
+            "features": show_features(row, self.spans),
+            "degraded": row.degraded,
+            "approximate": row.approximate,
+            "score": decision.score,
+            "probability": decision.probability,
+            "prediction": decision.prediction,
+            "decision": decision.action,
+            "model_sha256": decision.model_sha256,
+            "policy_sha256": decision.policy_sha256,
+            "fence_epoch": epoch,
+            "fence_offset": offset,
+            "fence_as_of_ms": as_of_ms,
+            "fence_partition": self.partition,
+            "latency_ms": self.latency_ms,
+            "trace_id": self.trace_id,
+            "decided_ms": self.decided_ms,
+        }
+
+    def pack(self, version: int = VERSION) -> bytes:
+        """Write the record for another process; `unpack` reads back the same one.
+
+        Args:
+            version: 1 is a JSON object of `columns` with its version; 0 is the JSON array that
+                releases before versions were introduced wrote, and the only form they read.
+        """
+        if version >= VERSION:
+            return orjson.dumps({"version": VERSION, **self.columns()})
         decision, row, txn = self.decision, self.decision.row, self.transaction
         return orjson.dumps(
             [
@@ -103,9 +170,76 @@ class Record:
         return shown
 
 
+def from_columns(told: Mapping[str, Any]) -> Record:
+    """Read what `Record.columns` returned; other keys are ignored.
+
+    Raises:
+        KeyError: A column is missing.
+    """
+    spans, stats, credit_score = read_features(told["features"])
+    prefix = None
+    if told["fence_epoch"] is not None:
+        prefix = features.Fence(told["fence_epoch"], told["fence_offset"], told["fence_as_of_ms"])
+    row = features.FeatureRow(
+        user_id=told["user_id"],
+        as_of_ms=told["as_of_ms"],
+        stats=stats,
+        credit_score=credit_score,
+        amount_minor=told["amount_minor"],
+        fence=prefix,
+        degraded=tuple(told["degraded"]),
+        approximate=told["approximate"],
+    )
+    transaction = None
+    if told["transaction_id"] is not None:
+        transaction = transactions.Transaction(
+            transaction_id=told["transaction_id"],
+            user_id=told["user_id"],
+            amount_minor=told["amount_minor"],
+            currency=told["currency"] or "",
+            merchant_id=told["merchant_id"] or "",
+            event_ms=told["as_of_ms"],
+        )
+    return Record(
+        decision_id=told["decision_id"],
+        decision=scoring.Decision(
+            row=row,
+            score=told["score"],
+            probability=told["probability"],
+            prediction=told["prediction"],
+            action=told["decision"],
+            model_sha256=told["model_sha256"],
+            policy_sha256=told["policy_sha256"],
+        ),
+        transaction=transaction,
+        door=told["door"],
+        partition=told["fence_partition"],
+        decided_ms=told["decided_ms"],
+        spans=spans,
+        latency_ms=told["latency_ms"],
+        trace_id=told["trace_id"] or "",
+    )
+
+
 def unpack(value: bytes) -> Record:
-    """Read what `Record.pack` wrote."""
-    told = orjson.loads(value)
+    """Read what `Record.pack` wrote in any version up to the present one.
+
+    Raises:
+        ValueError: The bytes are of a later version, or not a decision.
+    """
+    try:
+        told = orjson.loads(value)
+        if isinstance(told, list):
+            return _from_array(told)
+        if told["version"] == VERSION:
+            return from_columns(told | {"decision_id": uuid.UUID(told["decision_id"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"decision: the bytes are not a decision ({error!r})") from error
+    raise ValueError(f"decision: version {told['version']} is later than {VERSION}; update")
+
+
+def _from_array(told: Sequence[Any]) -> Record:
+    """Read version 0."""
     name, door, partition, decided_ms, latency_ms, trace_id, spans = told[:7]
     (score, probability, prediction, action), versions, paid = told[7:10]
     user_id, as_of_ms, stats, credit_score, prefix, degraded, approximate = told[10:]

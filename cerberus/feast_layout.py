@@ -145,13 +145,14 @@ class Plan:
 
     @classmethod
     def load(cls, path: pathlib.Path) -> "Plan":
-        """Read what `pack` wrote.
+        """Read what `pack` wrote, of a later version too: fields that are not known are ignored.
 
         Raises:
             ModelMismatch: saying how to make it anew.
         """
         try:
-            return cls(**orjson.loads(path.read_bytes()))
+            told = orjson.loads(path.read_bytes())
+            return cls(**{name: told[name] for name in cls.__slots__ if name in told})
         except (OSError, ValueError, TypeError) as error:
             raise errors.ModelMismatch(
                 f"{path} is not a feature plan ({error}); "

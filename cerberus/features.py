@@ -19,6 +19,12 @@ from cerberus import transactions, window
 RECENT_EVENTS = 256
 TILES_A_SPAN = 600
 STALE_MS = 5_000
+SPOKEN = 1
+"""The newest version of claims and commits that this release reads; owners tell it in their states.
+
+A claim or a commit is written in this version once every owner reads it, and in version 0, which
+every release reads, until then. So two releases that follow each other work side by side.
+"""
 _TILES_KEPT = 30_000  # twice as many can be packed, as far as a window may reach ahead of its row
 
 _VERSION = 1
@@ -60,6 +66,7 @@ class PartitionState:
             when there were `former` partitions.
         former: How many partitions there were before the number last changed; 0 when unknown.
         count: How many there are.
+        version: As `SPOKEN` of its owner; 0 for releases that do not tell it.
     """
 
     epoch: int
@@ -71,6 +78,7 @@ class PartitionState:
     moved_ms: int = 0
     former: int = 0
     count: int = 0
+    version: int = 0
 
     def pack(self) -> bytes:
         """Write it as JSON, readable by people and by Redis' Lua."""

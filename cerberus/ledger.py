@@ -10,30 +10,34 @@ from typing import Any
 import asyncpg
 import orjson
 
-from cerberus import decisions, features, policy, pools, scoring, transactions
+from cerberus import decisions, policy, pools, scoring, transactions
 
+# What unnest cannot carry, or the table holds in another form: how it is sent, stored and read.
+_SENT = {"features": "text", "degraded": "text", "latency_ms": "text"}
+_STORED = {
+    "features": "features::jsonb",
+    "degraded": "string_to_array(degraded, ',')",
+    "latency_ms": "latency_ms::jsonb",
+    "trace_id": "nullif(trace_id, '')",
+    "decided_ms": "timestamptz 'epoch' + decided_ms * interval '1 millisecond'",
+}
+_READ = {"decided_ms": "(extract(epoch FROM decided_at) * 1000)::bigint AS decided_ms"}
+_NAMES = {"decided_ms": "decided_at"}
 _INSERT = """
-INSERT INTO decisions (decision_id, as_of_ms, user_id, transaction_id, amount_minor, currency,
-    merchant_id, door, features, degraded, approximate, score, probability, prediction, decision,
-    model_sha256, policy_sha256, fence_epoch, fence_offset, fence_as_of_ms, fence_partition,
-    latency_ms, trace_id, decided_at)
-SELECT i, a, u, t, m, c, b, w, f::jsonb, string_to_array(g, ','), x, s, p, k, d, h, y, fe, fo, fa,
-    fp, l::jsonb, nullif(tr, ''), timestamptz 'epoch' + ms * interval '1 millisecond'
-FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::text[], $5::bigint[], $6::text[],
-    $7::text[], $8::text[], $9::text[], $10::text[], $11::boolean[], $12::float8[], $13::float8[],
-    $14::text[], $15::text[], $16::text[], $17::text[], $18::bigint[], $19::bigint[],
-    $20::bigint[], $21::integer[], $22::text[], $23::text[], $24::bigint[])
-    AS r (i, a, u, t, m, c, b, w, f, g, x, s, p, k, d, h, y, fe, fo, fa, fp, l, tr, ms)
+INSERT INTO decisions ({names}) SELECT {stored} FROM unnest({sent}) AS r ({columns})
 ON CONFLICT (decision_id, as_of_ms) DO NOTHING
-"""
-_WIDTH = 24
-_SELECT = """
-SELECT decision_id, as_of_ms, user_id, transaction_id, amount_minor, currency, merchant_id, door,
-    features, degraded, approximate, score, probability, prediction, decision, model_sha256,
-    policy_sha256, fence_epoch, fence_offset, fence_as_of_ms, fence_partition, latency_ms, trace_id,
-    (extract(epoch FROM decided_at) * 1000)::bigint AS decided_ms
-FROM decisions
-"""
+""".format(
+    names=", ".join(_NAMES.get(column, column) for column in decisions.COLUMNS),
+    stored=", ".join(_STORED.get(column, column) for column in decisions.COLUMNS),
+    sent=", ".join(
+        f"${i}::{_SENT.get(column, kind)}[]"
+        for i, (column, kind) in enumerate(decisions.COLUMNS.items(), 1)
+    ),
+    columns=", ".join(decisions.COLUMNS),
+)
+_SELECT = "SELECT {} FROM decisions".format(
+    ", ".join(_READ.get(column, column) for column in decisions.COLUMNS)
+)
 _FIND = f"""{_SELECT}
 WHERE (decision_id, as_of_ms) IN (SELECT * FROM unnest($1::uuid[], $2::bigint[]))
 """
@@ -57,7 +61,9 @@ def insert(records: Iterable[decisions.Record]) -> tuple[str, list[list[Any]]]:
     """Return the statement that stores records, and its arguments; what is there stays."""
     by_id = {record.decision_id: record for record in records}
     # Sorted, so that two writers lock rows in one order.
-    return _INSERT, pools.columns([_row(by_id[name]) for name in sorted(by_id)], _WIDTH)
+    return _INSERT, pools.columns(
+        [_row(by_id[name]) for name in sorted(by_id)], len(decisions.COLUMNS)
+    )
 
 
 class Ledger:
@@ -150,68 +156,13 @@ class Ledger:
 
 
 def _row(record: decisions.Record) -> tuple[Any, ...]:
-    decision, row, txn = record.decision, record.decision.row, record.transaction
-    paid = (txn.currency, txn.merchant_id) if txn else (None, None)
-    return (
-        record.decision_id,
-        row.as_of_ms,
-        row.user_id,
-        txn and txn.transaction_id,
-        row.amount_minor,
-        *paid,
-        record.door,
-        orjson.dumps(decisions.show_features(row, record.spans)).decode(),
-        ",".join(row.degraded),
-        row.approximate,
-        decision.score,
-        decision.probability,
-        decision.prediction,
-        decision.action,
-        decision.model_sha256,
-        decision.policy_sha256,
-        *(row.fence or (None, None, None)),
-        record.partition,
-        orjson.dumps(record.latency_ms).decode(),
-        record.trace_id,
-        record.decided_ms,
-    )
+    told = record.columns()
+    told["features"] = orjson.dumps(told["features"]).decode()
+    told["degraded"] = ",".join(told["degraded"])
+    told["latency_ms"] = orjson.dumps(told["latency_ms"]).decode()
+    return tuple(told.values())
 
 
 def _record(row: Mapping[str, Any]) -> decisions.Record:
-    spans, stats, credit_score = decisions.read_features(orjson.loads(row["features"]))
-    prefix = None
-    if row["fence_epoch"] is not None:
-        prefix = features.Fence(row["fence_epoch"], row["fence_offset"], row["fence_as_of_ms"])
-    served = features.FeatureRow(
-        user_id=row["user_id"],
-        as_of_ms=row["as_of_ms"],
-        stats=stats,
-        credit_score=credit_score,
-        amount_minor=row["amount_minor"],
-        fence=prefix,
-        degraded=tuple(row["degraded"]),
-        approximate=row["approximate"],
-    )
-    decided = (row["score"], row["probability"], row["prediction"], row["decision"])
-    transaction = None
-    if row["transaction_id"] is not None:
-        transaction = transactions.Transaction(
-            transaction_id=row["transaction_id"],
-            user_id=row["user_id"],
-            amount_minor=row["amount_minor"],
-            currency=row["currency"] or "",
-            merchant_id=row["merchant_id"] or "",
-            event_ms=row["as_of_ms"],
-        )
-    versions = (row["model_sha256"], row["policy_sha256"])
-    return decisions.Record(
-        decision_id=row["decision_id"],
-        decision=scoring.Decision(served, *decided, *versions),
-        transaction=transaction,
-        door=row["door"],
-        partition=row["fence_partition"],
-        decided_ms=row["decided_ms"],
-        spans=spans,
-        latency_ms=orjson.loads(row["latency_ms"]),
-        trace_id=row["trace_id"] or "",
-    )
+    parsed = {name: orjson.loads(row[name]) for name in ("features", "latency_ms")}
+    return decisions.from_columns(dict(row) | parsed)

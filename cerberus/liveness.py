@@ -167,6 +167,7 @@ class Liveness:
         due = self._looked_s - self._told_s >= _TELL_S
         if due:
             self._scores_lost = None  # an import lets them be loaded anew
+            await self._online.states()  # of all owners: they say which versions they read
             if self._clustered:
                 await self._online.follow(await self._claims.witness())
         await self._restore(parts, beat)

@@ -104,6 +104,10 @@ class OnlineStore:
         spans: The window definition.
         topic: Whose partitions are followed.
 
+    Attributes:
+        spoken: The newest version of claims and commits that the owners of all partitions read, as
+            of the last read of users or states.
+
     Raises:
         ModelMismatch: The plan was compiled for other windows.
     """
@@ -125,6 +129,7 @@ class OnlineStore:
                 f"{','.join(spans.names)} kept for {spans.keep_ms} ms: run `python -m cerberus "
                 "features apply`, then `python -m cerberus features compile`"
             )
+        self.spoken = 0
         self._client: Any = client  # its types know str keys only
         self._plan = plan
         self._spans = spans
@@ -163,7 +168,7 @@ class OnlineStore:
         for user_id in user_ids:
             pipe.hmget(self._key(user_id), self._read_fields)
         found, *hashes = await pools.answers(pipe.execute(), timeout_s)
-        states = _states(found)
+        states = self._told(found)
         count = int(found.get(b"count", 0))
         rows = []
         for user_id, values in zip(user_ids, hashes, strict=True):
@@ -312,7 +317,7 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.
         """
-        return _states(await pools.answers(self._client.hgetall(self._partitions_key)))
+        return self._told(await pools.answers(self._client.hgetall(self._partitions_key)))
 
     async def materialized_ms(self) -> int | None:
         """Return when the batch views were last loaded; None when Redis has lost them."""
@@ -335,6 +340,20 @@ class OnlineStore:
     async def close(self) -> None:
         """Close the pool."""
         await self._client.aclose()
+
+    def _told(self, found: Mapping[bytes, bytes]) -> dict[int, features.PartitionState]:
+        """Read the states; one that is broken counts as gone, and its owner makes it anew.
+
+        A topic that was made anew with fewer partitions leaves some behind.
+        """
+        told, count = {}, int(found.get(b"count", 0))
+        for field, value in found.items():
+            if field.isdigit() and int(field) < count:
+                with contextlib.suppress(ValueError, TypeError):
+                    told[int(field)] = features.PartitionState.unpack(value)
+        whole = 0 < len(told) == count
+        self.spoken = min(state.version for state in told.values()) if whole else 0
+        return told
 
     def _key(self, user_id: int) -> bytes:
         return feast_layout.entity_key(user_id, self._plan.project)
@@ -383,16 +402,3 @@ def _readable(
         return read(values, now_ms), False
     except _UNREADABLE:
         return None, True
-
-
-def _states(found: Mapping[bytes, bytes]) -> dict[int, features.PartitionState]:
-    """Read the states; one that is broken counts as gone, and its owner makes it anew.
-
-    A topic that was made anew with fewer partitions leaves some behind.
-    """
-    told, count = {}, int(found.get(b"count", 0))
-    for field, value in found.items():
-        if field.isdigit() and int(field) < count:
-            with contextlib.suppress(ValueError, TypeError):
-                told[int(field)] = features.PartitionState.unpack(value)
-    return told

@@ -345,4 +345,5 @@ class Partition:
             moved_ms=self.moved[0],
             former=self.moved[1],
             count=self.count,
+            version=features.SPOKEN,
         )

@@ -210,7 +210,7 @@ class Model:
 
 
 def read_manifest(content: bytes) -> Manifest:
-    """Read what stands beside a model file.
+    """Read what stands beside a model file; fields that are not known are ignored.
 
     Raises:
         TypeError, ValueError: It is not a manifest of this version.
@@ -219,7 +219,9 @@ def read_manifest(content: bytes) -> Manifest:
     if not isinstance(document, dict):
         raise ValueError("it must be a JSON object")
     values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in document.items()
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in document.items()
+        if k in Manifest.__slots__
     }
     return Manifest(**values)
 

@@ -72,6 +72,11 @@ async def set_topic(here, topic, name, value):
         await until(known, f"{topic} has {name} {value}")
 
 
+async def cluster_of(here):
+    async with admin_of(here) as admin:
+        return await kafka.cluster_id(admin)
+
+
 async def commits(here, partitions=PARTITIONS):
     """Return the group's commits: (offset, metadata) by partition."""
     name = here.config.kafka.topic(kafka.TRANSACTIONS)

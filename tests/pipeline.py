@@ -62,14 +62,17 @@ class World:
     pool: object
     kafka: AIOKafkaProducer
 
+    def claims(self, config):
+        return claims.Claims(config, self.redis, self.offline.ledger, lambda: self.online.spoken)
+
     def consumer(self):
-        claimed = claims.Claims(self.config, self.redis, self.offline.ledger)
+        claimed = self.claims(self.config)
         return consumer.Consumer(
             self.config, self.spans, self.model, self.online, self.offline, claimed
         )
 
     def predictor(self, keep):
-        claimed = claims.Claims(self.config, self.redis, self.offline.ledger)
+        claimed = self.claims(self.config)
         return serving.Predictor(
             self.config,
             self.spans,
@@ -83,7 +86,7 @@ class World:
     def decision_log(self, **changes):
         """Build the log of decisions on requests, with some settings changed."""
         config = dataclasses.replace(self.config, **changes)
-        claimed = claims.Claims(config, self.redis, self.offline.ledger)
+        claimed = self.claims(config)
         return decision_log.DecisionLog(config, self.model, self.offline, claimed)
 
     def app(self, kept, probes=None, consumed=None, clock=serving.now_ms):
@@ -96,7 +99,7 @@ class World:
             self.online,
             self.offline,
             supervision.Supervisor(lambda reason: None),
-            claimed=claims.Claims(self.config, self.redis, self.offline.ledger),
+            claimed=self.claims(self.config),
             kept=kept,
             probes=probes or {},
             consumed=consumed,

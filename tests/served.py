@@ -58,7 +58,9 @@ class Served:
         self.kept = []
         self.pool = pools.connect_postgres(self.config)
         self.history = offline.OfflineStore(self.pool, self.spans.names)
-        self.claimed = claims.Claims(self.config, self.client, self.history.ledger)
+        self.claimed = claims.Claims(
+            self.config, self.client, self.history.ledger, lambda: self.store.spoken
+        )
         self.predictor = serving.Predictor(
             self.config,
             self.spans,

@@ -60,13 +60,13 @@ class Side:
 
 
 @contextlib.asynccontextmanager
-async def side(environ, **changes):
+async def side(environ, *, version=decisions.VERSION, **changes):
     config = dataclasses.replace(settings.load(environ), **changes)
     client = pools.connect_redis(config, claims.recognise(config))
     try:
         async with pools.connect_postgres(config) as pool:
             kept = ledger.Ledger(pool)
-            yield Side(config, client, kept, claims.Claims(config, client, kept))
+            yield Side(config, client, kept, claims.Claims(config, client, kept, lambda: version))
     finally:
         await client.aclose()
 
@@ -144,6 +144,31 @@ async def test_the_same_identity_with_other_content_gets_what_stands(one, other)
     first, second = decided("a", at, "1", 1_000), decided("a", at, "2", 1_001)
     assert await one.settle(first) == await other.settle(second) == [first]
     assert first.differing(second.transaction) == "amount"
+
+
+@pytest.mark.parametrize("version", [0, 1])
+async def test_a_claim_of_either_version_stands_for_who_writes_the_other(environ, one, version):
+    await one.vouching()
+    first, second = (decided("a", now_ms(), told_by) for told_by in "12")
+    async with (
+        side(environ, version=version) as writer,
+        side(environ, version=1 - version) as other,
+    ):
+        assert await writer.settle(first) == await other.settle(second) == [first]
+        [name] = await one.claimed_keys()
+        assert (await one.redis.get(name)).startswith(b"{" if version else b"[")
+
+
+async def test_a_claim_of_a_later_version_is_neither_replaced_nor_overlooked(one):
+    await one.vouching()
+    first, second = (decided("a", now_ms(), told_by) for told_by in "12")
+    later = first.pack().replace(b'"version":1', b'"version":2')
+    await one.redis.set(claims.key(one.config, first.decision_id), later)
+    assert await one.claimed.claim([second], now_ms(), set()) == [None]
+    with pytest.raises(errors.StoreUnavailable, match="later version"):
+        await one.settle(second)
+    await one.ledger.write([first])
+    assert await one.settle(second) == [first]
 
 
 @pytest.mark.parametrize("door", [decisions.HTTP, decisions.STREAM])

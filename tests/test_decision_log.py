@@ -189,7 +189,9 @@ async def test_what_cannot_be_stored_at_the_end_is_told_within_bounds(environ, c
     async with world(environ | QUIET) as here, asyncio.timeout(20):
         async with pools.connect_postgres(settings.load(environ | away)) as pool:
             store = offline.OfflineStore(pool, here.config.spans)
-            claimed = claims.Claims(here.config, here.redis, store.ledger)
+            claimed = claims.Claims(
+                here.config, here.redis, store.ledger, lambda: here.online.spoken
+            )
             log = decision_log.DecisionLog(here.config, here.model, store, claimed)
             for record in some(3):
                 log.put(record)

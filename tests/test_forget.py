@@ -11,7 +11,6 @@ from pipeline import live, now_ms, payment, running, until, world
 from service import ROOT
 
 from cerberus import (
-    claims,
     decisions,
     feast_layout,
     forgetting,
@@ -95,7 +94,7 @@ async def fill(environ):
             record, decision_id=decisions.of_transaction(asked), transaction=asked
         )
         await here.offline.ledger.write([claimed])
-        judge = claims.Claims(here.config, here.redis, here.offline.ledger)
+        judge = here.claims(here.config)
         assert await judge.claim([claimed], now_ms(), {claimed.decision_id}) == [claimed]
         await here.redis.hset(key(GONE), b"cerberus:split", b"1")
 

@@ -14,6 +14,7 @@ from faults import (
     USERS,
     admin_of,
     assert_rows_equal_the_log,
+    cluster_of,
     commit,
     commits,
     drained,
@@ -174,9 +175,32 @@ async def test_the_first_commit_of_a_log_that_was_empty_names_its_first_record(h
         at = now_ms() - 5_000
         await here.publish([(u, payment(1, u, at), at) for u in USERS])
         await stored(here)
+    cluster_id = await cluster_of(here)
     for offset, metadata in (await commits(here)).values():
-        found = assignment.Commit.read(offset, metadata, metadata.split(" ")[0])
+        found = assignment.Commit.read(offset, metadata, cluster_id)
         assert found.first == (0, at)
+
+
+async def test_commits_are_written_in_the_version_that_all_owners_read(here):
+    written = []
+    for version in (0, 1):
+        async with running(one := here.consumer()):
+            await drained(here, one)
+            if version == 0:  # what an owner of an earlier release tells, behind any of ours
+                key, number = here.online._partitions_key, f"{PARTITIONS - 1}"
+                told = features.PartitionState.unpack(await here.redis.hget(key, number))
+                early = dataclasses.replace(told, epoch=told.epoch + 1, version=0)
+                await here.redis.hset(key, number, early.pack())
+                await until(lambda: here.online.spoken == 0, "an owner is known to read less")
+            else:
+                await until(lambda: here.online.spoken == 1, "all owners are known to read it")
+            at = now_ms() - 5_000
+            await here.publish([(u, payment(f"{version}", u, at), at) for u in USERS])
+            await drained(here, one)
+        written.append([metadata for _, metadata in (await commits(here)).values()])
+        await here.redis.delete(here.online._partitions_key)
+    assert not any(metadata.startswith("{") for metadata in written[0])
+    assert all(metadata.startswith('{"version":1,') for metadata in written[1])
 
 
 async def test_a_first_record_that_its_writer_took_back_begins_no_other_life(here):
@@ -251,7 +275,7 @@ async def test_a_partition_that_begins_anew_leaves_the_long_windows_of_others(en
         async with running(one := here.consumer()):
             await drained(here, one, 2)
         offset, metadata = (await commits(here, 2))[0]
-        cluster_id = metadata.split(" ")[0]
+        cluster_id = await cluster_of(here)
         found = assignment.Commit.read(offset, metadata, cluster_id)
         other = dataclasses.replace(found, first=(found.first[0], found.first[1] + 1))
         await commit(here, {0: (offset, other.metadata(cluster_id))})

@@ -202,7 +202,7 @@ async def test_what_was_missing_at_the_first_reading_is_doubted_after_restarts_t
 @pytest.mark.parametrize("first", [None, (4, 3)])
 def test_what_a_commit_says_is_read_and_of_another_hand_only_its_offset(first):
     written = assignment.Commit(1, 9, (8, 7), 6, 5, first, 2, 1)
-    text = written.metadata("c")
+    text = written.metadata("c", 0)
     assert assignment.Commit.read(1, text, "c") == written
     for other in (
         "",

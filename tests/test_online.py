@@ -1,7 +1,11 @@
 """The online store, where it must not vouch for what it holds."""
 
+import dataclasses
+
 import pytest
 from served import NOW_MS, Served, redis_only, transaction
+
+from cerberus import features
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 
@@ -10,6 +14,24 @@ pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 async def served(servers):
     async with Served(redis_only(servers)) as served:
         yield served
+
+
+async def test_versions_are_spoken_that_the_owners_of_all_partitions_read(served):
+    await served.store.states()
+    assert served.store.spoken == 0  # nobody tells it
+    await served.live(version=1)
+    await served.store.states()
+    assert served.store.spoken == 1
+    await served.live(count=2, version=1)
+    await served.store.write_states(2, {})
+    state = features.PartitionState(1, 0, "live", NOW_MS, version=0)
+    await served.store.write_states(2, {1: state}, create=True)
+    await served.store.read([1], NOW_MS, 1.0)
+    assert served.store.spoken == 0  # one owner of two does not read it
+    await served.store.write_states(2, {1: dataclasses.replace(state, version=7)})
+    await served.store.write_states(2, {0: dataclasses.replace(state, count=2, version=1)})
+    await served.store.read([1], NOW_MS, 1.0)
+    assert served.store.spoken == 1
 
 
 @pytest.mark.parametrize("streamed", [True, False])
