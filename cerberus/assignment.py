@@ -5,130 +5,31 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-import orjson
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from cerberus import kafka, offline, partition, settings, window
+from cerberus import kafka, offline, ownership, partition, settings, starts, window
 
 _CALL_S = 10.0
-_VERSION = 1
-First = tuple[int, int] | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resolved:
-    """An assignment, understood: `count` partitions has the topic, `parts` start as they are."""
+    """An assignment, resolved: how many partitions the topic has, and those that are owned."""
 
     count: int
-    parts: Mapping[TopicPartition, partition.Partition]
+    owned: Mapping[TopicPartition, ownership.Owned]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Commit:
-    """What the group's commit of a partition says; all but the offset stand in its metadata.
+class _Life(NamedTuple):
+    """Under which epoch a partition goes on, and from which commit; None: from its start."""
 
-    Attributes:
-        offset: Effects of records below it are stored.
-        frontier_ms: Of that prefix; None when the metadata are not ours.
-        moved: As in `partition.Partition`.
-        epoch: Of the fences.
-        count: How many partitions the topic had.
-        first: Offset and timestamp of the log's first record then, which tell a topic from
-            another that was made later under its name; None when there was no record.
-        known_from_ms: As in `partition.Partition`.
-        since_epoch: As in `partition.Partition`.
-    """
-
-    offset: int
-    frontier_ms: int | None = None
-    moved: tuple[int, int] = (0, 0)
-    epoch: int = 0
-    count: int = 0
-    first: First = None
-    known_from_ms: int = 0
-    since_epoch: int = 0
-
-    def metadata(self, cluster: str, version: int = _VERSION) -> str:
-        """Write all but the offset.
-
-        Args:
-            cluster: The brokers' name for themselves.
-            version: 1 is a JSON object; 0 is the line of numbers that releases before versions
-                were introduced wrote, and the only form they read.
-        """
-        if version >= _VERSION:
-            told = {"version": _VERSION, "cluster": cluster, **dataclasses.asdict(self)}
-            del told["offset"]
-            return orjson.dumps(told).decode()
-        numbers = (self.frontier_ms, *self.moved, self.epoch, self.count)
-        later = (*(self.first or (-1, -1)), self.known_from_ms, self.since_epoch)
-        return " ".join(map(str, (cluster, *numbers, *later)))
-
-    @classmethod
-    def read(cls, offset: int, metadata: str, cluster: str) -> "Commit":
-        """Read what `metadata` wrote in any version; fields that are not known are ignored.
-
-        Of what another cluster, another hand or a later version wrote only the offset stands.
-        """
-        try:
-            told = orjson.loads(metadata) if metadata.startswith("{") else _numbered(metadata)
-            first = told["first"]
-            mine = told["version"] in (0, _VERSION) and told["cluster"] == cluster
-            commit = cls(
-                offset=offset,
-                frontier_ms=told["frontier_ms"],
-                moved=_pair(told["moved"]),
-                epoch=int(told["epoch"]),
-                count=int(told["count"]),
-                first=None if first is None else _pair(first),
-                known_from_ms=int(told["known_from_ms"]),
-                since_epoch=int(told["since_epoch"]),
-            )
-        except (KeyError, TypeError, ValueError):
-            return cls(offset)
-        return commit if mine else cls(offset)
-
-
-def _numbered(metadata: str) -> dict[str, Any]:
-    """Read version 0 of a commit's metadata."""
-    cluster, *numbers = metadata.split()
-    frontier_ms, until_ms, former, epoch, count, at, stamp_ms, known_from_ms, since_epoch = map(
-        int, numbers
-    )
-    return {
-        "version": 0,
-        "cluster": cluster,
-        "frontier_ms": frontier_ms,
-        "moved": (until_ms, former),
-        "epoch": epoch,
-        "count": count,
-        "first": (at, stamp_ms) if at >= 0 else None,
-        "known_from_ms": known_from_ms,
-        "since_epoch": since_epoch,
-    }
-
-
-def _pair(told: Sequence[Any]) -> tuple[int, int]:
-    one, other = told
-    return int(one), int(other)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Log:
-    """What the brokers and the store say of one partition; offsets are exclusive ends."""
-
-    tp: TopicPartition
-    begin: int
-    end: int
-    first: First
-    commit: Commit | None
     epoch: int
-    count: int
-    moved: tuple[int, int]
+    moved: partition.Moved | None
+    commit: starts.Commit | None
 
 
 class Resolver:
@@ -148,11 +49,11 @@ class Resolver:
         self._offline = offline_store
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._cluster = ""
-        self._firsts: dict[TopicPartition, First] = {}
+        self._firsts: dict[TopicPartition, starts.First] = {}
 
     def metadata(self, tp: TopicPartition, part: partition.Partition, version: int) -> str:
         """Return what to write beside the commit of a partition's present offset."""
-        return Commit(
+        return starts.Commit(
             part.offset,
             part.windows.frontier_ms,
             part.moved,
@@ -163,13 +64,13 @@ class Resolver:
             part.since_epoch,
         ).metadata(self._cluster, version)
 
-    def ended(self, firsts: Mapping[TopicPartition, First]) -> set[TopicPartition]:
+    def ended(self, firsts: Mapping[TopicPartition, starts.First]) -> set[TopicPartition]:
         """Return the partitions whose log is another than when they were resolved.
 
         Args:
             firsts: Offset and timestamp of their first records now.
         """
-        over = {tp for tp, first in firsts.items() if _differ(self._firsts.get(tp), first)}
+        over = {tp for tp, first in firsts.items() if starts.differ(self._firsts.get(tp), first)}
         # Where retention has taken the first record away, the next one stands for it.
         self._firsts |= {tp: first for tp, first in firsts.items() if first and tp not in over}
         return over
@@ -188,7 +89,7 @@ class Resolver:
         self,
         client: Any,
         tps: Collection[TopicPartition],
-        parked: Mapping[TopicPartition, partition.Partition],
+        parked: Mapping[TopicPartition, ownership.Owned],
     ) -> Resolved:
         """Resolve an assignment; `parked` is state from an earlier ownership.
 
@@ -207,27 +108,32 @@ class Resolver:
             ends = await client.end_offsets(wanted)
             firsts = await first_records(client, wanted)
         epoch = await self._offline.epoch(self._cluster, self._topic, count)
-        moved = max(self._moved(commits.values(), count), default=(0, 0))
-        parts = {}
+        moved = max(
+            self._moves(commits.values(), count),
+            key=lambda move: (move.until_ms, move.former or 0),
+            default=None,
+        )
+        owned = {}
         for tp in wanted:
-            commit = commits[tp]
-            log = _Log(tp, begins[tp], ends[tp], firsts[tp], commit, epoch, count, moved)
-            if commit is None or _is_over(log, commit):
+            log = starts.Log(begins[tp], ends[tp], firsts[tp], count)
+            life = _Life(epoch, moved, commits[tp])
+            if life.commit is None or log.ended(life.commit):
                 if await self._offline.has_rows(self._topic, epoch, tp.partition):
                     epoch = await self._offline.epoch(
                         self._cluster, self._topic, count, ended=epoch
                     )
-                log = dataclasses.replace(log, epoch=epoch, commit=None)
-            elif commit.count == count:
-                # Its rows stand, also where other partitions had to begin anew.
-                log = dataclasses.replace(log, epoch=commit.epoch, moved=commit.moved)
-            parts[tp] = _kept(log, parked.get(tp)) or await self._fresh(client, log)
+                life = _Life(epoch, moved, None)
+            elif life.commit.count == count:
+                # Its rows stand, also where other partitions had to begin again.
+                life = _Life(life.commit.epoch, life.commit.moved, life.commit)
+            kept = _kept(log, life, parked.get(tp))
+            owned[tp] = kept or await self._fresh(client, tp, log, life)
         self._firsts |= firsts
-        return Resolved(count, parts)
+        return Resolved(count, owned)
 
     async def _commits(
         self, admin: Any, wanted: Iterable[TopicPartition], count: int
-    ) -> dict[TopicPartition, Commit | None]:
+    ) -> dict[TopicPartition, starts.Commit | None]:
         """Return the group's commits of the wanted and all other partitions."""
         everyone = {*wanted, *(TopicPartition(self._topic, p) for p in range(count))}
         stored = await admin.list_consumer_group_offsets(
@@ -237,79 +143,69 @@ class Resolver:
             # A coordinator that still loads answers with nothing, which is not "no commit".
             raise KafkaError(f"the group's coordinator says nothing of {sorted(missing)}")
         return {
-            tp: Commit.read(found.offset, found.metadata, self._cluster)
+            tp: starts.Commit.read(found.offset, found.metadata, self._cluster)
             if found.offset >= 0
             else None
             for tp, found in stored.items()
         }
 
-    def _moved(self, commits: Iterable[Commit | None], count: int) -> Iterator[tuple[int, int]]:
+    def _moves(
+        self, commits: Iterable[starts.Commit | None], count: int
+    ) -> Iterator[partition.Moved]:
         """Yield until when each commit's topic had another number of partitions, and which."""
         now_ms = time.time_ns() // 1_000_000
         for commit in commits:
             if commit is None or not commit.count:
                 continue
-            if commit.count == count:
-                yield commit.moved
-            else:
+            before = commit.moved
+            if commit.count != count:
                 # Of two changes within a window nothing tells who stayed.
-                once = commit.moved[0] < now_ms - self._spans.keep_ms
-                yield now_ms + self._spans.max_future_skew_ms, commit.count if once else 0
+                once = before is None or before.until_ms < now_ms - self._spans.keep_ms
+                until_ms = now_ms + self._spans.max_future_skew_ms
+                yield partition.Moved(until_ms, commit.count if once else None)
+            elif before is not None:
+                yield before
 
-    async def _fresh(self, client: Any, log: _Log) -> partition.Partition:
-        spans, commit, now_ms = self._spans, log.commit, time.time_ns() // 1_000_000
-        frontier_ms = commit.frontier_ms if commit else None
-        committed = commit.offset if commit else 0
-        start = await self._start(client, log)
-        seeds = frontier_ms is not None and spans.longest_ms > self._config.replay_span_ms
-        since_epoch = (commit and commit.since_epoch) or log.epoch
-        # A database that was lost has nothing to seed from.
-        lost = (
-            seeds
-            and bool(frontier_ms)
-            and not await self._offline.has_rows(
-                self._topic, log.epoch, log.tp.partition, since_epoch=since_epoch
-            )
+    async def _fresh(
+        self, client: Any, tp: TopicPartition, log: starts.Log, life: "_Life"
+    ) -> ownership.Owned:
+        """Plan the start of a partition of which nothing is known here yet."""
+        commit, replay_span_ms = life.commit, self._config.replay_span_ms
+        now_ms = time.time_ns() // 1_000_000
+        from_ms = starts.replay_from_ms(commit, self._spans, replay_span_ms)
+        found = None if from_ms is None else await self._at_or_after(client, tp, from_ms)
+        since_epoch = (commit and commit.since_epoch) or life.epoch
+        stored = self._spans.longest_ms <= replay_span_ms or await self._offline.has_rows(
+            self._topic, life.epoch, tp.partition, since_epoch=since_epoch
         )
-        # What lies before the log's first record may be missing, unless the store still has it.
-        gap = lost or (start == log.begin and not (seeds and committed >= log.begin))
-        # Remembered, because the store never had what was missing at the first reading.
-        known_from_ms = commit.known_from_ms if commit else 0
-        if (gap and start > 0) or known_from_ms < 0:
-            known_from_ms = -1 if log.end > log.begin else max(now_ms, known_from_ms)
         imported_until_ms = await self._offline.imported_until(
-            self._topic, since_epoch, log.tp.partition, log.first[1] if log.first else now_ms
+            self._topic, since_epoch, tp.partition, log.first[1] if log.first else now_ms
         )
-        part = partition.Partition(
-            log.tp.partition,
-            spans,
-            log.epoch,
-            start,
-            max(start, committed),
-            count=log.count,
-            known_from_ms=known_from_ms,
-            moved=log.moved,
-            since_epoch=since_epoch,
-            seeded_until_ms=(frontier_ms or 0) if seeds else 0,
-            imported_until_ms=imported_until_ms,
+        start = starts.plan_start(
+            log,
+            commit,
+            self._spans,
+            starts.Facts(
+                epoch=life.epoch,
+                moved=life.moved,
+                replay_span_ms=replay_span_ms,
+                found=found,
+                stored=stored,
+                imported_until_ms=imported_until_ms or None,
+                now_ms=now_ms,
+            ),
+        )
+        return ownership.Owned(
+            partition.Partition(tp.partition, self._spans, start),
             rebuilding=commit is None,
+            restoring=starts.lacks_rows(start, commit, self._spans),
         )
-        # Those who have not paid since have no row of this epoch yet.
-        anew = seeds and commit is not None and commit.epoch != log.epoch
-        part.restoring = anew or 0 < imported_until_ms > (frontier_ms or 0) - spans.keep_ms
-        return part
 
-    async def _start(self, client: Any, log: _Log) -> int:
-        """Return the first offset that may matter to a window at the commit."""
-        commit = log.commit
-        if commit is None or commit.frontier_ms is None:
-            return log.begin
-        spans = self._spans
-        reach_ms = min(spans.longest_ms, self._config.replay_span_ms)
-        since_ms = commit.frontier_ms - reach_ms - spans.slack_ms - spans.max_future_skew_ms
+    async def _at_or_after(self, client: Any, tp: TopicPartition, from_ms: int) -> int | None:
+        """Return the first offset whose record's time is at or after `from_ms`."""
         async with asyncio.timeout(_CALL_S):
-            found = (await client.offsets_for_times({log.tp: max(0, since_ms)}))[log.tp]
-        return max(log.begin, min(commit.offset, found.offset) if found else commit.offset)
+            found = (await client.offsets_for_times({tp: from_ms}))[tp]
+        return found and int(found.offset)
 
 
 async def seed(
@@ -353,7 +249,7 @@ async def seed(
                     met.update(each.user_id for each in past)
                     yield
         if part.seeds_imported:
-            told = store.imported(after_ms, part.imported_until_ms, user_ids)
+            told = store.imported(after_ms, part.imported_until_ms or 0, user_ids)
             async with contextlib.aclosing(told):
                 async for imported in told:
                     part.seed((), (), imported)
@@ -364,7 +260,7 @@ async def seed(
 
 async def first_records(
     client: Any, tps: Collection[TopicPartition]
-) -> dict[TopicPartition, First]:
+) -> dict[TopicPartition, starts.First]:
     """Ask for offset and timestamp of each log's first record.
 
     Raises:
@@ -374,23 +270,11 @@ async def first_records(
     return {tp: (first.offset, first.timestamp) if first else None for tp, first in found.items()}
 
 
-def _differ(before: First, now: First) -> bool:
-    """Say whether a log is another than before: a first record only ever moves forward."""
-    if before is None or now is None:
-        return False
-    return now[0] < before[0] or (now[0] == before[0] and now[1] != before[1])
-
-
-def _is_over(log: _Log, commit: Commit) -> bool:
-    """Say whether the commit is of a topic that was deleted and made again since."""
-    return commit.offset > log.end or _differ(commit.first, log.first)
-
-
-def _kept(log: _Log, part: partition.Partition | None) -> partition.Partition | None:
+def _kept(log: starts.Log, life: _Life, owned: ownership.Owned | None) -> ownership.Owned | None:
     """Return state from an earlier ownership if all its effects are stored."""
-    if part is None or log.commit is None or part.epoch != log.epoch:
+    if owned is None or life.commit is None or owned.part.epoch != life.epoch:
         return None
-    if not log.begin <= part.offset <= log.commit.offset:
+    if not log.begin <= owned.part.offset <= life.commit.offset:
         return None
-    part.begin, part.commit = part.offset, log.commit.offset
-    return part
+    owned.part.resume(life.commit.offset)
+    return owned

@@ -23,6 +23,7 @@ from cerberus import (
     liveness,
     offline,
     online,
+    ownership,
     partition,
     scoring,
     settings,
@@ -77,8 +78,8 @@ class Consumer:
         self._client: Any = None
         self._generation = 0
         self._fresh: set[aiokafka.TopicPartition] = set()
-        self._parts: dict[aiokafka.TopicPartition, partition.Partition] = {}
-        self._parked: dict[aiokafka.TopicPartition, partition.Partition] = {}
+        self._parts: dict[aiokafka.TopicPartition, ownership.Owned] = {}
+        self._parked: dict[aiokafka.TopicPartition, ownership.Owned] = {}
         self._committed: dict[aiokafka.TopicPartition, int] = {}
         self._upstream = upstream.Upstream(config.max_rejected_share, spans.longest_ms)
         self.problems: dict[str, str] = {}
@@ -160,7 +161,11 @@ class Consumer:
             self._trouble("schema", broken)
             self._hold(self._client.assignment())
             return
-        touched = [part for part in self._parts.values() if part.touched and not part.replaying]
+        touched = [
+            owned
+            for owned in self._parts.values()
+            if owned.part.touched and not owned.part.replaying
+        ]
 
         async def store() -> None:
             await self._sink.store(batch, touched, progress.beat)
@@ -198,8 +203,8 @@ class Consumer:
             return
         self.problems.pop("resolve", None)
         self._liveness.succeed(resolved, told)
-        for tp, part in resolved.parts.items():
-            self._parts[tp] = part
+        for tp, owned in resolved.owned.items():
+            self._parts[tp], part = owned, owned.part
             self._client.seek(tp, part.offset)
             log.info(
                 "partition %d: epoch %d, reads from %d, silent below %d",
@@ -222,65 +227,61 @@ class Consumer:
         """Let the records take effect on the windows; None when they are no longer ours."""
         batch = sink.Batch()
         for tp, records in polled.items():
-            if (part := self._parts.get(tp)) is None:
+            if (owned := self._parts.get(tp)) is None:
                 continue  # held since: it will be sought to where it starts
-            self._resolver.begins(tp, part, records[0])
+            self._resolver.begins(tp, owned.part, records[0])
             for at in range(0, len(records), _CHUNK_RECORDS):
                 chunk = records[at : at + _CHUNK_RECORDS]
                 await asyncio.sleep(0)  # others on the loop wait for a chunk, not for a poll
                 verdicts = [partition.judge(r, self._config.currency, self._spans) for r in chunk]
-                if not await self._seed(part, verdicts, generation, progress):
+                if not await self._seed(owned, verdicts, generation, progress):
                     return None
                 if generation != self._generation:
                     return None
                 for record, verdict in zip(chunk, verdicts, strict=True):
-                    self._observe_one(part, record, verdict, batch)
-        for tp, part in self._parts.items():
+                    self._take(owned.part, record, verdict, batch)
+        for tp, owned in self._parts.items():
             # Passes transaction markers, which are no records.
             position = await self._client.position(tp)
             if generation != self._generation:
                 return None
-            part.offset = max(part.offset, position)
+            owned.part.skip_to(position)
         return batch
 
-    def _observe_one(
+    def _take(
         self,
         part: partition.Partition,
         record: aiokafka.ConsumerRecord,
         verdict: transactions.Transaction | partition.Rejected,
         batch: sink.Batch,
     ) -> None:
-        if part.known_from_ms < 0:
-            # What the log no longer holds may be later than its first record by the slack.
-            part.known_from_ms = record.timestamp + self._spans.slack_ms
-        if part.replaying:
-            part.replay(record.offset, verdict)
+        seen = part.take(record, verdict)
+        if seen is None:
             self.counts["replayed"] += 1
-        elif isinstance(verdict, partition.Rejected):
-            part.offset = record.offset + 1
-            batch.rejected.append((record, verdict.reason))
+        elif isinstance(seen, partition.Rejected):
+            batch.rejected.append((record, seen.reason))
             self.counts["rejected"] += 1
         else:
-            seen = part.accept(verdict, record.offset)
             batch.observed.append((part.number, seen))
             self.counts[seen.outcome.value] += 1
-            if not part.at_home(verdict.user_id):
+            if not part.at_home(seen.transaction.user_id):
                 self.counts["split_user"] += 1
                 self._trouble("split_user", self._upstream.split())
 
     async def _seed(
         self,
-        part: partition.Partition,
+        owned: ownership.Owned,
         verdicts: Sequence[transactions.Transaction | partition.Rejected],
         generation: int,
         progress: supervision.Progress,
     ) -> bool:
         """Fetch what the users did before the replay's reach; False when no longer ours."""
+        part = owned.part
         if not part.seeds:
             return True
         valid = [v for v in verdicts if isinstance(v, transactions.Transaction)]
-        if valid:
-            part.expect(valid[0].event_ms)
+        if valid and part.expect(valid[0].event_ms):
+            owned.lost_rows()
         users = part.unseeded(v.user_id for v in valid)
 
         async def fetch() -> None:
@@ -320,10 +321,10 @@ class Consumer:
 
     async def _commit(self, generation: int) -> None:
         due = {
-            tp: (part.offset, self._resolver.metadata(tp, part, self._online.spoken))
-            for tp, part in self._parts.items()
-            if not part.replaying
-            and part.offset != self._committed.get(tp)
+            tp: (owned.part.offset, self._resolver.metadata(tp, owned.part, self._online.spoken))
+            for tp, owned in self._parts.items()
+            if not owned.part.replaying
+            and owned.part.offset != self._committed.get(tp)
             and tp not in self._liveness.ended
         }
         if not due:
@@ -331,7 +332,7 @@ class Consumer:
         taken = await kafka.commit(self._client, due, "commit_failed")
         if taken and generation == self._generation:
             for tp, (offset, _) in due.items():
-                self._committed[tp] = self._parts[tp].commit = offset
+                self._committed[tp] = self._parts[tp].part.commit = offset
 
     async def _tell(self, generation: int, progress: supervision.Progress, *, now: bool) -> None:
         """Say who is live; what hinders that does not hinder consuming."""

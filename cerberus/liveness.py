@@ -22,6 +22,7 @@ from cerberus import (
     kafka,
     offline,
     online,
+    ownership,
     partition,
     settings,
     sink,
@@ -30,7 +31,7 @@ from cerberus import (
 
 _TELL_S, _MARK_MS = 1.0, 2_000
 _SEED_S = 0.25
-Parts = Mapping[aiokafka.TopicPartition, partition.Partition]
+Parts = Mapping[aiokafka.TopicPartition, ownership.Owned]
 
 
 def _now_ms() -> int:
@@ -39,7 +40,7 @@ def _now_ms() -> int:
 
 def states(parts: Parts) -> dict[int, features.PartitionState]:
     """Return the state of each partition by its number."""
-    return {part.number: part.state() for part in parts.values()}
+    return {owned.part.number: owned.state() for owned in parts.values()}
 
 
 class Liveness:
@@ -95,14 +96,10 @@ class Liveness:
             told: What the owners before have said last; the rows are theirs, and as old.
         """
         self._count = resolved.count
-        for tp, part in resolved.parts.items():
+        for tp, owned in resolved.owned.items():
             self._since_s[tp] = time.monotonic()
-            last = told.get(part.number)
-            if last is not None:
-                part.caught_up_ms = max(part.caught_up_ms, last.caught_up_ms)
-            if last is None or last.state != "live":
-                # What the owner before has not finished is not told by the trail.
-                part.restoring, self._scores_lost = True, None
+            if not owned.follow(told.get(owned.part.number)):
+                self._scores_lost = None
 
     def forget(self) -> None:
         """Forget where the log ended; nothing is owned any more."""
@@ -117,15 +114,15 @@ class Liveness:
     def lag(self, parts: Parts) -> dict[int, int]:
         """Return how many offsets each partition was behind when that was last asked."""
         marks = {tp: end for tp, (end, _) in self._marks.items() if tp in parts}
-        return {tp.partition: max(0, end - parts[tp].offset) for tp, end in marks.items()}
+        return {tp.partition: max(0, end - parts[tp].part.offset) for tp, end in marks.items()}
 
     def remaining_s(self, parts: Parts) -> dict[int, float]:
         """Estimate how long each replay will still take, s, from its speed so far."""
         now_s = time.monotonic()
         done = {
-            tp: (now_s - since_s, parts[tp].state().progress)
+            tp: (now_s - since_s, parts[tp].part.state().progress)
             for tp, since_s in self._since_s.items()
-            if tp in parts and parts[tp].replaying
+            if tp in parts and parts[tp].part.replaying
         }
         return {tp.partition: took * (1 - p) / p for tp, (took, p) in done.items() if p > 0}
 
@@ -149,10 +146,10 @@ class Liveness:
             if self._marking is None or self._marking.done():
                 self._marking = asyncio.create_task(self._mark(client, parts))
             progress.lagging(any(self.lag(parts).values()))
-        for tp, part in parts.items():
-            end, asked_ms = self._marks.get(tp, (part.offset + 1, 0))
-            if part.offset >= end and _now_ms() - asked_ms < _MARK_MS:
-                part.caught_up_ms, part.rebuilding = asked_ms, False
+        for tp, (end, asked_ms) in self._marks.items():
+            owned = parts.get(tp)
+            if owned and owned.part.offset >= end and _now_ms() - asked_ms < _MARK_MS:
+                owned.reached_end(asked_ms)
         return True
 
     async def tell(self, parts: Parts, beat: Callable[[], None]) -> None:
@@ -208,12 +205,15 @@ class Liveness:
             await self._look_for_scores(parts)
             await self._online.write_states(self._count, states(parts), create=True)
         await self._give_up_seeding(parts)
-        for part in list(parts.values()):
-            if part.replaying or not (due or part.restoring):
+        for owned in list(parts.values()):
+            if owned.part.replaying or not (due or owned.restoring):
                 continue
-            if part.restoring and not await self._seed(part, beat):
+            if owned.restoring and not await self._seed(owned.part, beat):
                 continue
-            part.restoring = await self._rows.write_rows(part, part.windows.users, beat)
+            if not await self._rows.write_rows(owned, owned.part.windows.users, beat):
+                owned.restored()
+            else:
+                owned.lost_rows()
         if due:
             self._resent_s = time.monotonic()
         if lost:
@@ -230,7 +230,7 @@ class Liveness:
         if self._seeding and part not in self._seeding:
             return False
         pages = self._seeding.pop(part, None) or assignment.seed(
-            self._offline, self._topic, part, part.imported_until_ms
+            self._offline, self._topic, part, part.imported_until_ms or 0
         )
         ends_s = time.monotonic() + _SEED_S
         async for _ in pages:
@@ -242,8 +242,8 @@ class Liveness:
 
     async def _give_up_seeding(self, parts: Parts) -> None:
         """Let go of what is no longer owned, or no longer reaches any window."""
-        owned = set(parts.values())
-        for part in [p for p in self._seeding if p not in owned or p.replaying or not p.seeds]:
+        mine = {owned.part for owned in parts.values()}
+        for part in [p for p in self._seeding if p not in mine or p.replaying or not p.seeds]:
             # One that a dead connection ends with an error leaves the others to be let go of.
             with contextlib.suppress(errors.CerberusError):
                 await self._seeding.pop(part).aclose()
@@ -252,16 +252,17 @@ class Liveness:
         self._scores_lost = (
             await self._online.materialized_ms() is None and await self._offline.has_served_scores()
         )
-        for part in parts.values():
-            part.unloaded = self._scores_lost
+        for owned in parts.values():
+            owned.unloaded = self._scores_lost
 
     async def _write_states(self, parts: Parts) -> bool:
         """Write the states and say whether Redis has lost rows."""
-        owned = list(parts.values())
+        mine = {owned.part.number: owned for owned in parts.values()}
         lost = await self._online.write_states(
-            self._count, states(parts), trails={part.number: part.trail for part in owned}
+            self._count,
+            states(parts),
+            trails={number: owned.trail for number, owned in mine.items()},
         )
-        for part in owned:
-            if part.number in lost:
-                part.restoring, part.trail = True, partition.Trail()
+        for number in lost:
+            mine[number].lost_trail()
         return bool(lost)

@@ -21,7 +21,6 @@ from cerberus import (
     errors,
     feast_layout,
     features,
-    partition,
     pools,
     transactions,
     window,
@@ -31,7 +30,6 @@ STATS_VIEW, WINDOW_VIEW, CREDIT_VIEW = "user_transaction_stats", "user_window", 
 MATERIALIZED = "cerberus:{materialized}"  # in braces: what a cluster's keys are placed by
 LOADING = f"{MATERIALIZED}:loading"
 _T = TypeVar("_T")
-_NO_TRAILS: Mapping[int, partition.Trail] = types.MappingProxyType({})
 _UNREADABLE = (ValueError, IndexError, struct.error)
 
 # KEYS[1] the user's hash. ARGV: the field of `recent`, epoch, offset, as_of_ms, then field and
@@ -82,6 +80,25 @@ if not (stored and readable) and ARGV[7] == '0' then return -1 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[6], 'count', ARGV[8])
 return 1
 """
+
+
+@dataclass(slots=True)
+class Trail:
+    """What the last write of a partition's rows left beside them.
+
+    A store that was restored to an earlier moment, as after a crash or a failover, has another
+    trail than its writer remembers, and has lost rows.
+
+    Attributes:
+        left: Acknowledged; None before the first write.
+        tried: Sent last, acknowledged or not; None before the first write.
+    """
+
+    left: str | None = None
+    tried: str | None = None
+
+
+_NO_TRAILS: Mapping[int, Trail] = types.MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +232,7 @@ class OnlineStore:
         }
         return scores, before is not None and after is not None
 
-    async def write(self, rows: Sequence[StreamRow], trail: partition.Trail | None = None) -> bool:
+    async def write(self, rows: Sequence[StreamRow], trail: Trail | None = None) -> bool:
         """Store rows whose fence is not older than what is there. Idempotent: yes.
 
         Args:
@@ -241,8 +258,8 @@ class OnlineStore:
             rows[-1].partition,
             fence.epoch,
             fence.offset,
-            trail.left,
-            before,
+            trail.left or "",
+            before or "",
             new,
         ]
         calls.append((_LEAVE_TRAIL, [self._partitions_key], arguments))
@@ -266,7 +283,7 @@ class OnlineStore:
         count: int,
         states: Mapping[int, features.PartitionState],
         *,
-        trails: Mapping[int, partition.Trail] = _NO_TRAILS,
+        trails: Mapping[int, Trail] = _NO_TRAILS,
         create: bool = False,
     ) -> set[int]:
         """Say who is live: the state of owned partitions and how many there are, fenced.
@@ -285,8 +302,9 @@ class OnlineStore:
         """
         calls: list[pools.Call] = []
         for number, state in states.items():
-            trail = trails.get(number, partition.Trail())
-            known: list[int | str] = [number, state.epoch, state.offset, trail.left, trail.tried]
+            trail = trails.get(number, Trail())
+            left, tried = trail.left or "", trail.tried or ""
+            known: list[int | str] = [number, state.epoch, state.offset, left, tried]
             told: list[bytes | int] = [state.pack(), int(create), count]
             calls.append((_WRITE_STATE, [self._partitions_key], [*known, *told]))
         answers = await pools.evaluate(self._client, calls)

@@ -67,87 +67,83 @@ def judge(
     return transaction
 
 
-@dataclass(slots=True)
-class Trail:
-    """What the last write of rows left beside them in the online store.
-
-    A store that was restored to an earlier moment, as after a crash or a failover, has another
-    trail than its writer remembers, and has lost rows.
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A change of the number of partitions, after which users may have events in another one.
 
     Attributes:
-        left: Acknowledged; empty before the first write.
-        tried: Sent last, acknowledged or not.
+        until_ms: Events at or before it may be in the user's former partition.
+        former: How many partitions there were; None when two changes came within a window, so that
+            nothing says who stayed.
     """
 
-    left: str = ""
-    tried: str = ""
+    until_ms: int
+    former: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a partition starts to be read, and what lies before it.
+
+    Attributes:
+        epoch: Which life of the topic.
+        begin: The first offset to read.
+        commit: Effects of offsets below it are stored already; they are replayed in silence.
+        count: How many partitions the topic has, which says whose records belong here; None: all
+            do.
+        known_from_ms: Events at or before it may be missing; None until the first record is seen,
+            where the log begins later than its windows.
+        moved: The last change of the number of partitions; None when it is unknown to windows.
+        since_epoch: In which this log was first read; it stays when only the number of partitions
+            changes. None: `epoch`.
+        seeded_until_ms: Users may have events up to it, from before `begin`, which the replay does
+            not reach; None when it reaches all.
+        imported_until_ms: Users may have events up to it that no log holds; None when there are
+            none.
+    """
+
+    epoch: int
+    begin: int
+    commit: int
+    count: int | None = None
+    known_from_ms: int | None = 0
+    moved: Moved | None = None
+    since_epoch: int | None = None
+    seeded_until_ms: int | None = None
+    imported_until_ms: int | None = None
 
 
 class Partition:
-    """The windows of one partition at one prefix, and how far its effects are stored.
+    """The windows of one partition at one prefix of its log.
 
     Args:
         number: Of the partition.
         spans: The window definition.
-        epoch: Which life of the topic.
-        begin: Where reading starts.
-        commit: Effects of offsets below it are stored already; replayed in silence.
-        count: How many partitions the topic has, which says whose records belong here; 0: all.
-        known_from_ms: Events at or before it may be missing, because the log begins later; -1
-            until its first record is seen.
-        moved: Until when, ms, there were how many partitions fewer or more; users who had another
-            partition then may have events in it.
-        since_epoch: In which this log was first read; it stays when only the number of partitions
-            changes. `epoch` when 0.
-        seeded_until_ms: Users may have events up to it, from before `begin`, which the log's
-            replay does not reach; 0 when it reaches all.
-        imported_until_ms: Users may have events up to it that no log has told of; 0 when there are
-            none.
-        rebuilding: Whether a new epoch is being read from the log's start.
+        start: Where it is read from.
 
     Attributes:
-        restoring: Whether rows must be sent again, because the online store has lost some.
-        unloaded: Whether the online store has lost the credit scores.
-        caught_up_ms: Wall clock at which its effects reached the log's end.
-        touched: Users whose rows are to be written.
-        trail: Of its rows in the online store.
+        offset: Where the prefix ends, exclusive.
+        commit: Effects of offsets below it are stored.
+        known_from_ms: As in `Start`.
+        touched: Users whose rows differ from those that were written last; the writer clears it.
     """
 
-    def __init__(
-        self,
-        number: int,
-        spans: window.Spans,
-        epoch: int,
-        begin: int,
-        commit: int,
-        *,
-        count: int = 0,
-        known_from_ms: int = 0,
-        moved: tuple[int, int] = (0, 0),
-        since_epoch: int = 0,
-        seeded_until_ms: int = 0,
-        imported_until_ms: int = 0,
-        rebuilding: bool = False,
-    ) -> None:
+    def __init__(self, number: int, spans: window.Spans, start: Start) -> None:
         self.number = number
-        self.count = count
-        self.epoch = epoch
-        self.since_epoch = since_epoch or epoch
-        self.begin = begin
-        self.offset = begin
-        self.commit = commit
-        self.known_from_ms = known_from_ms
-        self.moved = moved
-        self.rebuilding = rebuilding
-        self.restoring = self.unloaded = False
-        self.caught_up_ms = 0
+        self.count = start.count
+        self.epoch = start.epoch
+        self.since_epoch = start.since_epoch or start.epoch
+        self.begin = start.begin
+        self.offset = start.begin
+        self.commit = start.commit
+        self.known_from_ms = start.known_from_ms
+        self.moved = start.moved
+        self.imported_until_ms = start.imported_until_ms
         self.windows = window.PartitionWindows(spans)
         self.touched: set[int] = set()
-        self.trail = Trail()
+        self._origin = features.Fence(start.epoch, start.begin, start.seeded_until_ms or 0)
         self._strangers: set[int] = set()
-        self._origin = features.Fence(epoch, begin, seeded_until_ms)
         self._seeded: set[int] = set()
-        self.imported_until_ms = imported_until_ms
         self._imported: set[int] = set()
 
     @property
@@ -158,7 +154,7 @@ class Partition:
     @property
     def fence(self) -> features.Fence:
         """Return the fence of the present prefix; an empty one is as of where the log begins."""
-        as_of_ms = self.windows.frontier_ms or self.imported_until_ms
+        as_of_ms = self.windows.frontier_ms or self.imported_until_ms or 0
         return features.Fence(self.epoch, self.offset, as_of_ms)
 
     @property
@@ -174,7 +170,8 @@ class Partition:
     @property
     def seeds_imported(self) -> bool:
         """Whether events that were imported may still matter."""
-        return 0 < self.imported_until_ms > self.windows.lower_ms
+        until_ms = self.imported_until_ms
+        return until_ms is not None and until_ms > self.windows.lower_ms
 
     @property
     def seeds(self) -> bool:
@@ -190,19 +187,21 @@ class Partition:
         since_ms = self._origin.as_of_ms or (0 if self.windows.frontier_ms else next_ms)
         return max(self.windows.lower_ms, since_ms - self.windows.spans.keep_ms)
 
-    def expect(self, next_ms: int) -> None:
-        """Forget who is seeded if the first record, at `next_ms`, is older than was expected.
+    def expect(self, next_ms: int) -> bool:
+        """Return whether the first record, at `next_ms`, is older than was expected.
 
-        Until it came, nothing was fetched that is too old for windows at `imported_until_ms`.
+        Until it came, nothing was fetched that is too old for windows at `imported_until_ms`; so
+        nobody counts as seeded any more.
         """
         unread = not (self._origin.as_of_ms or self.windows.frontier_ms)
-        if unread and next_ms < self.imported_until_ms:
+        earlier = unread and next_ms < (self.imported_until_ms or 0)
+        if earlier:
             self._seeded.clear()
-            self.restoring = True
+        return earlier
 
     def at_home(self, user_id: int) -> bool:
         """Whether this is the partition of the user's records."""
-        return not self.count or transactions.partition_of(user_id, self.count) == self.number
+        return self.count is None or transactions.partition_of(user_id, self.count) == self.number
 
     def strangers(self, user_ids: Iterable[int]) -> dict[int, int]:
         """Return the newest event, ms, of the users whose home is another partition."""
@@ -255,41 +254,50 @@ class Partition:
             if not self.at_home(user_id):
                 self._strangers.add(user_id)
 
-    def replay(self, offset: int, verdict: transactions.Transaction | Rejected) -> None:
-        """Let a record take effect whose effects are stored already."""
-        self.offset = offset + 1
+    def take(
+        self, record: Record, verdict: transactions.Transaction | Rejected
+    ) -> Observed | Rejected | None:
+        """Let the next record of the log take effect, the same at every door and every replay.
+
+        Args:
+            record: The next one of the log.
+            verdict: What `judge` said of it.
+
+        Returns:
+            What must be stored of it; None below the commit, where that is stored already.
+        """
+        if self.known_from_ms is None:
+            # What the log no longer holds may be later than its first record by the slack.
+            self.known_from_ms = record.timestamp + self.windows.spans.slack_ms
+        silent = self.replaying
+        self.offset = record.offset + 1
         if isinstance(verdict, Rejected):
-            return
+            return None if silent else verdict
         self._meet(verdict)
-        if self.windows.observe(verdict) is window.Outcome.ACCEPTED:
+        rank = 0 if silent else self.windows.rank(verdict.user_id, verdict.event_ms)
+        outcome = self.windows.observe(verdict)
+        accepted = outcome is window.Outcome.ACCEPTED
+        if accepted:
             self._touch(verdict.user_id)
+        if silent:
+            return None
+        row = self._row(verdict) if accepted else None
+        return Observed(verdict, outcome, self.fence, rank, row)
 
-    def observe(self, record: Record, currency: str) -> Observed | Rejected:
-        """Let the next record of the log take effect."""
-        verdict = judge(record, currency, self.windows.spans)
-        if isinstance(verdict, Rejected):
-            self.offset = record.offset + 1
-            return verdict
-        return self.accept(verdict, record.offset)
+    def skip_to(self, position: int) -> None:
+        """Go past what is no record, such as the marker of a writer's transaction."""
+        self.offset = max(self.offset, position)
 
-    def accept(self, transaction: transactions.Transaction, offset: int) -> Observed:
-        """Let the valid transaction at `offset` take effect."""
-        self.offset = offset + 1
-        self._meet(transaction)
-        rank = self.windows.rank(transaction.user_id, transaction.event_ms)
-        outcome = self.windows.observe(transaction)
-        row = None
-        if outcome is window.Outcome.ACCEPTED:
-            self._touch(transaction.user_id)
-            row = self._row(transaction)
-        return Observed(transaction, outcome, self.fence, rank, row)
+    def resume(self, commit: int) -> None:
+        """Read on from the present prefix, all effects of which are stored, up to the commit."""
+        self.begin, self.commit = self.offset, commit
 
     def _row(self, transaction: transactions.Transaction) -> features.FeatureRow:
         as_of_ms, user_id = transaction.event_ms, transaction.user_id
         after_ms = as_of_ms - self.windows.spans.longest_ms
         degraded: tuple[str, ...] = ()
-        known_from_ms = self.known_from_ms
-        if self.moved[0]:
+        known_from_ms = self.known_from_ms or 0
+        if self.moved is not None:
             known_from_ms = self.state().known_from(user_id, self.number)
         if after_ms < known_from_ms:
             degraded = ("warming",)
@@ -314,7 +322,7 @@ class Partition:
         in the way of the home's.
         """
         windows, fence = self.windows, self.fence
-        lower_ms = max(fence.as_of_ms - windows.spans.keep_ms, self.known_from_ms)
+        lower_ms = max(fence.as_of_ms - windows.spans.keep_ms, self.known_from_ms or -1)
         for user_id in user_ids:
             if user_id in self._strangers:
                 continue
@@ -323,7 +331,7 @@ class Partition:
                 yield user_id, packed, windows.stats(user_id, fence.as_of_ms)
 
     def state(self) -> features.PartitionState:
-        """Say how the partition is, for those who read its rows.
+        """Return what those who read its rows must know of the prefix.
 
         While it replays, the offset is the commit: the rows of that prefix are stored.
         """
@@ -331,19 +339,15 @@ class Partition:
         state = "live"
         if self.replaying:
             state = "replaying"
-        elif self.rebuilding:
-            state = "rebuilding"
-        elif self.restoring or self.unloaded:
-            state = "restoring"
         return features.PartitionState(
             epoch=self.epoch,
             offset=max(self.offset, self.commit),
             state=state,
-            caught_up_ms=self.caught_up_ms,
-            known_from_ms=self.known_from_ms,
+            caught_up_ms=0,
+            known_from_ms=-1 if self.known_from_ms is None else self.known_from_ms,
             progress=done / (self.commit - self.begin) if self.replaying else 1.0,
-            moved_ms=self.moved[0],
-            former=self.moved[1],
-            count=self.count,
+            moved_ms=self.moved.until_ms if self.moved else 0,
+            former=(self.moved.former or 0) if self.moved else 0,
+            count=self.count or 0,
             version=features.SPOKEN,
         )

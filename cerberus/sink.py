@@ -20,6 +20,7 @@ from cerberus import (
     kafka,
     offline,
     online,
+    ownership,
     partition,
     scoring,
     settings,
@@ -78,7 +79,7 @@ class Sink:
         self.otherwise = 0
 
     async def store(
-        self, batch: Batch, parts: Iterable[partition.Partition], beat: Callable[[], None]
+        self, batch: Batch, owned: Iterable[ownership.Owned], beat: Callable[[], None]
     ) -> None:
         """Store all effects of a batch.
 
@@ -89,7 +90,7 @@ class Sink:
         accepted = [pair for pair in batch.observed if pair[1].row is not None]
         decided = await self._decide(accepted)
         results = await asyncio.gather(
-            self._write_touched(parts, beat),
+            self._write_touched(owned, beat),
             self._keep(batch, accepted, decided),
             return_exceptions=True,  # all have ended before the batch is tried again
         )
@@ -129,21 +130,22 @@ class Sink:
             )
 
     async def _write_touched(
-        self, parts: Iterable[partition.Partition], beat: Callable[[], None]
+        self, owned: Iterable[ownership.Owned], beat: Callable[[], None]
     ) -> None:
-        for part in parts:
-            part.restoring |= await self.write_rows(part, part.touched, beat)
-            part.touched.clear()
+        for each in owned:
+            if await self.write_rows(each, each.part.touched, beat):
+                each.lost_rows()
+            each.part.touched.clear()
 
     async def write_rows(
-        self, part: partition.Partition, user_ids: Iterable[int], beat: Callable[[], None]
+        self, owned: ownership.Owned, user_ids: Iterable[int], beat: Callable[[], None]
     ) -> bool:
         """Write users' rows as of the partition's prefix; True when Redis has lost earlier ones.
 
         Raises:
             FeaturesUnavailable: Redis did not acknowledge.
         """
-        users, lost = list(user_ids), False
+        part, users, lost = owned.part, list(user_ids), False
         if strangers := part.strangers(users):
             await self._online.mark_split(strangers)
         rows = (
@@ -151,7 +153,7 @@ class Sink:
             for user_id, packed, stats in part.rows(users)
         )
         while some := list(itertools.islice(rows, _ROWS)):
-            lost |= await self._online.write(some, part.trail)
+            lost |= await self._online.write(some, owned.trail)
             beat()
         return lost
 

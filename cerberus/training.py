@@ -1,6 +1,6 @@
 """The model's training: simulated traffic through the stream's own window and feature code.
 
-Nothing is drawn from a label. Transactions go as bytes through `partition.Partition.observe`; a
+Nothing is drawn from a label. Transactions go as bytes through `partition.Partition.take`; a
 read of a user alone is evaluated from the packed window by `features.as_of`, as in serving.
 
 One rule labels every row: *the truth about the user's latest transaction as of the row's moment*.
@@ -113,7 +113,7 @@ class _Simulation:
         self._spans = window.Spans(plan.spans)
         self._population = synthetic.Population(plan.sample, plan.first_user_id, "USD", plan.seed)
         self._rng = random.Random(f"examples {plan.seed}")  # noqa: S311 - a seed repeats it
-        self._log = partition.Partition(0, self._spans, epoch=1, begin=0, commit=0)
+        self._log = partition.Partition(0, self._spans, partition.Start(epoch=1, begin=0, commit=0))
         self._latest: dict[int, bool] = {}
         self._credit_score = functools.cache(
             lambda user_id: synthetic.credit_score(user_id, plan.seed)
@@ -142,21 +142,20 @@ class _Simulation:
     def _pay(self, labelled: synthetic.Labelled) -> features.FeatureRow:
         paid = labelled.transaction
         record = _Record(self._log.offset, paid.event_ms, transactions.encode(paid))
-        seen = self._log.observe(record, "USD")
+        seen = self._log.take(record, partition.judge(record, "USD", self._spans))
         if not isinstance(seen, partition.Observed) or seen.row is None:
             raise AssertionError(f"the stream refuses its own traffic: {seen}")
         self._latest[paid.user_id] = labelled.fraud
         return replace(seen.row, credit_score=self._credit_score(paid.user_id))
 
     def _read(self, user_id: int, at_ms: int) -> features.FeatureRow:
-        self._log.caught_up_ms = at_ms
         packed = [packed for _, packed, _ in self._log.rows({user_id})]
         online = features.OnlineRow(
             user_id=user_id,
             recent=features.unpack(packed[0], self._spans) if packed else None,
             credit_score=self._credit_score(user_id),
             partition=0,
-            state=self._log.state(),
+            state=replace(self._log.state(), caught_up_ms=at_ms),
         )
         return features.as_of(
             online, at_ms, None, now_ms=at_ms, max_staleness_ms=0, spans=self._spans

@@ -287,6 +287,7 @@ def test_the_worked_timeline_is_what_the_code_computes():
 def test_every_reason_of_doubt_is_explained():
     source = (ROOT / "cerberus" / "features.py").read_text()
     source += (ROOT / "cerberus" / "partition.py").read_text()
+    source += (ROOT / "cerberus" / "ownership.py").read_text()
     reasons = set(re.findall(r'doubts\.append\(\s*"(\w+)"', source))
     reasons |= set(re.findall(r'degraded\.append\("(\w+)"\)', source))
     reasons |= set(re.findall(r'(?:return \[|degraded = \()"(\w+)"', source))

@@ -12,21 +12,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import records
 
-from cerberus import assignment, decisions, feast_layout, features, scoring, settings, window
+from cerberus import (
+    decisions,
+    feast_layout,
+    features,
+    partition,
+    scoring,
+    settings,
+    starts,
+    window,
+)
 
 FORMATS = pathlib.Path(__file__).parent / "formats"
 CLUSTER = "kXk9VQ0"
 PAID = decisions.unpack((FORMATS / "claim-0.json").read_bytes())
 COMMITS = st.builds(
-    assignment.Commit,
+    starts.Commit,
     offset=st.just(143),
     frontier_ms=st.integers(0, 2**62),
-    moved=st.tuples(st.integers(0, 2**62), st.integers(0, 1000)),
+    moved=st.none()
+    | st.builds(partition.Moved, st.integers(1, 2**62), st.none() | st.integers(1, 1000)),
     epoch=st.integers(0, 2**62),
     count=st.integers(1, 1000),
     first=st.none() | st.tuples(st.integers(0, 2**62), st.integers(-1, 2**62)),
-    known_from_ms=st.integers(-1, 2**62),
-    since_epoch=st.integers(0, 2**62),
+    known_from_ms=st.none() | st.integers(0, 2**62),
+    since_epoch=st.none() | st.integers(1, 2**62),
 )
 
 
@@ -95,31 +105,31 @@ def test_bytes_that_are_no_claim_of_a_known_version_are_refused(damage):
 
 def test_the_metadata_of_a_commit_of_version_0_are_read():
     written = (FORMATS / "commit-0.txt").read_text()
-    assert assignment.Commit.read(143, written, CLUSTER) == assignment.Commit(
+    assert starts.Commit.read(143, written, CLUSTER) == starts.Commit(
         offset=143,
         frontier_ms=1795581617000,
-        moved=(1795581000000, 5),
+        moved=partition.Moved(1795581000000, 5),
         epoch=1795581211,
         count=6,
         first=(7, 1795581212345),
         known_from_ms=1795581213000,
         since_epoch=1795581200,
     )
-    empty = assignment.Commit.read(0, (FORMATS / "commit-0-empty-log.txt").read_text(), CLUSTER)
-    assert (empty.first, empty.known_from_ms, empty.frontier_ms) == (None, -1, 0)
+    empty = starts.Commit.read(0, (FORMATS / "commit-0-empty-log.txt").read_text(), CLUSTER)
+    assert (empty.first, empty.known_from_ms, empty.frontier_ms) == (None, None, 0)
 
 
 def test_version_0_of_a_commit_is_written_as_it_was():
     for name in ("commit-0.txt", "commit-0-empty-log.txt"):
         written = (FORMATS / name).read_text()
-        assert assignment.Commit.read(1, written, CLUSTER).metadata(CLUSTER, 0) == written
+        assert starts.Commit.read(1, written, CLUSTER).metadata(CLUSTER, 0) == written
 
 
 @given(COMMITS, st.sampled_from([0, 1]))
 def test_a_commit_is_read_back_in_every_version_and_by_its_own_cluster_alone(commit, version):
     written = commit.metadata(CLUSTER, version)
-    assert assignment.Commit.read(143, written, CLUSTER) == commit
-    assert assignment.Commit.read(143, written, "another") == assignment.Commit(143)
+    assert starts.Commit.read(143, written, CLUSTER) == commit
+    assert starts.Commit.read(143, written, "another") == starts.Commit(143)
 
 
 @given(COMMITS, st.data())
@@ -129,11 +139,11 @@ def test_of_a_commit_s_fields_the_unknown_are_ignored_and_a_missing_one_leaves_t
     told = json.loads(commit.metadata(CLUSTER))
     assert told["version"] == 1
     more = json.dumps({"outcomes": [1], **told})
-    assert assignment.Commit.read(143, more, CLUSTER) == commit
+    assert starts.Commit.read(143, more, CLUSTER) == commit
     del told[data.draw(st.sampled_from(sorted(told)))]
-    assert assignment.Commit.read(143, json.dumps(told), CLUSTER) == assignment.Commit(143)
+    assert starts.Commit.read(143, json.dumps(told), CLUSTER) == starts.Commit(143)
     later = json.dumps(json.loads(more) | {"version": 2})
-    assert assignment.Commit.read(143, later, CLUSTER) == assignment.Commit(143)
+    assert starts.Commit.read(143, later, CLUSTER) == starts.Commit(143)
 
 
 def test_a_partition_state_without_a_version_is_read_as_version_0():
@@ -180,3 +190,6 @@ def test_a_plan_and_a_manifest_of_a_later_release_are_read(tmp_path):
     manifest = json.loads(scoring.manifest_path(settings.MODEL_PATH).read_text())
     more = json.dumps({"role": "champion", **manifest}).encode()
     assert scoring.read_manifest(more) == scoring.read_manifest(json.dumps(manifest).encode())
+    del manifest["threshold"]
+    with pytest.raises(TypeError, match="threshold"):
+        scoring.read_manifest(json.dumps(manifest).encode())

@@ -1,5 +1,6 @@
 """Windows reach back before the log: what was imported counts up to where the log begins."""
 
+import collections
 import dataclasses
 import random
 
@@ -26,10 +27,16 @@ SHORT, LONG = window.Spans(SPANS).spans_ms
 USERS = range(1000, 1010)
 servers = [pytest.mark.anyio, pytest.mark.servers]
 times = st.integers(0, 40)
+Record = collections.namedtuple("Record", "offset timestamp value")
 
 
 def paid(i, user_id, at_ms, cents=100):
     return transactions.Transaction(f"t{i}", user_id, cents, "USD", "", at_ms)
+
+
+def taken(part, transaction):
+    """Let the log's next record tell of a transaction."""
+    return part.take(Record(part.offset, transaction.event_ms, b""), transaction)
 
 
 @settings(deadline=None)
@@ -54,23 +61,25 @@ def test_what_is_withdrawn_was_never_there(events, evicted_ms):
 
 
 def test_what_the_log_tells_stands_and_is_decided_on_though_it_was_imported():
-    part = partition.Partition(0, window.Spans(), 1, 0, 0, imported_until_ms=1_000)
+    start = partition.Start(1, 0, 0, imported_until_ms=1_000)
+    part = partition.Partition(0, window.Spans(), start)
     part.seed((1,), (), [paid(0, 1, 900, 5), paid(1, 1, 1_000, 7)])
-    twin = part.accept(paid(1, 1, 1_000, 9), 0)
+    twin = taken(part, paid(1, 1, 1_000, 9))
     assert twin.outcome is window.Outcome.ACCEPTED
     assert twin.row.stats == (window.WindowStats(2, 14),)
-    assert part.accept(paid(1, 1, 1_000, 9), 1).outcome is window.Outcome.DUPLICATE
+    assert taken(part, paid(1, 1, 1_000, 9)).outcome is window.Outcome.DUPLICATE
     part.seed((1,), (), [paid(1, 1, 1_000, 7)])  # from before that was stored
-    assert part.accept(paid(1, 1, 1_000, 9), 2).outcome is window.Outcome.DUPLICATE
-    assert part.accept(paid(2, 1, 1_001, 1), 3).row.stats == (window.WindowStats(3, 15),)
+    assert taken(part, paid(1, 1, 1_000, 9)).outcome is window.Outcome.DUPLICATE
+    assert taken(part, paid(2, 1, 1_001, 1)).row.stats == (window.WindowStats(3, 15),)
 
 
 def test_a_row_holds_nothing_that_was_imported_of_a_time_far_ahead():
     spans = window.Spans()
     year_ms = 366 * 86_400_000
-    part = partition.Partition(0, spans, 1, 0, 0, imported_until_ms=year_ms)
+    start = partition.Start(1, 0, 0, imported_until_ms=year_ms)
+    part = partition.Partition(0, spans, start)
     part.seed((1,), (), [paid(i, 1, year_ms - i * 60_000) for i in range(300)])
-    part.accept(paid(1_000, 1, 5_000, 3), 0)
+    taken(part, paid(1_000, 1, 5_000, 3))
     [(_, packed, stats)] = part.rows([1])
     assert stats == (window.WindowStats(1, 3),)
     recent = features.unpack(packed, spans)
@@ -244,7 +253,7 @@ async def test_a_first_record_older_than_expected_finds_what_was_imported_before
         await assert_decisions_equal(here, before)
         # Their rows in Redis are too old to be kept.
         for number, judge in (await oracles(here, before)).items():
-            [part] = [p for p in one._parts.values() if p.number == number]
+            [part] = [owned.part for owned in one._parts.values() if owned.part.number == number]
             for user in filter(part.at_home, USERS):
                 found = part.windows.stats(user, judge.frontier)[1]
                 assert (found.count, found.total_minor) == judge.stats(user, judge.frontier)

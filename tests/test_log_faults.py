@@ -25,7 +25,7 @@ from faults import (
 from pipeline import live, now_ms, payment, running, until, world
 from service import service
 
-from cerberus import assignment, features, kafka, settings, transactions, window
+from cerberus import features, kafka, settings, starts, transactions, window
 from chaos import cluster
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
@@ -177,7 +177,7 @@ async def test_the_first_commit_of_a_log_that_was_empty_names_its_first_record(h
         await stored(here)
     cluster_id = await cluster_of(here)
     for offset, metadata in (await commits(here)).values():
-        found = assignment.Commit.read(offset, metadata, cluster_id)
+        found = starts.Commit.read(offset, metadata, cluster_id)
         assert found.first == (0, at)
 
 
@@ -276,7 +276,7 @@ async def test_a_partition_that_begins_anew_leaves_the_long_windows_of_others(en
             await drained(here, one, 2)
         offset, metadata = (await commits(here, 2))[0]
         cluster_id = await cluster_of(here)
-        found = assignment.Commit.read(offset, metadata, cluster_id)
+        found = starts.Commit.read(offset, metadata, cluster_id)
         other = dataclasses.replace(found, first=(found.first[0], found.first[1] + 1))
         await commit(here, {0: (offset, other.metadata(cluster_id))})
         async with running(two := here.consumer()):
@@ -524,7 +524,7 @@ async def test_a_replay_begins_early_enough_for_events_ahead_of_their_records(he
     for _ in range(2):
         async with running(one := here.consumer()):
             await drained(here, one)
-            part = next(p for p in one._parts.values() if p.windows.user(user))
+            part = next(o.part for o in one._parts.values() if o.part.windows.user(user))
             counts.append(part.windows.stats(user, as_of)[0].count)
     assert counts == [1, 1]
 

@@ -10,7 +10,7 @@ from aiokafka.admin import NewPartitions, RecordsToDelete
 from faults import admin_of, remake_topic
 from pipeline import live, now_ms, payment, running, trained, until, world
 
-from cerberus import assignment, features, kafka, liveness, offline, partition, transactions
+from cerberus import assignment, features, kafka, liveness, offline, partition, starts, transactions
 
 pytestmark = [pytest.mark.anyio, pytest.mark.servers]
 SPANS = ("1m", "20m")
@@ -105,9 +105,8 @@ async def test_nobody_is_seeded_before_the_last_page_and_a_repetition_changes_no
     await here.offline.write("a", facts, [], [])
     facts = [offline.TransactionFact(txn, 0, 0, i) for i, txn in enumerate(paid[17:])]
     await here.offline.write(offline.IMPORTED, facts, [], [])
-    part = partition.Partition(
-        0, here.spans, 1, 17, 17, seeded_until_ms=at_ms, imported_until_ms=at_ms
-    )
+    start = partition.Start(1, 17, 17, seeded_until_ms=at_ms, imported_until_ms=at_ms)
+    part = partition.Partition(0, here.spans, start)
     for cut in (1, 2, 4, 5):  # the last is of what was imported
         pages = assignment.seed(here.offline, "a", part, at_ms)
         for _ in range(cut):
@@ -201,9 +200,9 @@ async def test_what_was_missing_at_the_first_reading_is_doubted_after_restarts_t
 
 @pytest.mark.parametrize("first", [None, (4, 3)])
 def test_what_a_commit_says_is_read_and_of_another_hand_only_its_offset(first):
-    written = assignment.Commit(1, 9, (8, 7), 6, 5, first, 2, 1)
+    written = starts.Commit(1, 9, partition.Moved(8, 7), 6, 5, first, 2, 1)
     text = written.metadata("c", 0)
-    assert assignment.Commit.read(1, text, "c") == written
+    assert starts.Commit.read(1, text, "c") == written
     for other in (
         "",
         "c",
@@ -212,7 +211,7 @@ def test_what_a_commit_says_is_read_and_of_another_hand_only_its_offset(first):
         f"{text} 1",
         f"{text}x",
     ):
-        assert assignment.Commit.read(1, other, "c") == assignment.Commit(1)
+        assert starts.Commit.read(1, other, "c") == starts.Commit(1)
 
 
 async def test_who_stays_where_a_partition_is_added_keeps_the_long_window(here):
@@ -238,7 +237,8 @@ async def test_who_stays_where_a_partition_is_added_keeps_the_long_window(here):
             for place, user in enumerate(stay):
                 row = await here.certain(user, now_ms())
                 assert row.stats[1].count == (2 if place >= 5 else 1)
-            assert {part.since_epoch < part.epoch for part in two._parts.values()} == {True, False}
+            parts = [owned.part for owned in two._parts.values()]
+            assert {part.since_epoch < part.epoch for part in parts} == {True, False}
 
 
 async def test_a_topic_made_anew_takes_nothing_of_the_former_into_long_windows(here):

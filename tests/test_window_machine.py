@@ -25,7 +25,7 @@ class PartitionLife(RuleBasedStateMachine):
         self.frontiers = [0]
         self.now_ms = START_MS
         self.told = oracle.Partition(60_000, SPANS.slack_ms, SPANS.max_future_skew_ms)
-        self.part = partition.Partition(0, SPANS, epoch=1, begin=0, commit=0)
+        self.part = partition.Partition(0, SPANS, partition.Start(1, 0, 0))
 
     def append(self, user_id, name, amount, at_ms, stamp_ms=None):
         value = transactions.encode(
@@ -38,7 +38,7 @@ class PartitionLife(RuleBasedStateMachine):
         self.log.append(record)
         self.told.add(record.offset, record.timestamp, record.value)
         self.frontiers.append(self.told.frontier)
-        seen = self.part.observe(record, "USD")
+        seen = self.part.take(record, partition.judge(record, "USD", SPANS))
         if isinstance(seen, partition.Observed) and seen.row is not None:
             event = self.told.accepted[-1]
             assert event["offset"] == record.offset
@@ -86,14 +86,12 @@ class PartitionLife(RuleBasedStateMachine):
         since_ms = self.frontiers[commit] - SPANS.keep_ms - SPANS.max_future_skew_ms
         start = next((r.offset for r in self.log if r.timestamp >= since_ms), commit)
         start = max(0, min(start, commit) - early)
-        self.part = partition.Partition(0, SPANS, epoch=1, begin=start, commit=commit)
+        self.part = partition.Partition(0, SPANS, partition.Start(1, start, commit))
         for record in self.log[start:]:
             replaying = record.offset < commit
             assert self.part.state().state == ("replaying" if replaying else "live")
-            if replaying:
-                self.part.replay(record.offset, partition.judge(record, "USD", SPANS))
-            else:
-                self.part.observe(record, "USD")
+            left = self.part.take(record, partition.judge(record, "USD", SPANS))
+            assert (left is None) == replaying
 
     @invariant()
     def any_row_answers_as_the_log_does(self):
