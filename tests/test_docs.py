@@ -153,6 +153,13 @@ def test_the_layers_are_those_that_the_linter_enforces():
     ]
 
 
+def test_the_singletons_are_those_of_the_code():
+    sources = (ROOT / "cerberus").rglob("*.py")
+    [row] = [r for r in TEXT["ARCHITECTURE.md"].splitlines() if r.startswith("| singletons ")]
+    held = {n for file in sources for n in re.findall(r'\.singleton\("(\w+)"\)', file.read_text())}
+    assert held == set(code(row))
+
+
 def test_the_changelog_keeps_its_form():
     text = TEXT["CHANGELOG.md"]
     assert re.findall(r"^## (.+)$", text, re.MULTILINE)[0] == "[Unreleased]"
