@@ -29,8 +29,9 @@ PAGES = sorted(
 )
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
 README, MODEL, WINDOWING = (TEXT[n] for n in ("README.md", "docs/model.md", "docs/windowing.md"))
+SETTINGS, METRICS = (TEXT[n] for n in ("docs/settings.md", "docs/metrics.md"))
 ALL = "\n".join(TEXT.values())
-MOST_LINES = {"ARCHITECTURE.md": 150, "CONTRIBUTING.md": 120}
+MOST_LINES = {"README.md": 200, "ARCHITECTURE.md": 150, "CONTRIBUTING.md": 120}
 GROUPS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 # What says nothing to a reader of the project, and where a writer's machine would show.
 FOREIGN = r"\bissues?\b|\bhelpers?\b|\bdesign\.md\b|(?<![\w.~])/(home|root|Users|tmp|work)/"
@@ -41,7 +42,7 @@ def blocks(text, language=r"\w*"):
 
 
 ASKED = [json.loads(body) for body in re.findall(r"-d '([^']+)'", README)]
-ANSWERS = [json.loads(block) for block in blocks(README, "json")]
+ANSWERS = [json.loads(block) for block in blocks(README, "json") + blocks(METRICS, "json")]
 
 
 def code(text):
@@ -71,7 +72,7 @@ def schema(name):
 
 
 def test_the_configuration_table_is_the_settings():
-    shown = table(README, "variable", "default", "meaning", marks=" ")
+    shown = table(SETTINGS, "variable", "default", "meaning", marks=" ")
     defaults = {"": "", "required": "required"}
     assert shown == [
         [f"`{v.name}`", defaults.get(v.default, f"`{v.default}`"), v.meaning]
@@ -87,7 +88,7 @@ def test_every_variable_that_a_page_names_exists():
 def test_the_table_of_metrics_is_what_is_exposed():
     exposed = re.findall(r"^# TYPE (cerberus_\w+)", metrics.Metrics().render().decode(), re.M)
     wanted = {name for name in exposed if not name.endswith("_created")}
-    assert {name for name, _ in table(README, "metric", "meaning")} == wanted
+    assert {name for name, _ in table(METRICS, "metric", "meaning")} == wanted
 
 
 def test_every_route_is_in_the_readme_and_no_other():
@@ -160,13 +161,18 @@ def test_the_singletons_are_those_of_the_code():
     assert held == set(code(row))
 
 
+def test_a_figure_is_the_same_on_both_pages():
+    header = ("what", "figure", "command")
+    assert table(TEXT["docs/measurements.md"], *header) == table(TEXT["docs/scaling.md"], *header)
+
+
 def test_the_changelog_keeps_its_form():
     text = TEXT["CHANGELOG.md"]
     assert re.findall(r"^## (.+)$", text, re.MULTILINE)[0] == "[Unreleased]"
     assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= GROUPS
 
 
-def test_requests_and_answers_in_the_readme_keep_the_contract():
+def test_requests_and_answers_that_are_shown_keep_the_contract():
     by_kind = {"Prediction": "prediction", "Problem": "code", "Health": "tasks"}
     kinds = [next(kind for kind, key in by_kind.items() if key in answer) for answer in ANSWERS]
     assert set(kinds) == set(by_kind)
