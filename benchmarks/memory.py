@@ -35,7 +35,7 @@ def measure(events, users):
         windows.observe(transactions.Transaction(f"t{i}", user_id, 1_250, "USD", "m", at_ms))
     grown = process.memory_info().rss - before
     fence = features.Fence(1, events, windows.frontier_ms)
-    user = windows.user(0)
+    user = windows.user(0) or window.UserWindow()
     packed = features.pack(user, fence, 0, windows.lower_ms, spans)
     [stats] = windows.stats(0, windows.frontier_ms)
     return grown, len(packed), stats.count

@@ -86,7 +86,7 @@ def _requests(port, in_hand):
         b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n" % port
     )
     for i in itertools.count(time.time_ns()):
-        told = {"user_id": FIRST_USER + i % USERS}
+        told: dict[str, object] = {"user_id": FIRST_USER + i % USERS}
         if in_hand:
             told |= {"transaction_id": str(i), "amount": 42.5}
         body = orjson.dumps(told)
@@ -167,12 +167,13 @@ async def rows(environ):
     packed = [
         online.StreamRow(
             user_id,
-            features.pack(windows.user(user_id), fence, 0, windows.lower_ms, spans),
+            features.pack(user, fence, 0, windows.lower_ms, spans),
             windows.stats(user_id, fence.as_of_ms),
             fence,
             0,
         )
         for user_id in users
+        if (user := windows.user(user_id))
     ]
     # Caught up an hour ahead: nobody refreshes it while this runs.
     state = features.PartitionState(1, 3 * USERS, "live", now_ms + 3_600_000)

@@ -243,7 +243,7 @@ def _parquet_rows(batch: Any, line: int) -> list[Row]:
 
 
 def _parquet(path: pathlib.Path) -> Any:
-    import pyarrow.parquet  # type: ignore[import-untyped]  # a second that no CSV file needs
+    import pyarrow.parquet  # a second that no CSV file needs
 
     try:
         return pyarrow.parquet.ParquetFile(path)

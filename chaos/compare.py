@@ -3,7 +3,7 @@
 import collections
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -229,5 +229,6 @@ def packed(part: oracle.Partition, user_id: int, recent: features.Recent) -> tup
 async def _aggregates(target: cluster.Cluster, user_id: int) -> tuple[Any, int]:
     names = [feast_layout.field(online.STATS_VIEW, f"{name}_20s") for name in _AGGREGATES]
     key = feast_layout.entity_key(user_id, feast_layout.PROJECT)
-    count, total = map(feast_layout.decode, await target.redis.hmget(key, names))
+    values: Iterator[Any] = map(feast_layout.decode, await target.redis.hmget(key, names))
+    count, total = values
     return count, round(float(total) * 100)

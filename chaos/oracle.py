@@ -51,7 +51,7 @@ class Event(NamedTuple):
 class Stats(NamedTuple):
     """Count and cents of a window."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides that of a tuple
     cents: int
 
 

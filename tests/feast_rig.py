@@ -39,6 +39,7 @@ def utc(ms=NOW_MS, us=0):
 def load(directory):
     """Run the definitions of a rendered feature repo."""
     spec = importlib.util.spec_from_file_location("definitions", directory / "features.py")
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -145,7 +146,7 @@ def opened(environ, tmp_path):
 
     asyncio.run(migrate())
     module = load(repo(environ, tmp_path))
-    store = feast.FeatureStore(config=feast.RepoConfig(**feature_store.repo_config(config)))
+    store: Any = feast.FeatureStore(config=feast.RepoConfig(**feature_store.repo_config(config)))
     store.apply([module.user, *objects(module, feast.FeatureView), module.fraud_model])
     try:
         with redis.Redis.from_url(config.redis_url) as client:

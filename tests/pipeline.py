@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import time
+from typing import Any
 
 import oracle
 import orjson
@@ -58,8 +59,8 @@ class World:
     model: scoring.Model
     online: online.OnlineStore
     offline: offline.OfflineStore
-    redis: object
-    pool: object
+    redis: Any
+    pool: Any
     kafka: AIOKafkaProducer
 
     def claims(self, config):

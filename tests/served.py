@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+from typing import Any
 
 import redis
 
@@ -48,7 +49,7 @@ class Served:
         self.spans = window.Spans()
         self.model = model(self.config.model_path, self.config.spans)
         plan = feast_layout.Plan.load(self.config.model_path.with_name("feature_plan.json"))
-        self.client = pools.connect_redis(self.config)
+        self.client: Any = pools.connect_redis(self.config)
         self.store = online.OnlineStore(self.client, plan, self.spans, "transactions")
         self.windows = window.PartitionWindows(self.spans)
         self.offset = 0
@@ -113,9 +114,9 @@ class Served:
         fence = features.Fence(1, self.offset, self.windows.frontier_ms)
         rows = []
         for user_id in sorted({each.user_id for each in seen}):
-            packed = features.pack(
-                self.windows.user(user_id), fence, 0, self.windows.lower_ms, self.spans
-            )
+            user = self.windows.user(user_id)
+            assert user is not None
+            packed = features.pack(user, fence, 0, self.windows.lower_ms, self.spans)
             stats = self.windows.stats(user_id, fence.as_of_ms)
             rows.append(online.StreamRow(user_id, packed, stats, fence, 0))
         await self.store.write(rows)

@@ -9,6 +9,7 @@ import random
 import subprocess
 import threading
 import time
+from typing import Any
 
 import asyncpg
 import httpx
@@ -41,7 +42,7 @@ class Side:
     """One of several processes, as its claims see the world."""
 
     config: settings.Settings
-    redis: object
+    redis: Any
     ledger: ledger.Ledger
     claimed: claims.Claims
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jsonschema
 import orjson
 import pytest
+from starlette.routing import Route
 
 import cerberus.__main__
 from cerberus import (
@@ -92,7 +93,7 @@ def test_the_table_of_metrics_is_what_is_exposed():
 
 
 def test_every_route_is_in_the_readme_and_no_other():
-    routes = {route.path: route.path_regex for route in app.app.routes}
+    routes = {route.path: route.path_regex for route in app.app.routes if isinstance(route, Route)}
     shown = re.findall(r"localhost:8000(/[\w/.]+)", README)
     shown += [line.split()[-1] for line in code(README) if re.match(r"((GET|POST) )?/[a-z.]", line)]
     matched = {path: [p for p, r in routes.items() if r.match(path)] for path in shown}
@@ -267,6 +268,7 @@ class Timeline:
     def row(self, offset):
         user, spans = self.windows.user(7), self.windows.spans
         fence = features.Fence(1, offset + 1, self.windows.frontier_ms)
+        assert user is not None
         packed = features.pack(user, fence, 0, self.windows.lower_ms, spans)
         return features.unpack(packed, spans)
 
@@ -281,6 +283,7 @@ class Timeline:
             max_staleness_ms=60_000,
             spans=self.windows.spans,
         )
+        assert row.stats is not None
         [stats] = row.stats
         return [str(stats.count), f"{stats.total_minor / 100:.2f}", ", ".join(row.degraded)]
 

@@ -36,7 +36,9 @@ def test_scalars_are_written_and_read_as_feast_does(whole, real, raw):
         (Value(bytes_val=raw), feast_layout.encode_bytes(raw)),
     ):
         assert theirs.SerializeToString() == ours
-        value, wanted = feast_layout.decode(ours), getattr(theirs, theirs.WhichOneof("val"))
+        kind = theirs.WhichOneof("val")
+        assert kind is not None
+        value, wanted = feast_layout.decode(ours), getattr(theirs, kind)
         assert type(value) is type(wanted)
         if isinstance(value, float):
             value, wanted = struct.pack("<d", value), struct.pack("<d", wanted)

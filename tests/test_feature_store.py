@@ -198,7 +198,7 @@ def test_an_address_that_feast_cannot_be_told_is_named(variable, value):
 @pytest.mark.servers
 def test_feast_apply_works_by_hand_and_again_after_the_windows_changed(environ, tmp_path):
     directory = feast_rig.repo(environ, tmp_path)
-    command = [pathlib.Path(sys.executable).with_name("feast"), "apply"]
+    command: list[str | pathlib.Path] = [pathlib.Path(sys.executable).with_name("feast"), "apply"]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     plan = feature_store.compile_plan(settings.load(environ))

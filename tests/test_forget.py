@@ -112,7 +112,9 @@ async def traces(environ):
         }
         names = [name async for name in redis.scan_iter(count=1_000)]
         hashes = {
-            name: await redis.hgetall(name) for name in names if name in map(key, (GONE, STAYS))
+            name: await redis.hgetall(name)  # type: ignore[misc]  # said of both clients, with and without a loop
+            for name in names
+            if name in map(key, (GONE, STAYS))
         }
         told = {
             name: decisions.unpack(await redis.get(name)).decision.row.user_id

@@ -250,13 +250,13 @@ async def test_with_a_key_every_route_but_live_wants_it(environ):
                 is_problem(refused, "unauthorized")
                 assert refused.headers["www-authenticate"] == "Bearer"
         assert (await http.get("/health/live")).status_code == 200
-    for headers in (
+    for accepted in (
         {"X-API-Key": "first-key"},
         {"Authorization": "bearer first-key"},
         [(b"X-API-Key", "schlüssel".encode())],
         [(b"X-API-Key", b"old"), (b"X-API-Key", b"first-key")],
     ):
-        far = client(app, peer="203.0.113.9", base_url="https://fraud.example", headers=headers)
+        far = client(app, peer="203.0.113.9", base_url="https://fraud.example", headers=accepted)
         async with far as http:
             assert (await http.get("/openapi.json")).status_code == 200
     await served.close()

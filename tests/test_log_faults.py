@@ -277,6 +277,7 @@ async def test_a_partition_that_begins_anew_leaves_the_long_windows_of_others(en
         offset, metadata = (await commits(here, 2))[0]
         cluster_id = await cluster_of(here)
         found = starts.Commit.read(offset, metadata, cluster_id)
+        assert found.first is not None
         other = dataclasses.replace(found, first=(found.first[0], found.first[1] + 1))
         await commit(here, {0: (offset, other.metadata(cluster_id))})
         async with running(two := here.consumer()):

@@ -385,7 +385,7 @@ async def test_every_look_up_goes_by_an_index_in_every_month_and_sorts_no_page(s
         return []
 
     looked = ledger.Ledger(pool)
-    looked._fetch = explained
+    looked._fetch = explained  # type: ignore[method-assign]
     position = (row["as_of_ms"], row["decision_id"])
     for before in (ledger.LAST, position):
         await looked.of_transaction(row["transaction_id"], 50, before)

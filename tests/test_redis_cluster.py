@@ -33,7 +33,7 @@ SMALL = {"CERBERUS_PARTITIONS": "2", "CERBERUS_USERS": str(len(USERS))}
 class Cluster:
     """Three nodes that share the slots, without persistence of their own."""
 
-    program: str
+    program: pathlib.Path
     directory: pathlib.Path
     ports: list[int]
     nodes: dict[int, subprocess.Popen] = dataclasses.field(default_factory=dict)

@@ -5,6 +5,7 @@ import dataclasses
 import signal
 import time
 
+import aiokafka
 import pytest
 from faults import (
     PARTITIONS,
@@ -181,9 +182,9 @@ async def test_while_a_store_is_away_nothing_is_committed_and_state_ahead_is_not
 
 
 async def test_while_a_store_is_away_the_group_keeps_its_member(here, servers, monkeypatch):
-    build = kafka.aiokafka.AIOKafkaConsumer
+    build = aiokafka.AIOKafkaConsumer
     monkeypatch.setattr(
-        kafka.aiokafka,
+        aiokafka,
         "AIOKafkaConsumer",
         lambda **options: build(**options | {"max_poll_interval_ms": 3_500}),
     )

@@ -3,12 +3,12 @@ import functools
 import itertools
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stage import EVER_S, POLICY, SELDOM, Longest, Shortest, Stage, as_told, now_s, play
+from stage import EVER_S, POLICY, SELDOM, Longest, Loop, Shortest, Stage, as_told, now_s, play
 
 from cerberus import errors, supervision
 
@@ -229,7 +229,7 @@ def test_a_process_that_stood_still_is_no_task_s_fault():
     async def run(progress: supervision.Progress) -> None:
         progress.lagging(True)
         for _ in range(5):
-            asyncio.get_running_loop().clock.now_s += 100.0
+            cast(Loop, asyncio.get_running_loop()).clock.now_s += 100.0
             await asyncio.sleep(20)
             progress.beat()
         progress.lagging(False)

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -174,7 +174,7 @@ def test_a_cancellation_from_outside_is_not_swallowed():
         stage, group = Stage(), Loose()
         stage.add("works")
         stage.add("waits", *[(0.0, errors.StoreUnavailable)] * 100)
-        stage.supervisor.start(group)
+        stage.supervisor.start(cast(anyio.abc.TaskGroup, group))
         await asyncio.sleep(50)
         for task in group.tasks:
             task.cancel()

@@ -205,8 +205,9 @@ def test_above_256_events_only_the_edge_tile_is_inexact_and_says_so():
     windows = window.PartitionWindows(SPANS)
     for i in range(2_000):
         windows.observe(transactions.Transaction(f"t{i}", 1, 100, "USD", "", START_MS + i * 30))
-    fence = features.Fence(1, 2_000, windows.frontier_ms)
-    packed = features.pack(windows.user(1), fence, 0, windows.lower_ms, SPANS)
+    fence, user = features.Fence(1, 2_000, windows.frontier_ms), windows.user(1)
+    assert user is not None
+    packed = features.pack(user, fence, 0, windows.lower_ms, SPANS)
     recent = features.unpack(packed, SPANS)
     exact = windows.stats(1, windows.frontier_ms)[0]
     after_ms = windows.frontier_ms - 20_000

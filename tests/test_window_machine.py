@@ -42,6 +42,7 @@ class PartitionLife(RuleBasedStateMachine):
         if isinstance(seen, partition.Observed) and seen.row is not None:
             event = self.told.accepted[-1]
             assert event["offset"] == record.offset
+            assert seen.row.stats is not None
             [stats] = seen.row.stats
             assert (stats.count, stats.total_minor) == self.told.decided_on(event)
             late_ms = self.told.frontier - event["at"]
@@ -117,4 +118,4 @@ TestPartitionLife = PartitionLife.TestCase
 TestPartitionLife.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, print_blob=True
 )
-TestPartitionLife.pytestmark = [pytest.mark.timeout(300)]
+TestPartitionLife = pytest.mark.timeout(300)(TestPartitionLife)
