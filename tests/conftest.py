@@ -4,6 +4,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import sys
 import tempfile
 
 import asyncpg
@@ -17,11 +18,42 @@ from cerberus import errors, kafka, settings, stack
 SCRUBBED = ("CERBERUS_", "KAFKA_", "REDIS_", "DATABASE_URL")
 AS_CALLED = dict(os.environ)
 REDIS_DATABASES = 16
+SERVERS = {"java", "redis-server", "valkey-server", "initdb", "postgres"}
 _worlds = itertools.count()
+_allowed = [False]  # to start servers, now
 
 
 def without_settings(environ):
     return {k: v for k, v in environ.items() if not k.startswith(SCRUBBED)}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what asks for the servers; a test that starts some of its own says so itself."""
+    for item in items:
+        if "servers" in item.fixturenames:
+            item.add_marker(pytest.mark.servers)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Let only a test that is marked so start servers."""
+    _allowed[0] = item.get_closest_marker("servers") is not None
+    try:
+        return (yield)
+    finally:
+        _allowed[0] = False
+
+
+def _watch(event, arguments):
+    if event == "subprocess.Popen" and not _allowed[0]:
+        program, *options = map(os.fsdecode, arguments[1])
+        asked = {"-version", "--version"}.intersection(options)
+        if pathlib.Path(program).name in SERVERS and not asked:
+            raise RuntimeError(f"a test without the mark `servers` starts {program}")
+
+
+sys.addaudithook(_watch)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from truth import DAY_MS, GOOD, Told, decided, label, matured, truth
 import cerberus.__main__
 from cerberus import accuracy, errors, labels, offline, openapi, settings, transactions
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 MIDNIGHT_MS = NOW_MS // DAY_MS * DAY_MS
 MATURITY_MS = 2 * DAY_MS
 MODELS = ("aa" * 32, "ab" * 32)

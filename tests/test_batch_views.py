@@ -10,8 +10,6 @@ from feast_rig import CREDIT_TTL_MS, NOW_MS, stream_rows, utc
 
 from cerberus import errors, feast_layout, feature_store, online
 
-pytestmark = pytest.mark.servers
-
 DAY_MS = 86_400_000
 
 

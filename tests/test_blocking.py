@@ -10,7 +10,7 @@ from pipeline import live, now_ms, payment, running, until, world
 
 from cerberus import materializer, producer
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 
 
 async def test_no_part_makes_a_blocking_call_in_the_loop(environ):

@@ -8,7 +8,7 @@ import pytest
 
 from chaos import cluster, compare, runs, traffic
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(240)]
 FAULTS = (
     "kill",
     "redis without power",

@@ -34,7 +34,7 @@ from cerberus import (
     window,
 )
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from pipeline import live, now_ms, payment, running, shown, until, world
 
 from cerberus import kafka, transactions
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 PARTITIONS = 3
 USERS = range(1000, 1012)
 

@@ -17,7 +17,7 @@ from service import service
 
 from cerberus import claims, decision_log, decisions, offline, pools, settings
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 QUIET = {"CERBERUS_RATE": "0", "CERBERUS_PARTITIONS": "1", "CERBERUS_SESSION_TIMEOUT_S": "6"}
 
 

@@ -94,7 +94,6 @@ on_servers = hypothesis_settings(
 )
 
 
-@pytest.mark.servers
 @on_servers
 @given(batch=st.lists(records(), min_size=1, max_size=8, unique_by=lambda r: r.decision_id))
 def test_a_record_is_stored_to_the_bit(ledger, batch):
@@ -106,7 +105,6 @@ def test_a_record_is_stored_to_the_bit(ledger, batch):
         assert same(found, record)
 
 
-@pytest.mark.servers
 @on_servers
 @given(batch=st.lists(one_window, min_size=1, max_size=8, unique_by=lambda r: r.decision_id))
 def test_a_stored_decision_is_taken_again_with_the_same_bits(ledger, batch):
@@ -135,7 +133,6 @@ def test_a_claimed_decision_is_taken_again_with_the_same_bits(row):
     assert (again, bits(again)) == (decision, bits(decision))
 
 
-@pytest.mark.servers
 def test_a_model_or_policy_that_is_not_kept_is_none(ledger):
     async def ask(kept):
         await kept.register(MODEL)
@@ -149,7 +146,6 @@ def test_a_model_or_policy_that_is_not_kept_is_none(ledger):
     assert ledger(ask) == [True] * 3
 
 
-@pytest.mark.servers
 @on_servers
 @given(
     batch=st.lists(one_window, min_size=1, max_size=8, unique_by=lambda r: r.decision_id),

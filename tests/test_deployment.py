@@ -266,7 +266,6 @@ def test_each_pin_of_the_image_has_a_hash():
         assert re.match(r"[\w.-]+==\S+ (; .+? )? *--hash=sha256:[0-9a-f]{64}", pin), pin
 
 
-@pytest.mark.servers
 def test_init_prepares_bare_servers_with_what_the_image_holds(image, environ):
     done = run(script("init"), image, {**environ, "PATH": PATH}, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,7 +9,7 @@ from pipeline import live, now_ms, payment, running, until, world
 
 from cerberus import decisions, transactions
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 AMOUNT, TIMES, MONTH_MS = 6_400.0, 10, 31 * 86_400_000
 
 

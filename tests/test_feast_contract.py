@@ -90,7 +90,6 @@ def stream_frames(rows):
     }
 
 
-@pytest.mark.servers
 def test_feast_reads_what_we_write(rig):
     rows = stream_rows(50, seed=1)
     assert not rig.online(lambda store: store.write(rows))
@@ -107,7 +106,6 @@ def test_feast_reads_what_we_write(rig):
     assert types["total_amount_10m"] == {float}
 
 
-@pytest.mark.servers
 def test_we_read_what_feast_is_pushed(rig):
     rows = stream_rows(12, seed=2)
     frames = stream_frames(rows)
@@ -125,7 +123,6 @@ def test_we_read_what_feast_is_pushed(rig):
         assert feast_layout.decode(rig.redis.hget(key, count)) == row.stats[0].count
 
 
-@pytest.mark.servers
 def test_our_hashes_equal_feasts_to_the_byte(rig):
     rows = stream_rows(50, seed=3)
     rig.online(lambda store: store.write(rows))
@@ -137,7 +134,6 @@ def test_our_hashes_equal_feasts_to_the_byte(rig):
     assert rig.hashes() == ours
 
 
-@pytest.mark.servers
 def test_feast_serves_what_has_expired_and_we_do_not(rig):
     (row,) = stream_rows(1, seed=4)
     rig.online(lambda store: store.write([row]))
@@ -179,7 +175,6 @@ def insert_history(rig, stats, credit):
         )
 
 
-@pytest.mark.servers
 def test_history_is_point_in_time(rig):
     ttl, hour = SPANS.keep_ms, 3_600_000
     stats = [  # user, when it happened, when it was known, value
@@ -222,7 +217,6 @@ def latest(rows, user_id, moment, ttl_ms):
     return max(known, default=(None, None))[1]
 
 
-@pytest.mark.servers
 def test_history_equals_a_search_through_all_rows(rig):
     rng = random.Random(6)
     steps = (SPANS.keep_ms // 4, CREDIT_TTL_MS // 4)
@@ -247,7 +241,6 @@ def test_history_equals_a_search_through_all_rows(rig):
     assert history(rig, asked) == wanted
 
 
-@pytest.mark.servers
 def test_feasts_sessions_do_without_nested_loops(rig):
     from feast.infra.utils.postgres.connection_utils import _get_conn
 

@@ -195,7 +195,6 @@ def test_an_address_that_feast_cannot_be_told_is_named(variable, value):
     assert "50%" not in str(refused.value)
 
 
-@pytest.mark.servers
 def test_feast_apply_works_by_hand_and_again_after_the_windows_changed(environ, tmp_path):
     directory = feast_rig.repo(environ, tmp_path)
     command: list[str | pathlib.Path] = [pathlib.Path(sys.executable).with_name("feast"), "apply"]

@@ -22,7 +22,7 @@ from cerberus import (
     transactions,
 )
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 GONE, STAYS = 1005, 1006
 TABLES = (
     "transactions",

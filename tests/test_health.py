@@ -9,7 +9,7 @@ from served import NOW_MS, Served, redis_only, transaction
 
 from cerberus import openapi, supervision
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture

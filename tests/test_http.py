@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from cerberus import errors, metrics, openapi, routes, transactions
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 OF_API = ("/predict", "/decisions?user_id=1", "/decisions/1", "/users/1", "/openapi.json", "/docs")
 ALL = (*OF_API, "/health", "/metrics", "/nowhere")
 

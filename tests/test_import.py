@@ -32,7 +32,7 @@ from cerberus import (
     window,
 )
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 ROOT = pathlib.Path(__file__).parent.parent
 BEGIN_MS = 1_790_000_000_000
 SPANS = ("1m", "10m")

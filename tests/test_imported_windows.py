@@ -25,7 +25,6 @@ from cerberus import (
 SPANS = ("1m", "20m")
 SHORT, LONG = window.Spans(SPANS).spans_ms
 USERS = range(1000, 1010)
-servers = [pytest.mark.anyio, pytest.mark.servers]
 times = st.integers(0, 40)
 Record = collections.namedtuple("Record", "offset timestamp value")
 
@@ -170,7 +169,6 @@ def record(transaction, cents=None):
 
 
 @pytest.mark.anyio
-@pytest.mark.servers
 async def test_windows_start_from_what_was_imported(here):
     rng = random.Random(8)
     begin_ms = now_ms() - 300_000
@@ -209,7 +207,6 @@ async def test_windows_start_from_what_was_imported(here):
 
 
 @pytest.mark.anyio
-@pytest.mark.servers
 async def test_a_log_of_old_times_goes_on_where_the_import_ended(here):
     rng = random.Random(9)
     then_ms = now_ms() - 40 * 86_400_000
@@ -226,7 +223,6 @@ async def test_a_log_of_old_times_goes_on_where_the_import_ended(here):
 
 
 @pytest.mark.anyio
-@pytest.mark.servers
 @pytest.mark.parametrize("meanwhile", ["it is live", "its past is fetched"])
 async def test_a_first_record_older_than_expected_finds_what_was_imported_before_it(
     here, monkeypatch, meanwhile
@@ -260,7 +256,6 @@ async def test_a_first_record_older_than_expected_finds_what_was_imported_before
 
 
 @pytest.mark.anyio
-@pytest.mark.servers
 async def test_who_was_only_imported_is_counted_on_an_empty_log(here):
     before = past(random.Random(10), 100, now_ms() - 1_000_000, now_ms() - 1, 0)
     await imports(here, before)
@@ -277,7 +272,6 @@ async def test_who_was_only_imported_is_counted_on_an_empty_log(here):
 
 
 @pytest.mark.anyio
-@pytest.mark.servers
 async def test_an_import_between_two_runs_counts_from_the_second_on(here):
     at_ms = now_ms()
     await here.publish([record(paid(5_000 + u, u, at_ms)) for u in (1000, 1001, 1002, 1003)])
@@ -291,7 +285,6 @@ async def test_an_import_between_two_runs_counts_from_the_second_on(here):
 
 
 @pytest.mark.anyio
-@pytest.mark.servers
 async def test_however_many_partitions_are_seeded_they_take_one_connection(
     environ, tmp_path, monkeypatch
 ):

@@ -12,7 +12,7 @@ from cerberus import errors, kafka, settings
 from cerberus.stack import kafka as broker
 from cerberus.stack import process
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 STORES = {"REDIS_URL": "redis://127.0.0.1:1", "DATABASE_URL": "postgresql://127.0.0.1:1"}
 
 

@@ -19,7 +19,7 @@ from truth import GOOD, POSITIVE, kept, key, label
 
 from cerberus import kafka, label_consumer, labels, producer, settings, transactions
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture

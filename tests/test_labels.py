@@ -42,7 +42,7 @@ from cerberus import (
     transactions,
 )
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 ROOT = pathlib.Path(__file__).parent.parent
 RULES = labels.Rules(30 * DAY_MS, False)
 texts = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1, max_size=128)

@@ -28,7 +28,7 @@ from service import service
 from cerberus import features, kafka, settings, starts, transactions, window
 from chaos import cluster
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture

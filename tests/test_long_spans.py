@@ -12,7 +12,7 @@ from pipeline import live, now_ms, payment, running, trained, until, world
 
 from cerberus import assignment, features, kafka, liveness, offline, partition, starts, transactions
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 SPANS = ("1m", "20m")
 USERS = range(1000, 1010)
 

@@ -20,7 +20,7 @@ from truth import GOOD
 
 from cerberus import decisions, ledger, lookups, openapi, transactions
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 PATHS = (
     f"/decisions/{uuid.uuid4()}",
     "/decisions?user_id=1",

@@ -24,7 +24,7 @@ from cerberus import (
     window,
 )
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 NOW_MS = 1_790_000_000_000
 TOPIC = "transactions"
 

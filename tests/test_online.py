@@ -7,7 +7,7 @@ from served import NOW_MS, Served, redis_only, transaction
 
 from cerberus import features
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from cerberus import claims, errors, feature_store, materializer, settings, stac
 
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.servers,
     # The client leaves connections to a node that was killed to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

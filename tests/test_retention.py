@@ -24,7 +24,7 @@ from cerberus import (
     window,
 )
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 NOW = datetime.datetime(2026, 11, 24, 12, tzinfo=datetime.UTC)
 DAYS = 100  # ends on 2026-08-16, so August and later months are kept
 KEPT_FROM_MS = months.to_ms(datetime.datetime(2026, 8, 1, tzinfo=datetime.UTC))

@@ -16,7 +16,7 @@ from service import ROOT
 
 from cerberus import kafka, layouts, sending, transactions
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 
 
 def send(environ, path, *options):

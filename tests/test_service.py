@@ -14,7 +14,7 @@ from service import ROOT, service
 
 from cerberus import kafka, settings, transactions
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 QUIET = {"CERBERUS_RATE": "0", "CERBERUS_PARTITIONS": "3", "CERBERUS_SESSION_TIMEOUT_S": "6"}
 USERS = range(1000, 1008)
 

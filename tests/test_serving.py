@@ -9,7 +9,7 @@ from served import NOW_MS, Served, redis_only, transaction
 
 from cerberus import errors, features, serving, transactions
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 SPAN_MS = 600_000
 on_servers = settings(
     max_examples=25,

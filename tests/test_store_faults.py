@@ -19,7 +19,7 @@ from pipeline import live, now_ms, payment, running, until, world
 
 from cerberus import kafka, online, supervision
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture

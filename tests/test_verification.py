@@ -14,7 +14,7 @@ from service import ROOT
 
 from cerberus import decisions, features, transactions, verification, window
 
-pytestmark = [pytest.mark.anyio, pytest.mark.servers]
+pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
