@@ -37,6 +37,13 @@ def consumer(here):
     return label_consumer.LabelConsumer(here.config, here.offline)
 
 
+async def commits(here):
+    """Return how many labels the group will not read again."""
+    async with kafka.admin(here.config.kafka) as admin:
+        found = await admin.list_consumer_group_offsets(here.config.kafka.topic(kafka.LABEL_GROUP))
+    return sum(max(0, at.offset) for at in found.values())
+
+
 async def stored(here, wanted):
     async def all_there():
         return wanted <= set(await kept(here.pool))
@@ -108,7 +115,12 @@ async def test_labels_whose_storing_is_cut_off_are_not_committed(here):
             pid = await until(lambda: here.pool.fetchval(waiting), "the task waits for the table")
             await here.pool.execute("SELECT pg_terminate_backend($1)", pid)
             await until(lambda: one.problem is not None, "the trouble is said")
+            assert await commits(here) == 0
         await stored(here, {key(each) for each in told})
+        await until(lambda: one.problem is None, "the trouble is over")
+    assert await commits(here) == len(told)
+    counts = here.offline.labels.counts
+    assert (counts["stored"], counts["known"]) == (len(told), 0)
 
 
 async def test_cut_off_anywhere_the_task_loses_no_label_and_first_seen_stays(here):

@@ -95,13 +95,18 @@ async def test_while_there_are_more_partitions_than_are_read_nobody_is_at_the_en
     await here.publish([(u, payment(u, u, at), at) for u in USERS])
     async with running(one := here.consumer()):
         await drained(here, one)
+        known = await here.certain(1000, at)
         # Members of a group learn of a new partition one after the other.
-        monkeypatch.setattr(one._client, "partitions_for_topic", lambda _: {0, 1, 2, 3})
+        with monkeypatch.context() as one_knows_more:
+            one_knows_more.setattr(one._client, "partitions_for_topic", lambda _: {0, 1, 2, 3})
 
-        async def stale():
-            return (await here.read(1000, now_ms())).degraded == ("stale",)
+            async def stale():
+                return (found := await here.read(1000, at)).degraded and found
 
-        await until(stale, "the answers are stale")
+            told = await until(stale, "the answers are doubted")
+            assert (told.degraded, told.stats) == (("stale",), known.stats)
+            assert {s.state for s in one.states().values()} == {"live"}
+        assert (await here.certain(1000, at)).stats == known.stats
 
 
 async def test_events_outside_the_home_are_doubted_whichever_came_first(here):
@@ -500,18 +505,24 @@ async def test_a_commit_has_a_deadline(here, servers, monkeypatch, caplog):
 
 
 async def test_who_cannot_ask_for_the_log_s_end_grows_stale(here, servers):
+    at = now_ms()
+    await here.publish([(u, payment(u, u, at), at) for u in USERS])
     async with running(one := here.consumer()):
         await drained(here, one)
+        known = await here.certain(1000, at)
 
         async def stale():
-            return "stale" in (await here.read(1000, now_ms())).degraded
+            return (found := await here.read(1000, at)).degraded and found
 
         servers.kafka.kill(signal.SIGSTOP)
         try:
-            await until(stale, "the answers are stale", 15)
+            told = await until(stale, "the answers are doubted", 15)
+            assert (told.degraded, told.stats) == (("stale",), known.stats)
+            assert {s.state for s in one.states().values()} == {"live"}
         finally:
             servers.kafka.kill(signal.SIGCONT)
         await drained(here, one)
+        assert (await here.certain(1000, at)).stats == known.stats
 
 
 async def test_a_replay_begins_early_enough_for_events_ahead_of_their_records(here):

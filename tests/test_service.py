@@ -1,5 +1,6 @@
 """The whole service in its own process, on real servers, under real signals."""
 
+import itertools
 import json
 import os
 import random
@@ -142,12 +143,18 @@ async def test_two_workers_share_the_partitions_and_one_of_them_produces(environ
             health = running.health()
             if health and health["status"] == "ready":
                 owned.add(frozenset(health["partitions"]))
-            return len(owned) > 1 and set().union(*owned) == {"0", "1", "2", "3"}
+            pairs = itertools.combinations(filter(None, owned), 2)
+            return any(one ^ other == one | other == {"0", "1", "2", "3"} for one, other in pairs)
 
-        running.wait(shared, "both workers own partitions")
+        def producing():
+            return running.written().count('"action":"producer_starts"')
+
+        running.wait(shared, "both workers own partitions, and none of them the same")
+        running.wait(producing, "one worker produces")
         running.wait(
             lambda: running.predict(1005).json().get("degraded") == [], "predictions are sound"
         )
+        assert producing() == 1
 
 
 async def test_parts_run_apart(quiet):

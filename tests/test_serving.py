@@ -1,6 +1,7 @@
 """The decision path against a real Redis: counted once, alone or in company, never invented."""
 
 import asyncio
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -330,8 +331,23 @@ async def test_the_fence_of_a_prediction_is_the_row_s(served):
     assert (unknown.record.decision.row.fence, unknown.record.partition) == (None, None)
 
 
-async def test_latencies_are_measured(served):
+async def test_a_latency_is_told_from_the_arrival_on_and_by_its_stages(served, monkeypatch):
     await served.live()
-    await served.client.execute_command("CLIENT", "PAUSE", "50")
-    answer = await served.ask(user_id=1)
-    assert answer.retrieval_ms > 20
+    read, now_s = served.store.read, 1_000.0
+
+    async def in_30_ms(*arguments):
+        nonlocal now_s
+        found = await read(*arguments)
+        now_s += 0.03
+        return found
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s)
+    monkeypatch.setattr(served.store, "read", in_30_ms)
+    first = asyncio.create_task(served.ask(user_id=1))
+    await served.reading()
+    answers = await asyncio.gather(first, served.ask(user_id=2))
+    assert [answer.retrieval_ms for answer in answers] == [pytest.approx(30), pytest.approx(60)]
+    assert [answer.record.latency_ms for answer in answers] == [
+        {"wait": 0.0, "features": 30.0, "model": 0.0},
+        {"wait": 30.0, "features": 30.0, "model": 0.0},
+    ]
