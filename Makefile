@@ -4,10 +4,12 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3.14 python3; 
 BIN := .venv/bin
 LOCK := --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header -p 3.11
 
+# Tests wait more than they work, so there are more at a time than cores; each has servers of its own.
+WORKERS ?= 3
 CHAOS := $(EVENTS:%=--events %) $(KILLS:%=--kills %) $(SEED:%=--seed %)
 
 .DEFAULT_GOAL := help
-.PHONY: help run check test chaos bench train lock fmt clean
+.PHONY: help run check quick test chaos bench train lock fmt clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -28,8 +30,11 @@ check: .venv/.installed ## Format, lint, types, layers
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
-test: check ## Everything that must hold
-	$(BIN)/python -m pytest
+quick: check ## The same, and the tests that need no server, within a minute
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not servers"
+
+test: check ## Everything that must hold, within ten minutes; WORKERS=1
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 chaos: .venv/.installed ## Exactness under fire, about five minutes; EVENTS=1000000 KILLS=30 SEED=7
 	$(BIN)/python -m chaos $(CHAOS)
