@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from cerberus import features, scoring, transactions, window
+from cerberus import declared, features, scoring, transactions, window
 
 HTTP, STREAM = "http", "stream"
 VERSION = 1
@@ -280,11 +280,11 @@ def fence(prefix: features.Fence | None, partition: int | None) -> dict[str, int
 def show_features(row: features.FeatureRow, spans: Sequence[str]) -> dict[str, Any]:
     """Name the values as the API shows them; null where they could not be had."""
     shown: dict[str, Any] = {}
-    for i, span in enumerate(spans):
+    for i, (count, total) in enumerate(map(declared.of_window, spans)):
         stats = row.stats[i] if row.stats is not None else None
-        shown[f"txn_count_{span}"] = stats.count if stats else None
-        shown[f"total_amount_{span}"] = stats.total_minor / 100 if stats else None
-    shown["credit_score"] = row.credit_score
+        shown[count.public] = stats.count if stats else None
+        shown[total.public] = stats.total_minor / 100 if stats else None
+    shown[declared.CREDIT_SCORE.public] = row.credit_score
     return shown
 
 
@@ -296,15 +296,15 @@ def read_features(
     Returns:
         The names of the windows, increasing; their stats; the credit score.
     """
-    names = [name[len("txn_count_") :] for name in shown if name.startswith("txn_count_")]
-    spans = tuple(sorted(names, key=lambda name: window.Spans((name,)).longest_ms))
+    spans = declared.spans_shown(shown)
+    windows = [declared.of_window(span) for span in spans]
     stats = None
-    if all(shown[f"txn_count_{span}"] is not None for span in spans):
+    if all(shown[count.public] is not None for count, _ in windows):
         stats = tuple(
-            window.WindowStats(shown[f"txn_count_{s}"], round(shown[f"total_amount_{s}"] * 100))
-            for s in spans
+            window.WindowStats(shown[count.public], round(shown[total.public] * 100))
+            for count, total in windows
         )
-    return spans, stats, shown["credit_score"]
+    return spans, stats, shown[declared.CREDIT_SCORE.public]
 
 
 def of_transaction(transaction: transactions.Transaction) -> uuid.UUID:

@@ -20,10 +20,10 @@ from typing import Any
 
 import yaml
 
-from cerberus import errors, feast_layout, online, pools, settings
+from cerberus import declared, errors, feast_layout, online, pools, settings
 
 REPO = pathlib.Path(__file__).parent.parent / "feature_repo"
-_SERVED = (online.STATS_VIEW, online.WINDOW_VIEW, online.CREDIT_VIEW)
+_SERVED = (declared.STATS_VIEW, declared.WINDOW_VIEW, declared.CREDIT_VIEW)
 _TYPES = {"Int64", "Float64", "Bytes"}
 _BATCH_ROWS = 10_000
 # Feast leaves no other way to set an option of its sessions: it writes "-c search_path=", this
@@ -190,7 +190,7 @@ def materialize(config: settings.Settings, now_ms: int) -> Loaded:
             start = begin if lost else oldest and oldest[0]
             if start:
                 with contextlib.redirect_stdout(sys.stderr):
-                    store.materialize(start, end, [online.CREDIT_VIEW])
+                    store.materialize(start, end, [declared.CREDIT_VIEW])
             if not asyncio.run(_finish(config)):
                 raise errors.StoreUnavailable("Redis was emptied during the load; load again")
             stamped = connection.execute(
@@ -205,10 +205,10 @@ def _credit_view(store: Any, config: settings.Settings) -> Any:
     import feast.errors
 
     try:
-        return store.get_feature_view(online.CREDIT_VIEW)
+        return store.get_feature_view(declared.CREDIT_VIEW)
     except feast.errors.FeatureViewNotFoundException:
         apply(config)
-        return store.get_feature_view(online.CREDIT_VIEW)
+        return store.get_feature_view(declared.CREDIT_VIEW)
 
 
 async def _begin(config: settings.Settings, now_ms: int) -> bool:

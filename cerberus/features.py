@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from cerberus import transactions, window
+from cerberus import declared, transactions, window
 
 RECENT_EVENTS = 256
 TILES_A_SPAN = 600
@@ -351,33 +351,22 @@ def _stats(
     return tuple(result), approximate
 
 
-def names(spans: Sequence[str]) -> tuple[str, ...]:
-    """Return the model's inputs in order: two a span, then `credit_score` and `amount`."""
-    return (
-        *(f"{kind}_{span}" for span in spans for kind in ("transaction_count", "total_amount")),
-        "credit_score",
-        "amount",
-    )
-
-
 def matrix(rows: Sequence[FeatureRow], spans: Sequence[str]) -> npt.NDArray[np.float32]:
     """Lay rows out for the model: missing is NaN, never zero; amounts are in major units.
 
     Returns:
-        Shape (len(rows), len(names(spans))), float32, C-contiguous, columns as in `names`.
+        Shape (len(rows), inputs), float32, C-contiguous, columns as in `declared.inputs`.
     """
     nan = float("nan")
-    blank = (nan, nan) * len(spans)
+    streamed = len(declared.OfWindow._fields) * len(spans)
+    unknown = [nan] * streamed
     table = [
         (
-            *(
-                blank
-                if row.stats is None
-                else [v for s in row.stats for v in (s.count, s.total_minor / 100)]
-            ),
+            *(unknown if row.stats is None else declared.values(row.stats)),
             nan if row.credit_score is None else row.credit_score,
             nan if row.amount_minor is None else row.amount_minor / 100,
         )
         for row in rows
     ]
-    return np.array(table, dtype=np.float32).reshape(len(rows), len(spans) * 2 + 2)
+    width = streamed + len(declared.BATCH) + len(declared.REQUEST)
+    return np.array(table, dtype=np.float32).reshape(len(rows), width)

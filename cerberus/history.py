@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from cerberus import datafiles, features, labels, months, offline, pools, transactions, window
+from cerberus import datafiles, declared, labels, months, offline, pools, transactions, window
 
 _STATEMENT_S = 600
 _LAST_RANK = 999
@@ -147,13 +147,14 @@ class History:
     def __init__(self, pool: asyncpg.Pool, spans: window.Spans) -> None:
         self._pool = pool
         self._months: set[datetime.datetime] = set()
-        columns = features.names(spans.names)[: 2 * len(spans.names)]
+        columns = declared.names(declared.streamed(spans.names))
         values: list[str] = []
         windows: list[str] = []
-        for i, (count, total) in enumerate(zip(columns[::2], columns[1::2], strict=True)):
+        for i, (count, total) in enumerate(map(declared.of_window, spans.names)):
             values += (
-                f"count(*) OVER w{i} - of_ms + rank + 1 AS {count}",
-                f"(sum(amount_minor) OVER w{i} - total_of_ms + until_it)::float8 / 100 AS {total}",
+                f"count(*) OVER w{i} - of_ms + rank + 1 AS {count.name}",
+                f"(sum(amount_minor) OVER w{i} - total_of_ms + until_it)::float8 / 100 "
+                f"AS {total.name}",
             )
             windows.append(
                 f"w{i} AS (PARTITION BY user_id ORDER BY event_ms "

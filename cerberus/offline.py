@@ -16,6 +16,7 @@ import asyncpg
 from cerberus import (
     accuracy,
     decisions,
+    declared,
     features,
     label_store,
     labels,
@@ -145,13 +146,12 @@ class OfflineStore:
         self.ledger = ledger.Ledger(pool)
         self.labels = label_store.LabelStore(pool)
         self.accuracy = accuracy.Accuracy(pool)
-        columns = features.names(spans)[: 2 * len(spans)]
-        kinds = ("bigint", "double precision") * len(spans)
-        self._span_columns = dict(zip(columns, kinds, strict=True))
+        columns = {each.name: each.kind.sql for each in declared.streamed(spans)}
+        self._span_columns = columns
         self._write_stats = _WRITE_STATS.format(
             columns=", ".join(columns),
             values=", ".join(f"v{i}" for i in range(len(columns))),
-            arrays=", ".join(f"${i + 5}::{kind}[]" for i, kind in enumerate(kinds)),
+            arrays=", ".join(f"${i + 5}::{kind}[]" for i, kind in enumerate(columns.values())),
             updates=", ".join(f"{column} = excluded.{column}" for column in columns),
         )
 
@@ -390,5 +390,5 @@ def _transaction_row(
 
 
 def _stats_row(fact: StatsFact) -> tuple[Any, ...]:
-    values = [v for s in fact.stats for v in (s.count, s.total_minor / 100)]
-    return (fact.user_id, fact.event_us, fact.fence.epoch, fact.fence.offset, *values)
+    place = (fact.user_id, fact.event_us, fact.fence.epoch, fact.fence.offset)
+    return (*place, *declared.values(fact.stats))

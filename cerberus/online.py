@@ -12,12 +12,13 @@ import struct
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import redis.asyncio
 import redis.exceptions
 
 from cerberus import (
+    declared,
     errors,
     feast_layout,
     features,
@@ -26,7 +27,6 @@ from cerberus import (
     window,
 )
 
-STATS_VIEW, WINDOW_VIEW, CREDIT_VIEW = "user_transaction_stats", "user_window", "user_credit"
 MATERIALIZED = "cerberus:{materialized}"  # in braces: what a cluster's keys are placed by
 LOADING = f"{MATERIALIZED}:loading"
 _T = TypeVar("_T")
@@ -101,6 +101,16 @@ class Trail:
 _NO_TRAILS: Mapping[int, Trail] = types.MappingProxyType({})
 
 
+class _Hash(NamedTuple, Generic[_T]):
+    """What is read of a user's hash: the names of its fields, or their values."""
+
+    window: _T
+    window_at: _T
+    credit: _T
+    credit_at: _T
+    split_ms: _T
+
+
 @dataclass(frozen=True, slots=True)
 class StreamRow:
     """One user's row to write: the packed window and its aggregates as of the fence."""
@@ -136,10 +146,10 @@ class OnlineStore:
         spans: window.Spans,
         topic: str,
     ) -> None:
-        streamed = set(features.names(spans.names)[: 2 * len(spans.names)])
+        streamed = declared.names(declared.streamed(spans.names))
         if (
-            plan.schema.get(STATS_VIEW, {}).keys() != streamed
-            or plan.ttl_ms.get(WINDOW_VIEW) != spans.keep_ms
+            plan.schema.get(declared.STATS_VIEW, {}).keys() != set(streamed)
+            or plan.ttl_ms.get(declared.WINDOW_VIEW) != spans.keep_ms
         ):
             raise errors.ModelMismatch(
                 "the feature plan beside the model is not for windows "
@@ -151,22 +161,17 @@ class OnlineStore:
         self._plan = plan
         self._spans = spans
         self._partitions_key = f"cerberus:partitions:{topic}"
-        self._recent = feast_layout.field(WINDOW_VIEW, "recent")
-        self._credit = feast_layout.field(CREDIT_VIEW, "credit_score")
-        self._ts = {v: feast_layout.ts_field(v) for v in (STATS_VIEW, WINDOW_VIEW, CREDIT_VIEW)}
-        self._read_fields = (
-            self._recent,
-            self._ts[WINDOW_VIEW],
-            self._credit,
-            self._ts[CREDIT_VIEW],
-            b"cerberus:split",
+        self._fields = _Hash(
+            window=feast_layout.field(declared.WINDOW_VIEW, "recent"),
+            window_at=feast_layout.ts_field(declared.WINDOW_VIEW),
+            credit=feast_layout.field(declared.CREDIT_VIEW, declared.CREDIT_SCORE.name),
+            credit_at=feast_layout.ts_field(declared.CREDIT_VIEW),
+            split_ms=b"cerberus:split",
         )
         self._trails = map(f"{secrets.token_hex(8)}:{{}}".format, itertools.count())
+        self._stats_at = feast_layout.ts_field(declared.STATS_VIEW)
         self._stat_fields = [
-            (
-                feast_layout.field(STATS_VIEW, f"transaction_count_{span}"),
-                feast_layout.field(STATS_VIEW, f"total_amount_{span}"),
-            )
+            [feast_layout.field(each.view, each.name) for each in declared.of_window(span)]
             for span in spans.names
         ]
 
@@ -183,7 +188,7 @@ class OnlineStore:
         pipe = self._client.pipeline(transaction=False)
         pipe.hgetall(self._partitions_key)
         for user_id in user_ids:
-            pipe.hmget(self._key(user_id), self._read_fields)
+            pipe.hmget(self._key(user_id), self._fields)
         found, *hashes = await pools.answers(pipe.execute(), timeout_s)
         states = self._told(found)
         count = int(found.get(b"count", 0))
@@ -194,17 +199,18 @@ class OnlineStore:
             if state is not None and state.count not in (0, count):
                 state = None  # who owned it before does not know who has moved there
             # One user's broken value must not take the batch's other users with it.
-            recent, broken_window = _readable(self._alive_window, values, now_ms)
-            credit_score, broken_credit = _readable(self._alive_credit, values, now_ms)
+            stored: _Hash[bytes | None] = _Hash(*values)
+            recent, broken_window = _readable(self._window, stored.window, stored.window_at, now_ms)
+            score, broken_score = _readable(self._score, stored.credit, stored.credit_at, now_ms)
             rows.append(
                 features.OnlineRow(
                     user_id=user_id,
                     recent=recent,
-                    credit_score=credit_score,
+                    credit_score=score,
                     partition=home,
                     state=state,
-                    unreadable=("recent",) * broken_window + ("credit_score",) * broken_credit,
-                    split_ms=int(values[4] or 0),
+                    unreadable=("recent",) * broken_window + ("credit_score",) * broken_score,
+                    split_ms=int(stored.split_ms or 0),
                 )
             )
         return rows
@@ -223,12 +229,12 @@ class OnlineStore:
         pipe = self._client.pipeline(transaction=False)
         pipe.get(MATERIALIZED)
         for user_id in user_ids:
-            pipe.hmget(self._key(user_id), (self._credit, self._ts[CREDIT_VIEW]))
+            pipe.hmget(self._key(user_id), (self._fields.credit, self._fields.credit_at))
         pipe.get(MATERIALIZED)
         before, *values, after = await pools.answers(pipe.execute())
         scores = {
-            user_id: _readable(self._alive_credit, (None, None, *pair), now_ms)[0]
-            for user_id, pair in zip(user_ids, values, strict=True)
+            user_id: _readable(self._score, score, at, now_ms)[0]
+            for user_id, (score, at) in zip(user_ids, values, strict=True)
         }
         return scores, before is not None and after is not None
 
@@ -376,18 +382,16 @@ class OnlineStore:
     def _key(self, user_id: int) -> bytes:
         return feast_layout.entity_key(user_id, self._plan.project)
 
-    def _alive_window(self, values: Sequence[bytes | None], now_ms: int) -> features.Recent | None:
-        value, stamp = values[0], values[1]
-        if not value or not stamp or not self._plan.alive(WINDOW_VIEW, stamp, now_ms):
+    def _window(self, value: bytes | None, at: bytes | None, now_ms: int) -> features.Recent | None:
+        if not value or not at or not self._plan.alive(declared.WINDOW_VIEW, at, now_ms):
             return None
         packed = feast_layout.decode(value)
         if not isinstance(packed, bytes):
             raise ValueError(f"recent: {type(packed).__name__} instead of bytes")
         return features.unpack(packed, self._spans)
 
-    def _alive_credit(self, values: Sequence[bytes | None], now_ms: int) -> int | None:
-        value, stamp = values[2], values[3]
-        if not value or not stamp or not self._plan.alive(CREDIT_VIEW, stamp, now_ms):
+    def _score(self, value: bytes | None, at: bytes | None, now_ms: int) -> int | None:
+        if not value or not at or not self._plan.alive(declared.CREDIT_VIEW, at, now_ms):
             return None
         score = feast_layout.decode(value)
         return score if isinstance(score, int) else None
@@ -395,13 +399,13 @@ class OnlineStore:
     def _row_arguments(self, row: StreamRow) -> list[bytes | int | str]:
         stamp = feast_layout.encode_timestamp(row.fence.as_of_ms * 1000)
         pairs: list[bytes | int | str] = [
-            self._recent,
+            self._fields.window,
             *row.fence,
-            self._recent,
+            self._fields.window,
             feast_layout.encode_bytes(row.recent),
-            self._ts[WINDOW_VIEW],
+            self._fields.window_at,
             stamp,
-            self._ts[STATS_VIEW],
+            self._stats_at,
             stamp,
         ]
         for (count_field, total_field), stats in zip(self._stat_fields, row.stats, strict=True):
@@ -411,12 +415,13 @@ class OnlineStore:
 
 
 def _readable(
-    read: Callable[[Sequence[bytes | None], int], _T | None],
-    values: Sequence[bytes | None],
+    read: Callable[[bytes | None, bytes | None, int], _T | None],
+    value: bytes | None,
+    at: bytes | None,
     now_ms: int,
 ) -> tuple[_T | None, bool]:
-    """Read a value; the flag says that it is there and broken."""
+    """Read a value and its time; the flag says that it is there and broken."""
     try:
-        return read(values, now_ms), False
+        return read(value, at, now_ms), False
     except _UNREADABLE:
         return None, True

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cerberus import labels, transactions
+from cerberus import declared, labels, transactions
 
 TIME: dict[str, Any] = {
     "type": "string",
@@ -56,12 +56,12 @@ def object_of(required: Mapping[str, Any], **optional: Any) -> dict[str, Any]:
 
 
 def _features(spans: Sequence[str]) -> dict[str, Any]:
-    features: dict[str, Any] = {}
-    for span in spans:
-        features[f"txn_count_{span}"] = {"type": ["integer", "null"], "minimum": 0}
-        features[f"total_amount_{span}"] = {"type": ["number", "null"], "minimum": 0}
-    features["credit_score"] = {"type": ["integer", "null"]}
-    return object_of(features) | {"description": "null: could not be had, never 0"}
+    values: dict[str, Any] = {
+        each.public: {"type": [each.kind.json, "null"], "minimum": 0}
+        for each in declared.streamed(spans)
+    }
+    values |= {each.public: {"type": [each.kind.json, "null"]} for each in declared.BATCH}
+    return object_of(values) | {"description": "null: could not be had, never 0"}
 
 
 def _served(spans: Sequence[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import orjson
 import xgboost
 
-from cerberus import errors, features, policy, settings
+from cerberus import declared, errors, features, policy, settings
 
 FRAUD, LEGIT = "FRAUD", "LEGIT"
 
@@ -236,8 +236,8 @@ def _mismatches(manifest: Manifest, content: bytes, spans: Sequence[str]) -> Ite
             f"it was trained on windows {','.join(map(str, manifest.spans))}, "
             f"CERBERUS_SPANS says {','.join(spans)}"
         )
-    if manifest.features != features.names(spans):
-        yield f"its inputs are {manifest.features}, not {features.names(spans)}"
+    if manifest.features != (inputs := declared.names(declared.inputs(spans))):
+        yield f"its inputs are {manifest.features}, not {inputs}"
     if manifest.dtypes != ("float32",) * len(manifest.features):
         yield "its inputs must all be float32"
     if not _is_platt(manifest.calibrator):

@@ -26,7 +26,16 @@ import numpy.typing as npt
 import orjson
 import xgboost
 
-from cerberus import features, partition, scoring, settings, synthetic, transactions, window
+from cerberus import (
+    declared,
+    features,
+    partition,
+    scoring,
+    settings,
+    synthetic,
+    transactions,
+    window,
+)
 
 PARAMETERS: dict[str, Any] = {
     "objective": "binary:logistic",
@@ -238,24 +247,29 @@ def _cuts(fraud: Bools, score: Floats) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Rows as the model sees them. Shape: inputs (n, features) float32, fraud (n,)."""
+    """Rows as the model sees them. Shape: inputs (n, names) float32, fraud (n,)."""
 
+    names: Sequence[str]
     inputs: npt.NDArray[np.float32]
     fraud: Bools
 
     @classmethod
     def of(cls, drawn: Sequence[Example], spans: Sequence[str]) -> "_Part":
+        names = declared.names(declared.inputs(spans))
         inputs = features.matrix([example.row for example in drawn], spans)
-        return cls(inputs, np.array([example.fraud for example in drawn]))
+        return cls(names, inputs, np.array([example.fraud for example in drawn]))
+
+    def columns(self, names: Sequence[str]) -> npt.NDArray[np.float32]:
+        return self.inputs.take([self.names.index(name) for name in names], axis=1)
 
     @property
     def in_hand(self) -> Bools:
-        return ~np.isnan(self.inputs[:, -1])
+        return ~np.isnan(self.columns([declared.AMOUNT.name])[:, 0])
 
 
 @dataclass(frozen=True, slots=True)
 class _Fitted:
-    """A calibrated model on the last `len(names)` inputs."""
+    """A calibrated model on the inputs `names`."""
 
     names: Sequence[str]
     booster: xgboost.Booster
@@ -264,16 +278,16 @@ class _Fitted:
 
     @classmethod
     def fit(cls, names: Sequence[str], rows: _Part, calibration: _Part, seed: int) -> "_Fitted":
-        inputs = rows.inputs[:, -len(names) :]
-        table = xgboost.DMatrix(inputs, rows.fraud, feature_names=list(names), nthread=1)
+        table = xgboost.DMatrix(
+            rows.columns(names), rows.fraud, feature_names=list(names), nthread=1
+        )
         booster = xgboost.train(PARAMETERS | {"seed": seed}, table, ROUNDS)
         margin = cls(names, booster).margin(calibration)
         return cls(names, booster, *scoring.platt(calibration.fraud, margin))
 
     def margin(self, part: _Part) -> Floats:
-        inputs = part.inputs[:, -len(self.names) :]
         margin: npt.NDArray[np.float32] = self.booster.inplace_predict(
-            inputs, predict_type="margin", validate_features=False
+            part.columns(self.names), predict_type="margin", validate_features=False
         )
         return margin.astype(np.float64)
 
@@ -298,13 +312,13 @@ def train(plan: Plan, path: pathlib.Path, say: Callable[[str], object] = print) 
     Cost: about 10 s with the default plan; a minute with a window of a day.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = features.names(plan.spans)
+    names = declared.names(declared.inputs(plan.spans))
     say(f"simulating {plan.sample} of {plan.users} users, windows {','.join(plan.spans)}")
     drawn = list(examples(plan))
     times_ms = [example.row.as_of_ms for part in drawn for example in part]
     rows, calibration, test = (_Part.of(part, plan.spans) for part in drawn)
     model = _Fitted.fit(names, rows, calibration, plan.seed)
-    amount_only = _Fitted.fit(names[-1:], rows, calibration, plan.seed)
+    amount_only = _Fitted.fit([declared.AMOUNT.name], rows, calibration, plan.seed)
     in_hand = calibration.in_hand
     content = bytes(model.booster.save_raw("json"))
     manifest = scoring.Manifest(

@@ -15,9 +15,9 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import NewPartitions
 
 from cerberus import (
+    declared,
     feast_layout,
     feature_store,
-    features,
     kafka,
     offline,
     online,
@@ -253,11 +253,15 @@ def pin_model(config: settings.Settings, spans: window.Spans) -> feast_layout.Pl
     plan = feast_layout.Plan(
         project=feast_layout.PROJECT,
         ttl_ms={
-            online.WINDOW_VIEW: spans.keep_ms,
-            online.STATS_VIEW: spans.keep_ms,
-            online.CREDIT_VIEW: 30 * 86_400_000,
+            declared.WINDOW_VIEW: spans.keep_ms,
+            declared.STATS_VIEW: spans.keep_ms,
+            declared.CREDIT_VIEW: 30 * 86_400_000,
         },
-        schema={online.STATS_VIEW: dict.fromkeys(features.names(config.spans)[:-2], "")},
+        schema={
+            declared.STATS_VIEW: {
+                each.name: each.kind.feast for each in declared.streamed(config.spans)
+            }
+        },
     )
     config.plan_path.write_bytes(plan.pack())
     return plan

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cerberus import feast_layout, features, kafka, online
+from cerberus import declared, feast_layout, features, kafka
 from chaos import cluster, oracle
 
 RULES = oracle.Rules()
 Log = Mapping[int, oracle.Partition]
-_AGGREGATES = ("transaction_count", "total_amount")
+_WINDOW = declared.of_window("20s")
 
 
 @dataclass(slots=True)
@@ -105,8 +105,8 @@ async def _decided(
     _each("decision", {k: v for k, v in decisions.items() if k not in asked}, streamed, found)
     rows = await target.pool.fetch(
         "SELECT user_id, (extract(epoch FROM event_timestamp) * 1000000)::bigint, "
-        "transaction_count_20s, round(total_amount_20s * 100)::bigint, log_offset "
-        "FROM user_transaction_stats"
+        f"{_WINDOW.transaction_count.name}, round({_WINDOW.total_amount.name} * 100)::bigint, "
+        "log_offset FROM user_transaction_stats"
     )
     _each("history row", history, {tuple(r)[:2]: tuple(r)[2:] for r in rows}, found)
     told = await published(target)
@@ -169,8 +169,12 @@ def _each(kind: str, expected: dict[Any, set[Any]], got: dict[Any, Any], found: 
 
 def shown(values: Mapping[str, Any]) -> tuple[int, int]:
     """Read count and cents as the API shows them; -1 where they could not be had."""
-    total = values["total_amount_20s"]
-    return (-1, -1) if total is None else (values["txn_count_20s"], round(total * 100))
+    total = values[_WINDOW.total_amount.public]
+    return (
+        (-1, -1)
+        if total is None
+        else (values[_WINDOW.transaction_count.public], round(total * 100))
+    )
 
 
 async def _dead_letters(
@@ -227,7 +231,7 @@ def packed(part: oracle.Partition, user_id: int, recent: features.Recent) -> tup
 
 
 async def _aggregates(target: cluster.Cluster, user_id: int) -> tuple[Any, int]:
-    names = [feast_layout.field(online.STATS_VIEW, f"{name}_20s") for name in _AGGREGATES]
+    names = [feast_layout.field(each.view, each.name) for each in _WINDOW]
     key = feast_layout.entity_key(user_id, feast_layout.PROJECT)
     values: Iterator[Any] = map(feast_layout.decode, await target.redis.hmget(key, names))
     count, total = values

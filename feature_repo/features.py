@@ -18,25 +18,27 @@ from feast.types import Bytes, Float64, Int64
 REPO = pathlib.Path(__file__).parent
 sys.path.append(str(REPO.parent))  # here, by hand, the package is not on the path
 
-from cerberus import features, online, window  # noqa: E402
+from cerberus import declared, window  # noqa: E402
 
 spans = window.Spans(**yaml.safe_load((REPO / "feature_store.yaml").read_text())["window"])
 stream_ttl = datetime.timedelta(milliseconds=spans.keep_ms)
-*stream_names, credit_name, _ = features.names(spans.names)
-stream_types = (Int64, Float64) * len(spans.names)
+types = {declared.INTEGER: Int64, declared.NUMBER: Float64}
 
 user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
 user_id = Field(name="user_id", dtype=Int64)
 
+
+def field(feature: declared.Feature) -> Field:
+    """Say a declared feature in Feast's terms."""
+    return Field(name=feature.name, dtype=types[feature.kind])
+
+
 user_transaction_stats = FeatureView(
-    name=online.STATS_VIEW,
+    name=declared.STATS_VIEW,
     description="Count and total of each window as of the user's last transaction, itself included",
     entities=[user],
     ttl=stream_ttl,
-    schema=[
-        user_id,
-        *(Field(name=n, dtype=t) for n, t in zip(stream_names, stream_types, strict=True)),
-    ],
+    schema=[user_id, *map(field, declared.streamed(spans.names))],
     source=PushSource(
         name="user_transaction_stats_stream",
         batch_source=PostgreSQLSource(
@@ -49,7 +51,7 @@ user_transaction_stats = FeatureView(
 )
 
 user_window = FeatureView(
-    name=online.WINDOW_VIEW,
+    name=declared.WINDOW_VIEW,
     description="The packed window that decisions are computed from; it has no history",
     entities=[user],
     ttl=stream_ttl,
@@ -69,11 +71,11 @@ user_window = FeatureView(
 )
 
 user_credit = FeatureView(
-    name=online.CREDIT_VIEW,
+    name=declared.CREDIT_VIEW,
     description="The credit score, 300 to 850, loaded by `python -m cerberus materialize`",
     entities=[user],
     ttl=datetime.timedelta(days=30),
-    schema=[user_id, Field(name=credit_name, dtype=Int64)],
+    schema=[user_id, *map(field, declared.BATCH)],
     source=PostgreSQLSource(
         name="credit_scores",
         table="credit_scores",

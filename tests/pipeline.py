@@ -15,6 +15,7 @@ from cerberus import (
     claims,
     consumer,
     decision_log,
+    declared,
     feast_layout,
     features,
     kafka,
@@ -187,7 +188,7 @@ def trained(environ, directory, spans):
     training.train(training.Plan(spans=spans, events=3_000), model_path, lambda line: None)
     keep_ms = window.Spans(spans).keep_ms
     views = {"user_window": keep_ms, "user_transaction_stats": keep_ms, "user_credit": 0}
-    schema = {"user_transaction_stats": dict.fromkeys(features.names(spans)[:4], "")}
+    schema = {declared.STATS_VIEW: dict.fromkeys(declared.names(declared.streamed(spans)), "")}
     plan = feast_layout.Plan("cerberus", views, schema)
     (directory / "feature_plan.json").write_bytes(plan.pack())
     return environ | {"CERBERUS_SPANS": ",".join(spans), "CERBERUS_MODEL": str(model_path)}

@@ -10,6 +10,7 @@ import redis
 from cerberus import (
     claims,
     decision_log,
+    declared,
     feast_layout,
     features,
     metrics,
@@ -151,7 +152,7 @@ class Served:
 
     async def credit(self, user_id, score, at_ms=NOW_MS):
         """Write a credit score as Feast's materialization does."""
-        view = online.CREDIT_VIEW
+        view = declared.CREDIT_VIEW
         await self.client.hset(
             feast_layout.entity_key(user_id, feast_layout.PROJECT),
             mapping={

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from feast_rig import CREDIT_TTL_MS, NOW_MS, stream_rows, utc
 
-from cerberus import errors, feast_layout, feature_store, online
+from cerberus import declared, errors, feast_layout, feature_store
 
 DAY_MS = 86_400_000
 
@@ -53,8 +53,8 @@ def test_we_read_what_feast_loads_and_history_says_since_when(rig):
     assert rig.read(1).credit_score == 611
     assert rig.feast_reads([1, 2])["credit_score"] == [611, 620]
     assert rig.redis.hgetall(feast_layout.entity_key(1, feast_layout.PROJECT)) == {
-        feast_layout.field(online.CREDIT_VIEW, "credit_score"): feast_layout.encode_int64(611),
-        feast_layout.ts_field(online.CREDIT_VIEW): feast_layout.encode_timestamp(
+        feast_layout.field(declared.CREDIT_VIEW, "credit_score"): feast_layout.encode_int64(611),
+        feast_layout.ts_field(declared.CREDIT_VIEW): feast_layout.encode_timestamp(
             (NOW_MS - DAY_MS) * 1000
         ),
     }

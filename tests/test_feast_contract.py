@@ -10,7 +10,7 @@ from feast_rig import CREDIT_TTL_MS, NOW_MS, SPANS, frame, stream_rows, utc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerberus import feast_layout, features, online
+from cerberus import declared, feast_layout, features
 
 int64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -85,8 +85,8 @@ def stream_frames(rows):
     ]
     recent = [{"recent": row.recent} for row in rows]
     return {
-        online.STATS_VIEW: frame([a | b for a, b in zip(at, stats, strict=True)]),
-        online.WINDOW_VIEW: frame([a | b for a, b in zip(at, recent, strict=True)]),
+        declared.STATS_VIEW: frame([a | b for a, b in zip(at, stats, strict=True)]),
+        declared.WINDOW_VIEW: frame([a | b for a, b in zip(at, recent, strict=True)]),
     }
 
 
@@ -109,9 +109,9 @@ def test_feast_reads_what_we_write(rig):
 def test_we_read_what_feast_is_pushed(rig):
     rows = stream_rows(12, seed=2)
     frames = stream_frames(rows)
-    rig.store.push("user_window_stream", frames[online.WINDOW_VIEW])
-    rig.store.push("user_transaction_stats_stream", frames[online.STATS_VIEW])
-    count = feast_layout.field(online.STATS_VIEW, "transaction_count_10m")
+    rig.store.push("user_window_stream", frames[declared.WINDOW_VIEW])
+    rig.store.push("user_transaction_stats_stream", frames[declared.STATS_VIEW])
+    count = feast_layout.field(declared.STATS_VIEW, "transaction_count_10m")
     for row in rows:
         recent, wanted = rig.read(row.user_id).recent, features.unpack(row.recent, SPANS)
         assert recent.fence == row.fence
@@ -138,7 +138,7 @@ def test_feast_serves_what_has_expired_and_we_do_not(rig):
     (row,) = stream_rows(1, seed=4)
     rig.online(lambda store: store.write([row]))
     score = {"credit_score": 700, "event_timestamp": utc(), "created_timestamp": utc()}
-    rig.store.write_to_online_store(online.CREDIT_VIEW, frame([{"user_id": row.user_id} | score]))
+    rig.store.write_to_online_store(declared.CREDIT_VIEW, frame([{"user_id": row.user_id} | score]))
     for ttl_ms, part in ((SPANS.keep_ms, "recent"), (CREDIT_TTL_MS, "credit_score")):
         assert getattr(rig.read(row.user_id, NOW_MS + ttl_ms), part) is not None
         assert getattr(rig.read(row.user_id, NOW_MS + ttl_ms + 1), part) is None

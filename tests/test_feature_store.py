@@ -7,7 +7,7 @@ import sys
 import feast_rig
 import pytest
 
-from cerberus import errors, feast_layout, feature_store, features, online, pools, settings, window
+from cerberus import declared, errors, feast_layout, feature_store, pools, settings, window
 
 LOOPBACK = {
     "KAFKA_BROKER": "127.0.0.1:9092",
@@ -46,23 +46,23 @@ def test_the_definitions_follow_the_window_definition(tmp_path, spans):
     module = feast_rig.load(feast_rig.repo(environ, tmp_path))
     plan = feast_rig.compiled(module)
     kept = window.Spans(tuple(spans.split(",")), 7_000, 60_000)
-    *streamed, credit, _ = features.names(kept.names)
+    streamed = declared.names(declared.streamed(kept.names))
     types = {name: "Int64" if "count" in name else "Float64" for name in streamed}
     assert plan == feast_layout.Plan(
         project=feast_layout.PROJECT,
         ttl_ms={
-            online.STATS_VIEW: kept.keep_ms,
-            online.WINDOW_VIEW: kept.keep_ms,
-            online.CREDIT_VIEW: feast_rig.CREDIT_TTL_MS,
+            declared.STATS_VIEW: kept.keep_ms,
+            declared.WINDOW_VIEW: kept.keep_ms,
+            declared.CREDIT_VIEW: feast_rig.CREDIT_TTL_MS,
         },
         schema={
-            online.STATS_VIEW: types,
-            online.WINDOW_VIEW: {"recent": "Bytes"},
-            online.CREDIT_VIEW: {credit: "Int64"},
+            declared.STATS_VIEW: types,
+            declared.WINDOW_VIEW: {"recent": "Bytes"},
+            declared.CREDIT_VIEW: {declared.CREDIT_SCORE.name: "Int64"},
         },
     )
     served = [p.name for p in module.fraud_model.feature_view_projections]
-    assert served == [online.STATS_VIEW, online.CREDIT_VIEW]
+    assert served == [declared.STATS_VIEW, declared.CREDIT_VIEW]
 
 
 def colliding_names(view):
@@ -87,7 +87,7 @@ def test_what_the_fast_path_cannot_serve_is_refused(tmp_path):
 
     def refusal(entities, **schema):
         view = feast.FeatureView(
-            name=online.CREDIT_VIEW,
+            name=declared.CREDIT_VIEW,
             entities=entities,
             schema=[feast.Field(name=name, dtype=dtype) for name, dtype in schema.items()],
             source=credit.batch_source,
@@ -110,7 +110,7 @@ def test_what_the_fast_path_cannot_serve_is_refused(tmp_path):
     assert "key must be" in refusal(
         [module.user, merchant], user_id=Int64, merchant=Int64, score=Int64
     )
-    one, other = colliding_names(online.CREDIT_VIEW)
+    one, other = colliding_names(declared.CREDIT_VIEW)
     assert f"user_credit:{other} hash to one field" in refusal(
         [module.user], user_id=Int64, **{one: Int64, other: Int64}
     )
@@ -206,8 +206,8 @@ def test_feast_apply_works_by_hand_and_again_after_the_windows_changed(environ, 
     config = settings.load(environ | {"CERBERUS_SPANS": "10m,1h"})
     assert "user_window" in feature_store.apply(config, directory)
     plan = feature_store.compile_plan(config)
-    assert "total_amount_1h" in plan.schema[online.STATS_VIEW]
-    assert plan.ttl_ms[online.WINDOW_VIEW] == 3_600_000 + feast_rig.SPANS.slack_ms
+    assert "total_amount_1h" in plan.schema[declared.STATS_VIEW]
+    assert plan.ttl_ms[declared.WINDOW_VIEW] == 3_600_000 + feast_rig.SPANS.slack_ms
 
 
 def test_a_store_that_does_not_answer_is_said_in_one_line(tmp_path):

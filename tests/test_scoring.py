@@ -15,6 +15,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from cerberus import (
+    decisions,
+    declared,
     errors,
     features,
     partition,
@@ -76,6 +78,28 @@ def test_what_is_missing_reaches_the_model_as_missing(batch):
     assert [d.score for d in MODEL.decide(batch)] == oracle.tolist()
 
 
+def test_each_value_stands_under_its_own_name():
+    spans = ("10m", "1h")
+    stats = (window.WindowStats(1, 250), window.WindowStats(3, 1_050))
+    row = features.FeatureRow(1, 0, stats, 700, 1_225)
+    [values] = features.matrix([row], spans).tolist()
+    assert dict(zip(declared.names(declared.inputs(spans)), values, strict=True)) == {
+        "transaction_count_10m": 1,
+        "total_amount_10m": 2.5,
+        "transaction_count_1h": 3,
+        "total_amount_1h": 10.5,
+        "credit_score": 700,
+        "amount": 12.25,
+    }
+    assert decisions.show_features(row, spans) == {
+        "txn_count_10m": 1,
+        "total_amount_10m": 2.5,
+        "txn_count_1h": 3,
+        "total_amount_1h": 10.5,
+        "credit_score": 700,
+    }
+
+
 def test_an_amount_that_is_missing_is_not_an_amount_of_zero():
     after_fraud = (window.WindowStats(1, 700_000),)
     alone, zero = MODEL.decide(
@@ -113,7 +137,7 @@ def test_platt_stays_finite_where_the_margin_separates(scale):
     assert probability == pytest.approx([1 / 952, 51 / 52], abs=1e-4)
 
 
-NAMES = features.names(("10m",))
+NAMES = declared.names(declared.inputs(("10m",)))
 
 
 def _small_model(path, names=NAMES, **changes):

@@ -216,9 +216,9 @@ async def test_an_unreadable_value_degrades_its_own_user_only(served):
     await served.stream(transaction("a", user_id=1), transaction("a", user_id=2))
     await served.credit(1, 700)
     key = served.store._key(1)
-    whole = await served.client.hget(key, served.store._recent)
+    whole = await served.client.hget(key, served.store._fields.window)
     for broken in (b"\x0a\x03abc", whole[:-1], b"\x0a", b"\xff\xff", whole[:9]):
-        await served.client.hset(key, served.store._recent, broken)
+        await served.client.hset(key, served.store._fields.window, broken)
         bad, good = await asyncio.gather(served.ask(user_id=1), served.ask(user_id=2))
         assert (values(bad), bad.record.decision.row.degraded) == (None, ("recent_unreadable",))
         assert bad.record.decision.row.credit_score == 700

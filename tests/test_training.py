@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cerberus import features, scoring, settings, synthetic, training, transactions
+from cerberus import declared, scoring, settings, synthetic, training, transactions
 
 SMALL = training.Plan(events=20_000)
 SPAN_MS = 600_000
@@ -218,7 +218,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(traine
 def test_what_is_trained_loads_and_its_manifest_says_where_it_comes_from(trained):
     path, manifest, _ = trained
     assert scoring.Model.load(path, ("10m",)).manifest == manifest
-    assert manifest.features == features.names(("10m",))
+    assert manifest.features == declared.names(declared.inputs(("10m",)))
     assert manifest.seed == SMALL.seed
     first, last = map(datetime.datetime.fromisoformat, manifest.data_range)
     assert first < last < first + datetime.timedelta(hours=4)
@@ -228,7 +228,7 @@ def test_more_windows_are_one_argument_more(tmp_path):
     path, spans = tmp_path / "model.json", ("10m", "1h")
     training.train(training.Plan(spans=spans, events=10_000), path, lambda line: None)
     model = scoring.Model.load(path, spans)
-    assert model.manifest.features == features.names(spans)
+    assert model.manifest.features == declared.names(declared.inputs(spans))
 
 
 def test_the_measures_stand_beside_an_amount_only_baseline_and_say_what_they_measure(trained):
