@@ -5,6 +5,7 @@ aggregates as of its own clock and adds the transaction in hand exactly once, wh
 stream has counted it. A silent user's count falls to zero by itself.
 """
 
+import enum
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,25 @@ _EVENT = np.dtype(
 _TILE = np.dtype([("age_ms", ">i8"), ("count", ">u4"), ("total_minor", ">i8")])
 
 
+LIVE = "live"
+"""The state of a partition whose rows are those of its log's end."""
+
+
+class Doubt(enum.StrEnum):
+    """Why values may be wrong: the reasons in `degraded`, explained in docs/windowing.md."""
+
+    OWNER_MISSING = "owner_missing"
+    REPLAYING = "replaying"
+    REBUILDING = "rebuilding"
+    RESTORING = "restoring"
+    STALE = "stale"
+    WARMING = "warming"
+    AS_OF_TOO_OLD = "as_of_too_old"
+    SPLIT_USER = "split_user"
+    RECENT_UNREADABLE = "recent_unreadable"
+    CREDIT_SCORE_UNREADABLE = "credit_score_unreadable"
+
+
 class Fence(NamedTuple):
     """Which prefix of a partition's log a row is a function of; greater is newer.
 
@@ -57,8 +77,8 @@ class PartitionState:
     Attributes:
         epoch: As in `Fence`.
         offset: Where the owner stands.
-        state: "live", "replaying" (windows up to the commit), "rebuilding" (a new epoch) or
-            "restoring" (what the store has lost).
+        state: `LIVE`, or the `Doubt` that it is replaying (windows up to the commit), rebuilding (a
+            new epoch) or restoring (what the store has lost).
         caught_up_ms: Wall clock at which the owner last stood at the log's end.
         known_from_ms: Events at or before this time may be missing, because the log began later.
         progress: Share of the replay that is done, 0..1.
@@ -232,7 +252,7 @@ class FeatureRow:
         credit_score: 300 to 850; None when unknown or expired.
         amount_minor: Of the transaction in hand; None when a user alone is asked about.
         fence: The prefix of the log behind `stats`; None when no row was there.
-        degraded: Why the values may be wrong, empty when they are exact.
+        degraded: Why the values may be wrong, by `Doubt`; empty when they are exact.
         approximate: An edge of a window cut a tile.
     """
 
@@ -250,6 +270,7 @@ class FeatureRow:
 class OnlineRow:
     """What the online store holds of one user: either part may be missing, or `unreadable`.
 
+    `unreadable` holds the doubts of parts that cannot be read.
     `split_ms` is the newest of the user's events that came in another partition than `partition`.
     """
 
@@ -258,7 +279,7 @@ class OnlineRow:
     credit_score: int | None
     partition: int
     state: PartitionState | None
-    unreadable: tuple[str, ...] = ()
+    unreadable: tuple[Doubt, ...] = ()
     split_ms: int = 0
 
 
@@ -277,19 +298,13 @@ def as_of(
     `max_staleness_ms`, or unknown with no row, the streamed values are None, never zero.
     """
     recent, state = online.recent, online.state
-    degraded = [f"{name}_unreadable" for name in online.unreadable]
-    elsewhere = as_of_ms - spans.longest_ms < online.split_ms
-    if elsewhere or (recent is not None and recent.partition != online.partition):
-        degraded.append("split_user")
     if state is not None and recent is not None and recent.fence.epoch < state.epoch:
-        recent = recent if state.state != "live" else None
-    known_from_ms = state.known_from(online.user_id, online.partition) if state else 0
-    degraded += _doubts(recent, state, as_of_ms, now_ms, known_from_ms, spans)
-    fence = recent.fence if recent else None
+        recent = recent if state.state != LIVE else None
     stats: tuple[window.WindowStats, ...] | None = None
     approximate = False
     silent_ms = now_ms - state.caught_up_ms if state else 0
-    known = recent is not None or (state is not None and "recent" not in online.unreadable)
+    unreadable = Doubt.RECENT_UNREADABLE in online.unreadable
+    known = recent is not None or (state is not None and not unreadable)
     if known and silent_ms <= max_staleness_ms:
         stats, approximate = _stats(recent, as_of_ms, in_hand, spans)
     return FeatureRow(
@@ -298,37 +313,36 @@ def as_of(
         stats=stats,
         credit_score=online.credit_score,
         amount_minor=in_hand.amount_minor if in_hand else None,
-        fence=fence,
-        degraded=tuple(degraded),
+        fence=recent.fence if recent else None,
+        degraded=_doubts(online, recent, as_of_ms, now_ms, spans),
         approximate=approximate,
     )
 
 
 def _doubts(
-    recent: Recent | None,
-    state: PartitionState | None,
-    as_of_ms: int,
-    now_ms: int,
-    known_from_ms: int,
-    spans: window.Spans,
-) -> list[str]:
+    online: OnlineRow, recent: Recent | None, as_of_ms: int, now_ms: int, spans: window.Spans
+) -> tuple[str, ...]:
+    """Say why values computed from `recent`, None for no row, may be wrong."""
+    doubts: list[str] = [*online.unreadable]
+    state, after_ms = online.state, as_of_ms - spans.longest_ms
+    elsewhere = online.recent is not None and online.recent.partition != online.partition
+    if elsewhere or after_ms < online.split_ms:
+        doubts.append(Doubt.SPLIT_USER)
     if state is None:
-        return ["owner_missing"]
-    doubts = []
-    if state.state != "live":
+        return (*doubts, Doubt.OWNER_MISSING)
+    if state.state != LIVE:
         doubts.append(state.state)
     if now_ms - state.caught_up_ms > STALE_MS:
-        doubts.append("stale")
-    after_ms = as_of_ms - spans.longest_ms
-    if after_ms < known_from_ms:
-        doubts.append("warming")
+        doubts.append(Doubt.STALE)
+    if after_ms < state.known_from(online.user_id, online.partition):
+        doubts.append(Doubt.WARMING)
     elif recent is None:
         # A row is dropped when a kept length has passed: until then nobody has an older event.
         if as_of_ms < now_ms - spans.slack_ms:
-            doubts.append("as_of_too_old")
+            doubts.append(Doubt.AS_OF_TOO_OLD)
     elif after_ms < recent.lower_ms:
-        doubts.append("as_of_too_old" if recent.complete else "warming")
-    return doubts
+        doubts.append(Doubt.AS_OF_TOO_OLD if recent.complete else Doubt.WARMING)
+    return tuple(doubts)
 
 
 def _stats(

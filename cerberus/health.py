@@ -196,8 +196,8 @@ def _partition_doubts(
         return ["no consumer has said where it stands: streamed values are null"]
     doubted: dict[str, list[str]] = {}
     for number, state in sorted(states.items()):
-        if state.state != "live":
-            done = f", {state.progress:.0%} done" if state.state == "replaying" else ""
+        if state.state != features.LIVE:
+            done = f", {state.progress:.0%} done" if state.state == features.Doubt.REPLAYING else ""
             doubted.setdefault(f"is {state.state}{done}", []).append(str(number))
         if now_ms - state.caught_up_ms > features.STALE_MS:
             doubted.setdefault("is stale: behind the end of its log", []).append(str(number))

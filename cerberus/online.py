@@ -209,7 +209,8 @@ class OnlineStore:
                     credit_score=score,
                     partition=home,
                     state=state,
-                    unreadable=("recent",) * broken_window + ("credit_score",) * broken_score,
+                    unreadable=(features.Doubt.RECENT_UNREADABLE,) * broken_window
+                    + (features.Doubt.CREDIT_SCORE_UNREADABLE,) * broken_score,
                     split_ms=int(stored.split_ms or 0),
                 )
             )

@@ -36,7 +36,7 @@ class Owned:
         """
         if last is not None:
             self.caught_up_ms = max(self.caught_up_ms or 0, last.caught_up_ms)
-        finished = last is not None and last.state == "live"
+        finished = last is not None and last.state == features.LIVE
         if not finished:
             self.lost_rows()
         return finished
@@ -62,8 +62,8 @@ class Owned:
         """Return what those who read its rows must know."""
         told = self.part.state()
         state = told.state
-        if state == "live" and self.rebuilding:
-            state = "rebuilding"
-        elif state == "live" and (self.restoring or self.unloaded):
-            state = "restoring"
+        if state == features.LIVE and self.rebuilding:
+            state = features.Doubt.REBUILDING
+        elif state == features.LIVE and (self.restoring or self.unloaded):
+            state = features.Doubt.RESTORING
         return dataclasses.replace(told, state=state, caught_up_ms=self.caught_up_ms or 0)

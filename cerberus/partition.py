@@ -295,14 +295,14 @@ class Partition:
     def _row(self, transaction: transactions.Transaction) -> features.FeatureRow:
         as_of_ms, user_id = transaction.event_ms, transaction.user_id
         after_ms = as_of_ms - self.windows.spans.longest_ms
-        degraded: tuple[str, ...] = ()
+        degraded: tuple[features.Doubt, ...] = ()
         known_from_ms = self.known_from_ms or 0
         if self.moved is not None:
             known_from_ms = self.state().known_from(user_id, self.number)
         if after_ms < known_from_ms:
-            degraded = ("warming",)
+            degraded = (features.Doubt.WARMING,)
         elif after_ms < self.windows.lower_ms:
-            degraded = ("as_of_too_old",)
+            degraded = (features.Doubt.AS_OF_TOO_OLD,)
         return features.FeatureRow(
             user_id=user_id,
             as_of_ms=as_of_ms,
@@ -336,9 +336,9 @@ class Partition:
         While it replays, the offset is the commit: the rows of that prefix are stored.
         """
         done = self.offset - self.begin
-        state = "live"
+        state = features.LIVE
         if self.replaying:
-            state = "replaying"
+            state = features.Doubt.REPLAYING
         return features.PartitionState(
             epoch=self.epoch,
             offset=max(self.offset, self.commit),

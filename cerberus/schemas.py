@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cerberus import declared, labels, transactions
+from cerberus import declared, features, labels, transactions
 
 TIME: dict[str, Any] = {
     "type": "string",
@@ -73,7 +73,7 @@ def _served(spans: Sequence[str]) -> dict[str, Any]:
         "as_of": TIME,
         "degraded": {
             "type": "array",
-            "items": {"type": "string"},
+            "items": {"enum": list(features.Doubt)},
             "description": "why the values may be wrong; empty when they are exact",
         },
         "approximate": {"type": "boolean", "description": "an edge cut a summed slice"},

@@ -17,6 +17,7 @@ from cerberus import (
     claims,
     decision_log,
     decisions,
+    features,
     kafka,
     offline,
     online,
@@ -197,7 +198,7 @@ class Sink:
                 dataclasses.replace(
                     row,
                     credit_score=scores[row.user_id],
-                    degraded=row.degraded + ("restoring",) * lost,
+                    degraded=row.degraded + (features.Doubt.RESTORING,) * lost,
                 )
                 for row in rows
             ]
