@@ -283,21 +283,33 @@ class OnlineRow:
     split_ms: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """By what rows are evaluated.
+
+    Attributes:
+        spans: The window definition.
+        max_staleness_ms: How long the owner may be silent before streamed values are refused.
+    """
+
+    spans: window.Spans
+    max_staleness_ms: int
+
+
 def as_of(
     online: OnlineRow,
     as_of_ms: int,
     in_hand: transactions.Transaction | None,
     *,
     now_ms: int,
-    max_staleness_ms: int,
-    spans: window.Spans,
+    rules: Rules,
 ) -> FeatureRow:
     """Evaluate an online row at `as_of_ms`, with the transaction in hand counted exactly once.
 
     A missing row of a live partition is a true zero. Where the owner is silent for longer than
     `max_staleness_ms`, or unknown with no row, the streamed values are None, never zero.
     """
-    recent, state = online.recent, online.state
+    recent, state, spans = online.recent, online.state, rules.spans
     if state is not None and recent is not None and recent.fence.epoch < state.epoch:
         recent = recent if state.state != LIVE else None
     stats: tuple[window.WindowStats, ...] | None = None
@@ -305,7 +317,7 @@ def as_of(
     silent_ms = now_ms - state.caught_up_ms if state else 0
     unreadable = Doubt.RECENT_UNREADABLE in online.unreadable
     known = recent is not None or (state is not None and not unreadable)
-    if known and silent_ms <= max_staleness_ms:
+    if known and silent_ms <= rules.max_staleness_ms:
         stats, approximate = _stats(recent, as_of_ms, in_hand, spans)
     return FeatureRow(
         user_id=online.user_id,

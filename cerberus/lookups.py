@@ -49,6 +49,7 @@ class Lookups:
     ) -> None:
         self._config = config
         self._spans = spans
+        self._rules = features.Rules(spans, config.max_staleness_ms)
         self._store = store
         self._ledger = kept
         self._clock = clock
@@ -112,14 +113,7 @@ class Lookups:
         number = _integer({"user_id": user_id}, "user_id", 0, transactions.MAX_USER_ID)
         now_ms = self._clock()
         [found] = await self._store.read([number], now_ms, self._config.read_timeout_ms / 1000)
-        row = features.as_of(
-            found,
-            now_ms,
-            None,
-            now_ms=now_ms,
-            max_staleness_ms=self._config.max_staleness_ms,
-            spans=self._spans,
-        )
+        row = features.as_of(found, now_ms, None, now_ms=now_ms, rules=self._rules)
         last = await self._asked(self._ledger.of_user, number, _LAST)
         return {
             "user_id": number,

@@ -110,6 +110,7 @@ class Predictor:
     ) -> None:
         self._config = config
         self._spans = spans
+        self._rules = features.Rules(spans, config.max_staleness_ms)
         self._model = model
         self._store = store
         self._claims = claimed
@@ -259,12 +260,7 @@ class Predictor:
         found = await self._store.read([w.request.user_id for w in batch], now, self._timeout_s)
         rows = [
             features.as_of(
-                row,
-                w.request.as_of_ms,
-                w.request.in_hand,
-                now_ms=now,
-                max_staleness_ms=self._config.max_staleness_ms,
-                spans=self._spans,
+                row, w.request.as_of_ms, w.request.in_hand, now_ms=now, rules=self._rules
             )
             for w, row in zip(batch, found, strict=True)
         ]

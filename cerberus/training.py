@@ -166,9 +166,8 @@ class _Simulation:
             partition=0,
             state=replace(self._log.state(), caught_up_ms=at_ms),
         )
-        return features.as_of(
-            online, at_ms, None, now_ms=at_ms, max_staleness_ms=0, spans=self._spans
-        )
+        rules = features.Rules(self._spans, max_staleness_ms=0)
+        return features.as_of(online, at_ms, None, now_ms=at_ms, rules=rules)
 
     def _masked(self, row: features.FeatureRow) -> features.FeatureRow:
         without_stats, without_credit, without_amount = (self._rng.random() < m for m in MASKED)

@@ -128,8 +128,7 @@ class World:
             as_of_ms,
             in_hand,
             now_ms=now_ms(),
-            max_staleness_ms=self.config.max_staleness_ms,
-            spans=self.spans,
+            rules=features.Rules(self.spans, self.config.max_staleness_ms),
         )
 
     async def certain(self, user_id, as_of_ms):

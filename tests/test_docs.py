@@ -280,8 +280,7 @@ class Timeline:
             now_ms,
             self.paid[in_hand, as_of] if in_hand else None,
             now_ms=now_ms,
-            max_staleness_ms=60_000,
-            spans=self.windows.spans,
+            rules=features.Rules(self.windows.spans, 60_000),
         )
         assert row.stats is not None
         [stats] = row.stats

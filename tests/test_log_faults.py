@@ -66,7 +66,7 @@ async def test_a_partition_that_is_added_is_read_at_once_and_leaves_no_short_win
         for user in USERS:
             [found] = await here.online.read([user], now_ms(), 1.0)
             row = features.as_of(
-                found, later, None, now_ms=now_ms(), max_staleness_ms=60_000, spans=here.spans
+                found, later, None, now_ms=now_ms(), rules=features.Rules(here.spans, 60_000)
             )
             assert row.degraded == ()
 

@@ -285,8 +285,7 @@ def _population_alone(rates, seed):
             start_ms,
             None,
             now_ms=start_ms,
-            max_staleness_ms=60_000,
-            spans=SPANS,
+            rules=features.Rules(SPANS, 60_000),
         )
         for user_id, credit_score in known + unknown
     ]

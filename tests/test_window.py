@@ -136,8 +136,7 @@ def test_the_packed_window_answers_as_the_window_and_counts_the_one_in_hand_once
         as_of_ms,
         in_hand,
         now_ms=as_of_ms,
-        max_staleness_ms=60_000,
-        spans=SPANS,
+        rules=features.Rules(SPANS, 60_000),
     )
     if streamed:
         oracle.observe(in_hand)
@@ -178,8 +177,7 @@ def test_a_row_whose_window_reaches_behind_what_is_known_says_so(short_ms, reaso
         START_MS,
         None,
         now_ms=START_MS,
-        max_staleness_ms=60_000,
-        spans=SPANS,
+        rules=features.Rules(SPANS, 60_000),
     )
     assert row.degraded == reason
 
