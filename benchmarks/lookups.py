@@ -31,14 +31,15 @@ import predict  # noqa: E402
 
 from cerberus import (  # noqa: E402
     feast_layout,
+    judged,
     labels,
     lookups,
     months,
-    offline,
     online,
     pools,
     settings,
     stack,
+    stores,
     transactions,
     window,
 )
@@ -148,28 +149,28 @@ async def opened(environ):
     rules = labels.Rules(config.label_maturity_ms, config.friendly_fraud_is_fraud)
     redis = pools.connect_redis(config)
     async with pools.connect_postgres(config) as pool, redis:
-        history = offline.OfflineStore(pool, config.spans, rules)
-        await history.migrate()
+        postgres = stores.on(pool, config.spans, rules)
+        await postgres.schema.migrate()
         store = online.OnlineStore(redis, plan, spans, config.kafka.topic("transactions"))
         now_ms = time.time_ns() // 1_000_000
-        yield pool, history, lookups.Lookups(config, spans, store, history.ledger, lambda: now_ms)
+        yield pool, postgres, lookups.Lookups(config, spans, store, postgres.ledger, lambda: now_ms)
 
 
 async def run(environ, count, rounds):
     """Fill, measure, report."""
     await predict.rows(environ)
     now = datetime.datetime.now(datetime.UTC)
-    async with asyncio.timeout(DEADLINE_S), opened(environ) as (pool, history, asked):
+    async with asyncio.timeout(DEADLINE_S), opened(environ) as (pool, postgres, asked):
         await fill(pool, count, now)
         report(await measure(pool, asked, rounds), rounds)
         times = []
         for _ in range(3):
             began_s = time.perf_counter()
-            told = await history.accuracy.report(months.to_ms(now), {}, DEADLINE_S)
+            told = await postgres.judged.report(months.to_ms(now), judged.Question(), DEADLINE_S)
             times.append(time.perf_counter() - began_s)
         [model] = told["models"]
-        judged = sum(model["total"][name] for name in ("matured", "excluded", "immature"))
-        print(f"accuracy of {judged:,} decisions: {statistics.median(times):.2f} s")
+        count = sum(model["total"][name] for name in ("matured", "excluded", "immature"))
+        print(f"accuracy of {count:,} decisions: {statistics.median(times):.2f} s")
 
 
 def main():

@@ -26,13 +26,13 @@ from cerberus import (  # noqa: E402
     consumer,
     feast_layout,
     kafka,
-    offline,
     online,
     partition,
     pools,
     scoring,
     settings,
     stack,
+    stores,
     supervision,
     synthetic,
     transactions,
@@ -104,10 +104,10 @@ async def _until(condition):
             await asyncio.sleep(0.005)
 
 
-async def replay(config, spans, model, redis, store, history):
+async def replay(config, spans, model, redis, store, postgres):
     """Let a new owner recover all partitions; returns seconds from the first replayed record."""
-    claimed = claims.Claims(config, redis, history.ledger, lambda: store.spoken)
-    one = consumer.Consumer(config, spans, model, store, history, claimed)
+    claimed = claims.Claims(config, redis, postgres.ledger, lambda: store.spoken)
+    one = consumer.Consumer(config, spans, model, store, postgres, claimed)
     progress = supervision.Progress(time.monotonic)
     running = asyncio.create_task(one.run(progress))
     await _until(lambda: one.counts["replayed"])
@@ -130,15 +130,15 @@ async def measure(environ, options):
     store = online.OnlineStore(redis, plan, spans, topic)
     await kafka.create_topics(config)
     async with pools.connect_postgres(config) as pool:
-        history = offline.OfflineStore(pool, config.spans)
-        await history.migrate()
+        postgres = stores.on(pool, config.spans)
+        await postgres.schema.migrate()
         tps, total = await publish(config, options.events, options.users)
         ratios = []
         print(f"{total} events of {options.users} users in {PARTITIONS} partitions\n")
         print("round   bare drain/s      replay/s   ratio")
         for number in range(options.rounds):
             drained_s = await drain(config, spans, tps, total)
-            replayed_s = await replay(config, spans, model, redis, store, history)
+            replayed_s = await replay(config, spans, model, redis, store, postgres)
             ratios.append(drained_s / replayed_s)
             print(
                 f"{number + 1:>5} {total / drained_s:>14,.0f} {total / replayed_s:>13,.0f} "

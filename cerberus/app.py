@@ -28,7 +28,6 @@ from cerberus import (
     labels,
     logs,
     materializer,
-    offline,
     online,
     pools,
     producer,
@@ -37,6 +36,7 @@ from cerberus import (
     scoring,
     settings,
     shutdown,
+    stores,
     supervision,
     window,
 )
@@ -71,27 +71,25 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
             stack.push_async_callback(_close, pool)
             rules = labels.Rules(config.label_maturity_ms, config.friendly_fraud_is_fraud)
             # Who answers for them says what they are.
-            history = offline.OfflineStore(
-                pool, spans.names, rules if "api" in config.tasks else None
-            )
-            claimed = claims.Claims(config, redis, history.ledger, lambda: store.spoken)
-            kept = decision_log.DecisionLog(config, model, history, claimed)
+            postgres = stores.on(pool, spans.names, rules if "api" in config.tasks else None)
+            claimed = claims.Claims(config, redis, postgres.ledger, lambda: store.spoken)
+            kept = decision_log.DecisionLog(config, model, postgres, claimed)
             stack.push_async_callback(kept.close)
-            consumed = consumer.Consumer(config, spans, model, store, history, claimed)
-            labelled = label_consumer.LabelConsumer(config, history)
+            consumed = consumer.Consumer(config, spans, model, store, postgres, claimed)
+            labelled = label_consumer.LabelConsumer(config, postgres)
             others = {"labels": labelled.run, "api": kept.run, "consumer": consumed.run}
-            for name, run in _tasks(config, others, store, history).items():
+            for name, run in _tasks(config, others, store, postgres).items():
                 supervisor.add(name, run)
             running.state.parts = routes.assemble(
                 config,
                 spans,
                 model,
                 store,
-                history,
+                postgres,
                 supervisor,
                 claimed=claimed,
                 kept=kept,
-                probes=_probes(config, history, tls),
+                probes=_probes(config, postgres, tls),
                 consumed=consumed if "consumer" in config.tasks else None,
                 labelled=labelled,
             )
@@ -111,13 +109,13 @@ def _tasks(
     config: settings.Settings,
     others: Mapping[str, Run],
     store: online.OnlineStore,
-    history: offline.OfflineStore,
+    postgres: stores.Stores,
 ) -> dict[str, Run]:
     every = {
         **others,
-        "producer": producer.Producer(config, history).run,
-        "materializer": materializer.Materializer(config, store, history).run,
-        "retention": retention.Retention(config, history).run,
+        "producer": producer.Producer(config, postgres).run,
+        "materializer": materializer.Materializer(config, store, postgres).run,
+        "retention": retention.Retention(config, postgres).run,
     }
     names = {"api": "decisions"}
     return {names.get(n, n): run for n, run in every.items() if n in config.tasks}
@@ -130,12 +128,12 @@ async def _stop(supervisor: supervision.Supervisor, asked: asyncio.Event) -> Non
 
 
 def _probes(
-    config: settings.Settings, history: offline.OfflineStore, tls: Any
+    config: settings.Settings, postgres: stores.Stores, tls: Any
 ) -> dict[str, health.Probe]:
     if config.tasks == {"api"}:
         return {}
     return {
-        "postgres": history.check,
+        "postgres": postgres.schema.check,
         "kafka": functools.partial(health.reach_kafka, config.kafka, tls),
     }
 

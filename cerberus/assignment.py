@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from cerberus import kafka, offline, ownership, partition, settings, starts, window
+from cerberus import facts, kafka, ownership, partition, settings, starts, stores, window
 
 _CALL_S = 10.0
 
@@ -38,15 +38,15 @@ class Resolver:
     Args:
         config: Settings.
         spans: The window definition.
-        offline_store: Knows the epochs.
+        postgres: Knows the epochs.
     """
 
     def __init__(
-        self, config: settings.Settings, spans: window.Spans, offline_store: offline.OfflineStore
+        self, config: settings.Settings, spans: window.Spans, postgres: stores.Stores
     ) -> None:
         self._config = config
         self._spans = spans
-        self._offline = offline_store
+        self._postgres = postgres
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._cluster = ""
         self._firsts: dict[TopicPartition, starts.First] = {}
@@ -107,7 +107,7 @@ class Resolver:
             begins = await client.beginning_offsets(wanted)
             ends = await client.end_offsets(wanted)
             firsts = await first_records(client, wanted)
-        epoch = await self._offline.epoch(self._cluster, self._topic, count)
+        epoch = await self._postgres.lives.epoch(self._cluster, self._topic, count)
         moved = max(
             self._moves(commits.values(), count),
             key=lambda move: (move.until_ms, move.former or 0),
@@ -118,8 +118,8 @@ class Resolver:
             log = starts.Log(begins[tp], ends[tp], firsts[tp], count)
             life = _Life(epoch, moved, commits[tp])
             if life.commit is None or log.ended(life.commit):
-                if await self._offline.has_rows(self._topic, epoch, tp.partition):
-                    epoch = await self._offline.epoch(
+                if await self._postgres.lives.has_rows(self._topic, epoch, tp.partition):
+                    epoch = await self._postgres.lives.epoch(
                         self._cluster, self._topic, count, ended=epoch
                     )
                 life = _Life(epoch, moved, None)
@@ -175,10 +175,10 @@ class Resolver:
         from_ms = starts.replay_from_ms(commit, self._spans, replay_span_ms)
         found = None if from_ms is None else await self._at_or_after(client, tp, from_ms)
         since_epoch = (commit and commit.since_epoch) or life.epoch
-        stored = self._spans.longest_ms <= replay_span_ms or await self._offline.has_rows(
+        stored = self._spans.longest_ms <= replay_span_ms or await self._postgres.lives.has_rows(
             self._topic, life.epoch, tp.partition, since_epoch=since_epoch
         )
-        imported_until_ms = await self._offline.imported_until(
+        imported_until_ms = await self._postgres.lives.imported_until(
             self._topic, since_epoch, tp.partition, log.first[1] if log.first else now_ms
         )
         start = starts.plan_start(
@@ -209,7 +209,7 @@ class Resolver:
 
 
 async def seed(
-    store: offline.OfflineStore,
+    postgres: stores.Stores,
     topic: str,
     part: partition.Partition,
     next_ms: int,
@@ -222,7 +222,7 @@ async def seed(
     it changes nothing. Deadline: 10 s a page.
 
     Args:
-        store: Knows it.
+        postgres: Has it.
         topic: Of the partition.
         part: Whose windows.
         next_ms: Event time of the next valid record.
@@ -240,16 +240,15 @@ async def seed(
     while (reach_ms := part.seed_after_ms(next_ms)) < after_ms:
         after_ms = reach_ms
         if part.seeds_log:
-            told = store.seed(
-                topic, part.origin, part.number, after_ms, user_ids, since_epoch=part.since_epoch
-            )
+            before = facts.Prefix(topic, part.number, part.origin, part.since_epoch)
+            told = postgres.facts.seed(before, after_ms, user_ids)
             async with contextlib.aclosing(told):
                 async for past in told:
                     part.seed((), past)
                     met.update(each.user_id for each in past)
                     yield
         if part.seeds_imported:
-            told = store.imported(after_ms, part.imported_until_ms or 0, user_ids)
+            told = postgres.facts.imported(after_ms, part.imported_until_ms or 0, user_ids)
             async with contextlib.aclosing(told):
                 async for imported in told:
                     part.seed((), (), imported)

@@ -21,13 +21,13 @@ from cerberus import (
     features,
     kafka,
     liveness,
-    offline,
     online,
     ownership,
     partition,
     scoring,
     settings,
     sink,
+    stores,
     supervision,
     transactions,
     upstream,
@@ -48,7 +48,7 @@ class Consumer:
         spans: The window definition.
         model: Decides.
         online_store: Takes the rows.
-        offline_store: Takes the facts.
+        postgres: Takes the facts.
         claimed: Says which decision on a transaction was the first.
 
     Attributes:
@@ -62,17 +62,17 @@ class Consumer:
         spans: window.Spans,
         model: scoring.Model,
         online_store: online.OnlineStore,
-        offline_store: offline.OfflineStore,
+        postgres: stores.Stores,
         claimed: claims.Claims,
     ) -> None:
         self._config = config
         self._spans = spans
         self._online = online_store
-        self._offline = offline_store
-        self._sink = sink.Sink(config, spans, model, online_store, offline_store, claimed)
-        self._resolver = assignment.Resolver(config, spans, offline_store)
+        self._postgres = postgres
+        self._sink = sink.Sink(config, spans, model, online_store, postgres, claimed)
+        self._resolver = assignment.Resolver(config, spans, postgres)
         self._liveness = liveness.Liveness(
-            config, online_store, offline_store, self._sink, self._resolver, claimed
+            config, online_store, postgres, self._sink, self._resolver, claimed
         )
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._client: Any = None
@@ -119,7 +119,7 @@ class Consumer:
             self._client = kafka.consumer(self._config)
             self._client.subscribe([self._topic], listener=_Listener(self))
             try:
-                await self._offline.migrate()
+                await self._postgres.schema.migrate()
                 await kafka.create_topics(self._config)
                 async with asyncio.timeout(60):
                     await self._client.start()
@@ -286,7 +286,7 @@ class Consumer:
 
         async def fetch() -> None:
             next_ms = valid[0].event_ms
-            async for _ in assignment.seed(self._offline, self._topic, part, next_ms, users):
+            async for _ in assignment.seed(self._postgres, self._topic, part, next_ms, users):
                 progress.beat()
 
         return not users or await self._insist(fetch, generation, progress)

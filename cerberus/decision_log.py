@@ -22,9 +22,9 @@ from cerberus import (
     decisions,
     errors,
     kafka,
-    offline,
     scoring,
     settings,
+    stores,
     supervision,
     transactions,
 )
@@ -110,7 +110,7 @@ class DecisionLog:
     Args:
         config: Settings.
         model: Kept beside the decisions that it takes.
-        history: Postgres' side; its tables, and the topics, are made where they are missing.
+        postgres: Postgres' side; its tables, and the topics, are made where they are missing.
         claimed: Keeps the claims of what Postgres does not have yet.
     """
 
@@ -118,17 +118,17 @@ class DecisionLog:
         self,
         config: settings.Settings,
         model: scoring.Model,
-        history: offline.OfflineStore,
+        postgres: stores.Stores,
         claimed: claims.Claims,
     ) -> None:
         self._config = config
         self._model = model
-        self._offline = history
+        self._postgres = postgres
         self._claims = claimed
         self._publisher = kafka.Publisher(config)
         self._buffers = {
             "postgres": _Buffer(
-                config.decision_buffer, _ROWS, self._register, history.ledger.write
+                config.decision_buffer, _ROWS, self._register, postgres.ledger.write
             ),
             "kafka": _Buffer(config.decision_buffer, _MESSAGES, self._create, self._publish),
         }
@@ -186,8 +186,8 @@ class DecisionLog:
         await self._publisher.close()
 
     async def _register(self) -> None:
-        await self._offline.migrate()
-        await self._offline.ledger.register(self._model)
+        await self._postgres.schema.migrate()
+        await self._postgres.ledger.register(self._model)
 
     async def _create(self) -> None:
         await kafka.create_topics(self._config)

@@ -5,14 +5,11 @@ transaction, so a repetition, or a start after a kill, ends in the same tables. 
 a transaction stands, whatever a file says of it.
 """
 
-import argparse
-import asyncio
 import dataclasses
 import datetime
 import hashlib
 import os
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,16 +19,16 @@ import tqdm
 from cerberus import (
     datafiles,
     errors,
-    history,
+    facts,
+    imports,
     labels,
     layouts,
     months,
-    offline,
     online,
     pools,
     settings,
+    stores,
     transactions,
-    window,
 )
 
 _ROWS, _USERS = 5_000, 500
@@ -127,14 +124,13 @@ class Importer:
     Args:
         config: Settings.
         plan: What to import.
-        store: Its tables are up to date.
+        postgres: Its tables are up to date.
     """
 
-    def __init__(self, config: settings.Settings, plan: Plan, store: offline.OfflineStore) -> None:
+    def __init__(self, config: settings.Settings, plan: Plan, postgres: stores.Stores) -> None:
         self._config = config
         self._plan = plan
-        spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
-        self._history = history.History(store.pool, spans)
+        self._imports = postgres.imports
         now = datetime.datetime.now(datetime.UTC)
         self._latest_ms = months.to_ms(now) + config.max_future_skew_ms
         self._oldest_ms = 0
@@ -142,7 +138,7 @@ class Importer:
             self._oldest_ms = months.to_ms(months.kept_from(now, config.retention_days))
         self._begun = False
 
-    async def load(self, kind: str) -> history.Progress:
+    async def load(self, kind: str) -> imports.Progress:
         """Import one file, from where it was left, and return how far it came in all.
 
         Raises:
@@ -152,14 +148,15 @@ class Importer:
         plan = self._plan
         file = plan.layouts[kind].open(plan.files[kind], *FIELDS[kind])
         name = _fingerprint(kind, file, plan)
-        progress = await self._history.begin(name, kind, file)
+        progress = await self._imports.begin(name, kind, file.path.name, file.size)
         path = plan.rejects_of(kind)
         if progress.finished and plan.again:
-            progress = history.Progress()
+            progress = imports.Progress()
         if progress.finished:
             self._begun = True
             return progress
-        if progress.position == datafiles.START and self._begun and path == plan.rejects:
+        start = datafiles.Position(*progress.position)
+        if start == datafiles.START and self._begun and path == plan.rejects:
             progress = dataclasses.replace(
                 progress, rejects_bytes=path.stat().st_size if path.exists() else 0
             )
@@ -168,28 +165,28 @@ class Importer:
         with tqdm.tqdm(
             desc=kind,
             total=file.total,
-            initial=file.done(progress.position),
+            initial=file.done(start),
             unit=file.unit if file.unit == "B" else f" {file.unit}",
             unit_scale=True,
             disable=None,
         ) as bar:
-            for rows, position in file.pieces(_ROWS, progress.position):
+            for rows, position in file.pieces(_ROWS, start):
                 progress = await self._store(kind, name, rows, progress, rejects, position)
                 bar.update(file.done(position) - bar.n)
         return await self._end(name, progress)
 
-    async def _end(self, name: str, progress: history.Progress) -> history.Progress:
+    async def _end(self, name: str, progress: imports.Progress) -> imports.Progress:
         progress = dataclasses.replace(progress, finished=True)
-        async with self._history.step() as connection:
-            await self._history.advance(connection, name, progress)
+        async with self._imports.step() as connection:
+            await self._imports.advance(connection, name, progress)
         return progress
 
     async def compute(self) -> None:
         """Compute the history of all users for whom it is due, also by an earlier attempt."""
         with tqdm.tqdm(
-            desc="history", total=await self._history.due(), unit=" users", disable=None
+            desc="history", total=await self._imports.due(), unit=" users", disable=None
         ) as bar:
-            while done := await self._history.compute(_USERS):
+            while done := await self._imports.compute(_USERS):
                 bar.update(done)
 
     async def _store(
@@ -197,10 +194,10 @@ class Importer:
         kind: str,
         name: str,
         rows: Sequence[datafiles.Row],
-        before: history.Progress,
+        before: imports.Progress,
         rejects: Rejects,
         position: datafiles.Position,
-    ) -> history.Progress:
+    ) -> imports.Progress:
         read: list[tuple[int, Any]] = []
         refused: list[tuple[int, errors.InvalidTransaction]] = []
         for row in rows:
@@ -211,12 +208,12 @@ class Importer:
         rejects.write(refused)
         if kind == "transactions" and read:
             times_ms = [paid.event_ms for _, paid in read]
-            await self._history.make_months(times_ms)
-        async with self._history.step() as connection:
-            added = before.added + await self._history.add(connection, kind, read)
+            await self._imports.make_months(times_ms)
+        async with self._imports.step() as connection:
+            added = before.added + await self._imports.add(connection, kind, read)
             rejected = before.rejected + len(refused)
-            after = history.Progress(position, added, rejected, rejects.size)
-            await self._history.advance(connection, name, after)
+            after = imports.Progress(position, added, rejected, rejects.size)
+            await self._imports.advance(connection, name, after)
         return after
 
     def _read(self, kind: str, row: datafiles.Row) -> Any:
@@ -257,14 +254,14 @@ def read_label(
     document = {
         "transaction_id": layouts.text(found.get("transaction_id")),
         "label": told,
-        "source": layouts.text(found.get("source", offline.IMPORTED)),
+        "source": layouts.text(found.get("source", facts.IMPORTED)),
         "labelled_at": layout.moment(found.get("labelled_at"), "labelled_at"),
         "user_id": layouts.whole(found.get("user_id")),
     }
     return labels.parse(document, latest_ms)
 
 
-def read_score(found: Mapping[str, Any], layout: layouts.Layout) -> history.Score:
+def read_score(found: Mapping[str, Any], layout: layouts.Layout) -> imports.Score:
     """Read a credit score.
 
     Raises:
@@ -275,7 +272,7 @@ def read_score(found: Mapping[str, Any], layout: layouts.Layout) -> history.Scor
         raise errors.InvalidTransaction(
             "credit_score", f"must be a whole number from 0 to {_MAX_SCORE}"
         )
-    return history.Score(
+    return imports.Score(
         user_id=transactions.parse_user_id({"user_id": layouts.whole(found.get("user_id"))}),
         event_ms=transactions.parse_timestamp({"timestamp": layout.moment(found.get("timestamp"))}),
         score=score,
@@ -289,20 +286,19 @@ def _fingerprint(kind: str, file: datafiles.File, plan: Plan) -> str:
     return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-async def load(config: settings.Settings, plan: Plan) -> dict[str, history.Progress]:
+async def load(config: settings.Settings, plan: Plan) -> dict[str, imports.Progress]:
     """Import files, and return how far each came in all.
 
     Raises:
         InvalidTransaction: A file has not the columns of its kind.
         StoreUnavailable: A store did not answer, or another import is running; start again.
     """
-    async with pools.connect_postgres(config) as pool:
-        store = offline.OfflineStore(pool, config.spans)
-        await store.migrate()
-        async with store.singleton("import") as held:
+    async with stores.connected(config) as postgres:
+        await postgres.schema.migrate()
+        async with postgres.locks.singleton("import") as held:
             if held is None:
                 raise errors.StoreUnavailable("another import is running: wait for its end")
-            importer = Importer(config, plan, store)
+            importer = Importer(config, plan, postgres)
             done = {kind: await importer.load(kind) for kind in FIELDS if kind in plan.files}
             await importer.compute()
     if "credit_scores" in done and done["credit_scores"].added:
@@ -315,57 +311,3 @@ async def _serve_scores(config: settings.Settings) -> None:
     async with pools.connect_redis(config) as client:
         for key in (online.MATERIALIZED, online.LOADING):
             await pools.answers(client.delete(key))
-
-
-def main(argv: Sequence[str]) -> int:
-    """Import by command line.
-
-    Returns:
-        The exit status: 0, or 1 when a file gave nothing but refused rows.
-    """
-    plan = _plan(_parser().parse_args(argv))
-    done = asyncio.run(load(settings.load(os.environ), plan))
-    for kind, progress in done.items():
-        there = progress.position.rows - progress.added - progress.rejected
-        told = f"{kind}: {progress.added} added, {there} were there, {progress.rejected} refused"
-        if progress.rejected:
-            told += f": {plan.rejects_of(kind)}"
-        sys.stdout.write(f"{told}\n")
-    if "transactions" in done and done["transactions"].added:
-        sys.stdout.write("windows count them from the next start of the consumers on\n")
-    return int(any(p.rejected and p.rejected == p.position.rows for p in done.values()))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cerberus import",
-        description="Load a bank's past: CSV, JSON lines or Parquet, by the suffix of its name.",
-    )
-    for kind in FIELDS:
-        parser.add_argument(f"--{kind.replace('_', '-')}", type=pathlib.Path, metavar="FILE")
-    parser.add_argument("--rejects", type=pathlib.Path, metavar="FILE", help="of refused rows")
-    parser.add_argument("--again", action="store_true", help="read finished files anew")
-    parser.add_argument(
-        "--label-value",
-        action="append",
-        default=[],
-        type=layouts.pair,
-        metavar="VALUE=LABEL",
-        help="what a value of the label's column means, such as 1=fraud",
-    )
-    layouts.add_options(parser)
-    return parser
-
-
-def _plan(chosen: argparse.Namespace) -> Plan:
-    files = {kind: path for kind in FIELDS if (path := getattr(chosen, kind)) is not None}
-    if not files:
-        names = ", ".join(f"--{kind.replace('_', '-')}" for kind in FIELDS)
-        raise errors.InvalidTransaction("FILE", f"give at least one of {names}")
-    return Plan(
-        files=files,
-        layouts=layouts.read_options(chosen, {k: (*FIELDS[k][0], *FIELDS[k][1]) for k in files}),
-        label_values=dict(chosen.label_value),
-        rejects=chosen.rejects,
-        again=chosen.again,
-    )

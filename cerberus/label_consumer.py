@@ -13,7 +13,7 @@ from typing import Any
 import aiokafka
 from aiokafka.errors import KafkaError
 
-from cerberus import errors, kafka, labels, offline, settings, supervision
+from cerberus import errors, kafka, labels, settings, stores, supervision
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class LabelConsumer:
 
     Args:
         config: Settings.
-        history: Takes the labels.
+        postgres: Takes the labels.
         clock: The wall clock in ms since the Unix epoch.
 
     Attributes:
@@ -40,11 +40,11 @@ class LabelConsumer:
     def __init__(
         self,
         config: settings.Settings,
-        history: offline.OfflineStore,
+        postgres: stores.Stores,
         clock: Callable[[], int] = _now_ms,
     ) -> None:
         self._config = config
-        self._offline = history
+        self._postgres = postgres
         self._clock = clock
         self._topic = config.kafka.topic(kafka.LABELS)
         self._dead_letters = config.kafka.topic(kafka.LABEL_DEAD_LETTERS)
@@ -55,7 +55,7 @@ class LabelConsumer:
         """Store what comes, until told to stop; after a fault from the last commit on."""
         while not progress.stopping.is_set():
             try:
-                await self._offline.migrate()
+                await self._postgres.schema.migrate()
                 await kafka.create_topics(self._config)
                 await self._consume(progress)
             except (TimeoutError, KafkaError, errors.StoreUnavailable) as error:
@@ -93,8 +93,8 @@ class LabelConsumer:
             except errors.InvalidTransaction as error:
                 dead.append(kafka.dead_letter(self._dead_letters, record, str(error)))
         await self._publisher.publish(dead)
-        await self._offline.labels.write(told, self._clock())
-        self._offline.labels.counts["invalid"] += len(dead)
+        await self._postgres.labels.write(told, self._clock())
+        self._postgres.labels.counts["invalid"] += len(dead)
 
     async def _commit(self, client: Any, stored: dict[aiokafka.TopicPartition, int]) -> None:
         due = {tp: offset for tp, offset in stored.items() if tp in client.assignment()}

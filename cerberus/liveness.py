@@ -20,12 +20,12 @@ from cerberus import (
     errors,
     features,
     kafka,
-    offline,
     online,
     ownership,
     partition,
     settings,
     sink,
+    stores,
     supervision,
 )
 
@@ -51,7 +51,7 @@ class Liveness:
     Args:
         config: Settings.
         online_store: Takes the states.
-        offline_store: Knows what lies before a replay's reach.
+        postgres: Knows what lies before a replay's reach.
         rows: Sends rows again.
         resolver: Knows which log each partition was resolved on.
         claimed: Sees a node of a Redis Cluster lose its data.
@@ -64,7 +64,7 @@ class Liveness:
         self,
         config: settings.Settings,
         online_store: online.OnlineStore,
-        offline_store: offline.OfflineStore,
+        postgres: stores.Stores,
         rows: sink.Sink,
         resolver: assignment.Resolver,
         claimed: claims.Claims,
@@ -72,7 +72,7 @@ class Liveness:
         self._resend_s = config.resend_s
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._online = online_store
-        self._offline = offline_store
+        self._postgres = postgres
         self._rows = rows
         self._resolver = resolver
         self._claims = claimed
@@ -230,7 +230,7 @@ class Liveness:
         if self._seeding and part not in self._seeding:
             return False
         pages = self._seeding.pop(part, None) or assignment.seed(
-            self._offline, self._topic, part, part.imported_until_ms or 0
+            self._postgres, self._topic, part, part.imported_until_ms or 0
         )
         ends_s = time.monotonic() + _SEED_S
         async for _ in pages:
@@ -250,7 +250,8 @@ class Liveness:
 
     async def _look_for_scores(self, parts: Parts) -> None:
         self._scores_lost = (
-            await self._online.materialized_ms() is None and await self._offline.has_served_scores()
+            await self._online.materialized_ms() is None
+            and await self._postgres.credit_scores.were_served()
         )
         for owned in parts.values():
             owned.unloaded = self._scores_lost

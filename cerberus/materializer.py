@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
-from cerberus import errors, offline, online, settings, supervision, synthetic
+from cerberus import errors, online, settings, stores, supervision, synthetic
 
 log = logging.getLogger(__name__)
 
@@ -25,26 +25,28 @@ class Materializer:
     Args:
         config: Settings; `materialize_s` lies between two loads.
         online_store: Tells when Redis has lost what was loaded.
-        offline_store: Says which instance is the one.
+        postgres: Says which instance is the one.
     """
 
     def __init__(
         self,
         config: settings.Settings,
         online_store: online.OnlineStore,
-        offline_store: offline.OfflineStore,
+        postgres: stores.Stores,
     ) -> None:
         self._config = config
         self._online = online_store
-        self._offline = offline_store
+        self._postgres = postgres
 
     async def run(self, progress: supervision.Progress) -> None:
         """Refresh the views until told to stop."""
         while not progress.stopping.is_set():
             try:
-                async with self._offline.singleton("materializer") as still_held:
+                async with self._postgres.locks.singleton("materializer") as still_held:
                     while still_held is not None and not progress.stopping.is_set():
-                        await self._offline.migrate()  # also makes the coming months' partitions
+                        await (
+                            self._postgres.schema.migrate()
+                        )  # also makes the coming months' partitions
                         await self._refresh(progress)
                         progress.beat()
                         await self._rest(progress, still_held)
@@ -54,7 +56,7 @@ class Materializer:
 
     async def _refresh(self, progress: supervision.Progress) -> None:
         if self._config.rate > 0:
-            await seed_credit_scores(self._config, self._offline)
+            await seed_credit_scores(self._config, self._postgres)
         child = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -94,7 +96,7 @@ class Materializer:
             await progress.wait(_LOOK_S)
 
 
-async def seed_credit_scores(config: settings.Settings, store: offline.OfflineStore) -> None:
+async def seed_credit_scores(config: settings.Settings, postgres: stores.Stores) -> None:
     """Give the synthetic population its scores of this week; they are the same every week."""
     today = datetime.datetime.now(datetime.UTC).date()
     monday = today - datetime.timedelta(days=today.weekday())
@@ -102,4 +104,4 @@ async def seed_credit_scores(config: settings.Settings, store: offline.OfflineSt
     people = range(config.first_user_id, config.first_user_id + config.users)
     for at in range(0, len(people), _SEEDED):
         some = [(u, synthetic.credit_score(u, config.seed)) for u in people[at : at + _SEEDED]]
-        await store.seed_credit_scores(some, since)
+        await postgres.credit_scores.seed(some, since)

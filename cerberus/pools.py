@@ -22,6 +22,9 @@ CALL_S = 2.0
 """Of a command to Redis."""
 QUERY_S = 10
 """Of a statement to Postgres."""
+NO_IDLING = f"SET LOCAL idle_in_transaction_session_timeout = '{QUERY_S}s'"
+"""First in a transaction of several statements: a process that is frozen in one would otherwise let
+no other start, and no month go."""
 REDIS_DOWN = (
     TimeoutError,
     OSError,

@@ -17,8 +17,8 @@ from cerberus import (
     errors,
     kafka,
     labels,
-    offline,
     settings,
+    stores,
     supervision,
     synthetic,
     transactions,
@@ -47,12 +47,12 @@ class Producer:
 
     Args:
         config: Settings; `rate` is in transactions a second.
-        offline_store: Says which instance is the one.
+        postgres: Says which instance is the one.
     """
 
-    def __init__(self, config: settings.Settings, offline_store: offline.OfflineStore) -> None:
+    def __init__(self, config: settings.Settings, postgres: stores.Stores) -> None:
         self._config = config
-        self._offline = offline_store
+        self._postgres = postgres
         self._told_ms = 0
         self.sent = 0
 
@@ -63,9 +63,9 @@ class Producer:
             await progress.stopping.wait()
         while not progress.stopping.is_set():
             try:
-                await self._offline.migrate()
+                await self._postgres.schema.migrate()
                 await kafka.create_topics(self._config)
-                async with self._offline.singleton("producer") as still_held:
+                async with self._postgres.locks.singleton("producer") as still_held:
                     if still_held is not None:
                         await self._produce(progress, still_held)
             except errors.StoreUnavailable as error:
@@ -104,7 +104,7 @@ class Producer:
         # Kept before the frauds are sent: a crash in between leaves a label too many, which says
         # nothing, and never a fraud that would pass for genuine.
         if frauds := [labelled.transaction for labelled in due if labelled.fraud]:
-            await self._offline.labels.expect(
+            await self._postgres.labels.expect(
                 [
                     synthetic.found_out(f, config.seed, config.synthetic_label_delay_s)
                     for f in frauds
@@ -118,9 +118,9 @@ class Producer:
         if now_ms - self._told_ms < _TELL_MS:
             return
         self._told_ms = now_ms
-        if due := await self._offline.labels.due(now_ms):
+        if due := await self._postgres.labels.due(now_ms):
             await _deliver(client, [_label(self._config, label, now_ms) for label in due])
-            await self._offline.labels.told(due)
+            await self._postgres.labels.told(due)
 
 
 @contextlib.asynccontextmanager

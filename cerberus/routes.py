@@ -4,7 +4,7 @@ import asyncio
 import collections
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +26,16 @@ from cerberus import (
     labels,
     lookups,
     metrics,
-    offline,
     online,
     openapi,
+    parameters,
     pools,
     problems,
     scoring,
     security,
     serving,
     settings,
+    stores,
     supervision,
     window,
 )
@@ -67,7 +68,7 @@ class Parts:
         guard: Knows who may call.
         predictor: Answers `POST /predict`.
         lookups: Answers `GET /decisions` and `GET /users`.
-        history: Takes `POST /labels` and answers `GET /accuracy`.
+        postgres: Takes `POST /labels` and answers `GET /accuracy`.
         health: Answers `GET /health`.
         meter: Answers `GET /metrics`.
         clock: The wall clock in ms since the Unix epoch.
@@ -80,7 +81,7 @@ class Parts:
     guard: security.Guard
     predictor: serving.Predictor
     lookups: lookups.Lookups
-    history: offline.OfflineStore
+    postgres: stores.Stores
     health: health.Health
     meter: metrics.Metrics
     clock: Callable[[], int]
@@ -92,7 +93,7 @@ def assemble(
     spans: window.Spans,
     model: scoring.Model,
     store: online.OnlineStore,
-    history: offline.OfflineStore,
+    postgres: stores.Stores,
     supervisor: supervision.Supervisor,
     *,
     claimed: claims.Claims,
@@ -109,7 +110,7 @@ def assemble(
         spans: The window definition.
         model: Decides.
         store: Where features are read.
-        history: Where decisions are looked up and judged, and labels go.
+        postgres: Where decisions are looked up and judged, and labels go.
         supervisor: Of the eternal tasks.
         claimed: Says which decision on a transaction was the first.
         kept: Takes the decisions that are answered.
@@ -130,7 +131,7 @@ def assemble(
             records=consumed.counts if consumed else {},
             lag=consumed.lag() if consumed else {},
             decisions={n: (r["waiting"], r["dropped"]) for n, r in kept.report().items()},
-            labels=history.labels.counts,
+            labels=postgres.labels.counts,
             up={name: task.sound for name, task in tasks.items()},
             restarts={name: task.restarts for name, task in tasks.items()},
         )
@@ -143,8 +144,8 @@ def assemble(
         model=model,
         guard=security.Guard(config.api_keys),
         predictor=predictor,
-        lookups=lookups.Lookups(config, spans, store, history.ledger, clock),
-        history=history,
+        lookups=lookups.Lookups(config, spans, store, postgres.ledger, clock),
+        postgres=postgres,
         health=health.Health(config, model, servers, supervisor, kept, consumed, labelled),
         meter=meter,
         clock=clock,
@@ -243,19 +244,21 @@ async def predict(request: Request) -> Response:
 async def decision(request: Request) -> Response:
     """Answer `GET /decisions/{decision_id}`."""
     parts: Parts = request.app.state.parts
-    return _json(await parts.lookups.decision(request.path_params["decision_id"]))
+    asked = parameters.decision_id(request.path_params["decision_id"])
+    return _json(await parts.lookups.decision(asked))
 
 
 async def decisions_of(request: Request) -> Response:
     """Answer `GET /decisions?transaction_id=…` and `GET /decisions?user_id=…`."""
     parts: Parts = request.app.state.parts
-    return _json(await parts.lookups.decisions(_query(request)))
+    return _json(await parts.lookups.decisions(parameters.decisions(_query(request))))
 
 
 async def user(request: Request) -> Response:
     """Answer `GET /users/{user_id}`."""
     parts: Parts = request.app.state.parts
-    return _json(await parts.lookups.user(request.path_params["user_id"]))
+    user_id = parameters.user_id(request.path_params["user_id"])
+    return _json(await parts.lookups.user(user_id))
 
 
 async def take_labels(request: Request) -> Response:
@@ -265,20 +268,37 @@ async def take_labels(request: Request) -> Response:
     now_ms = parts.clock()
     told = labels.parse_request(asked, now_ms + parts.config.max_future_skew_ms)
     try:
-        answer = parts.history.labels.answer
-        return _json(await parts.label_turns.call(pools.QUERY_S, answer, told, now_ms))
+        valid = [item for item in told if isinstance(item, labels.Label)]
+        write = parts.postgres.labels.write
+        new = await parts.label_turns.call(pools.QUERY_S, write, valid, now_ms)
     except (TimeoutError, errors.StoreUnavailable, errors.ConfigError) as error:
         log.warning("labels were refused: %r", error)
         raise problems.Refusal(
             "labels_unavailable",
             "Postgres takes no labels now; send all of the request again in a second.",
         ) from error
+    parts.postgres.labels.counts["invalid"] += len(told) - len(valid)
+    return _json(_became(told, new))
+
+
+def _became(told: Sequence[labels.Parsed], new: Iterable[bool]) -> dict[str, Any]:
+    """Lay out what became of each item of a request; `new` says of the valid ones which are."""
+    stored = iter(new)
+    results: list[Mapping[str, str]] = [
+        {"result": "invalid", "field": item.field, "detail": item.reason}
+        if isinstance(item, errors.InvalidTransaction)
+        else {"result": "stored" if next(stored) else "known"}
+        for item in told
+    ]
+    count = collections.Counter(result["result"] for result in results)
+    return {"results": results, **{name: count[name] for name in ("stored", "known", "invalid")}}
 
 
 async def judge(request: Request) -> Response:
     """Answer `GET /accuracy`."""
     parts: Parts = request.app.state.parts
-    return _json(await parts.history.accuracy.report(parts.clock(), _query(request)))
+    asked = parameters.accuracy(_query(request))
+    return _json(await parts.postgres.judged.report(parts.clock(), asked))
 
 
 def _query(request: Request) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
 import orjson
@@ -23,11 +23,11 @@ from cerberus import (
     errors,
     feast_layout,
     materializer,
-    offline,
     online,
     pools,
     settings,
     stack,
+    stores,
     window,
 )
 from cerberus.stack import ports, process
@@ -74,17 +74,20 @@ def _end_service(site: process.Site) -> None:
         site.tell("service", f"ended process {left}, left by a run that was killed")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run everything on this machine until a signal comes; return the exit status."""
-    parser = argparse.ArgumentParser(prog="cerberus run", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.description = __doc__
     parser.add_argument("--port", type=_port, default=PORT, help=f"of the service ({PORT})")
     parser.add_argument("--rate", help="synthetic transactions/s; 0 for none")
-    arguments = parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run everything on this machine until a signal comes; return the exit status."""
     environ = dict(os.environ)
     if arguments.rate is not None:
         environ["CERBERUS_RATE"] = arguments.rate
     with _interruptible():
-        return run(environ, port=arguments.port)
+        return start(environ, port=arguments.port)
 
 
 def _port(text: str) -> int:
@@ -93,7 +96,7 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def run(
+def start(
     environ: Mapping[str, str],
     directory: pathlib.Path = DIRECTORY,
     port: int = PORT,
@@ -199,8 +202,8 @@ def _spans(config: settings.Settings) -> window.Spans:
 
 
 async def _seed(config: settings.Settings) -> None:
-    async with pools.connect_postgres(config) as pool:
-        await materializer.seed_credit_scores(config, offline.OfflineStore(pool, config.spans))
+    async with stores.connected(config) as postgres:
+        await materializer.seed_credit_scores(config, postgres)
 
 
 def _definitions(config: settings.Settings) -> str:

@@ -3,18 +3,15 @@
 The file is read twice: a wrong row is named before any is sent, however long the file is.
 """
 
-import argparse
 import asyncio
 import dataclasses
-import os
 import pathlib
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import tqdm
 
-from cerberus import errors, kafka, layouts, settings, transactions, window
+from cerberus import errors, kafka, layouts, settings, transactions
 
 _ROWS, _BATCH = 5_000, 1_000
 _SLOWEST = 0.001
@@ -150,55 +147,3 @@ class Sender:
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-def main(argv: Sequence[str]) -> int:
-    """Send by command line.
-
-    Returns:
-        The exit status: 0.
-    """
-    chosen = _parser().parse_args(argv)
-    pace = Pace(chosen.rate, chosen.speed, chosen.now)
-    if pace.now and pace == Pace(now=True):
-        raise errors.InvalidTransaction("--now", "needs --rate or --speed")
-    fields = {"transactions": (*layouts.REQUIRED, *layouts.OPTIONAL)}
-    layout = layouts.read_options(chosen, fields)["transactions"]
-    config = settings.load(os.environ)
-    sender = Sender(config, chosen.file, layout, pace)
-    found = sender.check()
-    spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
-    if not found.count:
-        sys.stderr.write(f"{chosen.file.name} has no rows\n")
-    elif not pace.now and found.latest_ms < _now_ms() - spans.keep_ms:
-        sys.stderr.write(
-            f"all of them are older than the {spans.keep_ms // 1000} s that windows keep: behind "
-            "newer records of the topic they change no window; --now stamps them anew\n"
-        )
-    count = asyncio.run(sender.send(found))
-    sys.stdout.write(f"{count} transactions sent to {config.kafka.topic(kafka.TRANSACTIONS)}\n")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cerberus send",
-        description="Publish a file of transactions: CSV, JSON lines or Parquet, by its suffix.",
-    )
-    parser.add_argument("file", type=pathlib.Path)
-    pace = parser.add_mutually_exclusive_group()
-    pace.add_argument("--rate", type=_positive, help="transactions a second")
-    pace.add_argument("--speed", type=_positive, help="1: with the gaps of the file's timestamps")
-    parser.add_argument("--now", action="store_true", help="stamp each when it is sent")
-    layouts.add_options(parser)
-    return parser
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not _SLOWEST <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {_SLOWEST} or more")
-    return value

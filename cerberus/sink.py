@@ -17,14 +17,15 @@ from cerberus import (
     claims,
     decision_log,
     decisions,
+    facts,
     features,
     kafka,
-    offline,
     online,
     ownership,
     partition,
     scoring,
     settings,
+    stores,
     window,
 )
 
@@ -52,7 +53,7 @@ class Sink:
         spans: The window definition.
         model: Decides.
         online_store: Takes the rows.
-        offline_store: Takes the facts.
+        postgres: Takes the facts.
         claimed: Says which decision on a transaction was the first.
 
     Attributes:
@@ -65,14 +66,14 @@ class Sink:
         spans: window.Spans,
         model: scoring.Model,
         online_store: online.OnlineStore,
-        offline_store: offline.OfflineStore,
+        postgres: stores.Stores,
         claimed: claims.Claims,
     ) -> None:
         self._config = config
         self._spans = spans
         self._model = model
         self._online = online_store
-        self._offline = offline_store
+        self._postgres = postgres
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._claims = claimed
         self._publisher = kafka.Publisher(config)
@@ -120,10 +121,10 @@ class Sink:
         decided: Sequence[decisions.Record],
     ) -> None:
         if not self._kept:
-            await self._offline.ledger.register(self._model)
+            await self._postgres.ledger.register(self._model)
             self._kept = True
         if batch.observed:
-            await self._offline.write(
+            await self._postgres.facts.write(
                 self._topic,
                 [_fact(number, seen) for number, seen in batch.observed if _is_new(seen)],
                 [_stats(seen) for _, seen in accepted],
@@ -191,7 +192,7 @@ class Sink:
         scores, loaded = await self._online.credit_scores(
             sorted({row.user_id for row in rows}), now_ms
         )
-        lost = not loaded and await self._offline.has_served_scores()
+        lost = not loaded and await self._postgres.credit_scores.were_served()
         began_s = time.perf_counter()
         decided = self._model.decide(
             [
@@ -234,8 +235,8 @@ def _is_new(seen: partition.Observed) -> bool:
     return seen.outcome not in (window.Outcome.DUPLICATE, window.Outcome.CONFLICT)
 
 
-def _fact(number: int, seen: partition.Observed) -> offline.TransactionFact:
-    return offline.TransactionFact(
+def _fact(number: int, seen: partition.Observed) -> facts.TransactionFact:
+    return facts.TransactionFact(
         transaction=seen.transaction,
         epoch=seen.fence.epoch,
         partition=number,
@@ -243,9 +244,9 @@ def _fact(number: int, seen: partition.Observed) -> offline.TransactionFact:
     )
 
 
-def _stats(seen: partition.Observed) -> offline.StatsFact:
+def _stats(seen: partition.Observed) -> facts.StatsFact:
     txn, row = seen.transaction, seen.row
-    return offline.StatsFact(
+    return facts.StatsFact(
         user_id=txn.user_id,
         event_us=txn.event_ms * 1000 + min(seen.rank, 999),
         stats=(row.stats if row else None) or (),

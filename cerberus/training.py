@@ -9,14 +9,12 @@ however long ago, so the labels of reads have the base rate at any traffic, and 
 empty window, or an unknown one, gets the base rate.
 """
 
-import argparse
 import functools
 import hashlib
 import itertools
 import os
 import pathlib
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -31,7 +29,6 @@ from cerberus import (
     features,
     partition,
     scoring,
-    settings,
     synthetic,
     transactions,
     window,
@@ -374,37 +371,3 @@ def _write(path: pathlib.Path, content: bytes) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def main(argv: Sequence[str]) -> int:
-    """Train by command line; CERBERUS_SPANS and CERBERUS_MODEL give the defaults.
-
-    Returns:
-        The exit status: 0, or 1 when the files cannot be written (2, from argparse, for a flag).
-    """
-    parser = argparse.ArgumentParser(
-        prog="cerberus train", description="Train the fraud model on simulated traffic."
-    )
-    path = os.environ.get("CERBERUS_MODEL") or settings.MODEL_PATH
-    spans = os.environ.get("CERBERUS_SPANS") or "10m"
-    parser.add_argument("--out", type=pathlib.Path, default=path, help="the model file")
-    parser.add_argument("--seed", type=int, default=7, help="of everything drawn")
-    parser.add_argument("--spans", type=_spans, default=spans, help="window lengths: 10m,1h,24h")
-    chosen = parser.parse_args(argv)
-    try:
-        train(Plan(spans=chosen.spans, seed=chosen.seed), chosen.out)
-    except OSError as error:
-        sys.stderr.write(f"cannot write the model: {error}; give another --out\n")
-        return 1
-    return 0
-
-
-def _spans(text: str) -> tuple[str, ...]:
-    names = tuple(part.strip() for part in text.split(","))
-    try:
-        lengths = window.Spans(names).spans_ms
-    except (KeyError, ValueError, IndexError):
-        lengths = ()
-    if not lengths or lengths[0] <= 0 or sorted(set(lengths)) != list(lengths):
-        raise argparse.ArgumentTypeError(f"{text!r} is not increasing lengths such as 10m,1h,24h")
-    return names

@@ -19,11 +19,11 @@ from cerberus import (
     feast_layout,
     feature_store,
     kafka,
-    offline,
     online,
     pools,
     settings,
     stack,
+    stores,
     training,
     window,
 )
@@ -220,12 +220,12 @@ async def opened(
     site = process.Site(directory, environ, lambda line: None)
     redis = pools.connect_redis(config)
     async with pools.connect_postgres(config) as pool, redis:
-        store = offline.OfflineStore(pool, config.spans)
-        await store.migrate()
+        postgres = stores.on(pool, config.spans)
+        await postgres.schema.migrate()
         await kafka.create_topics(config)
         if credit:
             scores = [(user_id, credit_score(user_id)) for user_id in users]
-            await store.seed_credit_scores(scores, datetime.datetime.now(datetime.UTC))
+            await postgres.credit_scores.seed(scores, datetime.datetime.now(datetime.UTC))
             await asyncio.to_thread(_apply, config, directory)
         cluster = Cluster(
             servers=servers,

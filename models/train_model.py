@@ -5,7 +5,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from cerberus import training
+from cerberus import __main__
 
 if __name__ == "__main__":
-    sys.exit(training.main(sys.argv[1:]))
+    sys.exit(__main__.main(["train", *sys.argv[1:]]))

@@ -17,10 +17,10 @@ from cerberus import (
     feast_layout,
     feature_store,
     features,
-    offline,
     online,
     pools,
     settings,
+    stores,
     transactions,
     window,
 )
@@ -142,7 +142,7 @@ def opened(environ, tmp_path):
 
     async def migrate():
         async with pools.connect_postgres(config) as pool:
-            await offline.OfflineStore(pool, config.spans).migrate()
+            await stores.on(pool, config.spans).schema.migrate()
 
     asyncio.run(migrate())
     module = load(repo(environ, tmp_path))

@@ -20,13 +20,13 @@ from cerberus import (
     features,
     kafka,
     metrics,
-    offline,
     online,
     pools,
     routes,
     scoring,
     serving,
     settings,
+    stores,
     supervision,
     training,
     transactions,
@@ -59,18 +59,18 @@ class World:
     spans: window.Spans
     model: scoring.Model
     online: online.OnlineStore
-    offline: offline.OfflineStore
+    postgres: stores.Stores
     redis: Any
     pool: Any
     kafka: AIOKafkaProducer
 
     def claims(self, config):
-        return claims.Claims(config, self.redis, self.offline.ledger, lambda: self.online.spoken)
+        return claims.Claims(config, self.redis, self.postgres.ledger, lambda: self.online.spoken)
 
     def consumer(self):
         claimed = self.claims(self.config)
         return consumer.Consumer(
-            self.config, self.spans, self.model, self.online, self.offline, claimed
+            self.config, self.spans, self.model, self.online, self.postgres, claimed
         )
 
     def predictor(self, keep):
@@ -89,7 +89,7 @@ class World:
         """Build the log of decisions on requests, with some settings changed."""
         config = dataclasses.replace(self.config, **changes)
         claimed = self.claims(config)
-        return decision_log.DecisionLog(config, self.model, self.offline, claimed)
+        return decision_log.DecisionLog(config, self.model, self.postgres, claimed)
 
     def app(self, kept, probes=None, consumed=None, clock=serving.now_ms):
         """Build the routes on these stores; `kept` takes the decisions."""
@@ -99,7 +99,7 @@ class World:
             self.spans,
             self.model,
             self.online,
-            self.offline,
+            self.postgres,
             supervision.Supervisor(lambda reason: None),
             claimed=self.claims(self.config),
             kept=kept,
@@ -208,11 +208,11 @@ async def world(environ):
     await producer.start()
     try:
         async with pools.connect_postgres(config) as pool:
-            store = offline.OfflineStore(pool, config.spans)
-            await store.migrate()
+            postgres = stores.on(pool, config.spans)
+            await postgres.schema.migrate()
             topic = config.kafka.topic(kafka.TRANSACTIONS)
             rows = online.OnlineStore(redis, plan, spans, topic)
-            yield World(config, spans, model, rows, store, redis, pool, producer)
+            yield World(config, spans, model, rows, postgres, redis, pool, producer)
     finally:
         await producer.stop()
         await redis.aclose()

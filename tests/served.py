@@ -14,13 +14,13 @@ from cerberus import (
     feast_layout,
     features,
     metrics,
-    offline,
     online,
     pools,
     routes,
     scoring,
     serving,
     settings,
+    stores,
     supervision,
     transactions,
     window,
@@ -59,9 +59,9 @@ class Served:
         self.meter = metrics.Metrics()
         self.kept = []
         self.pool = pools.connect_postgres(self.config)
-        self.history = offline.OfflineStore(self.pool, self.spans.names)
+        self.postgres = stores.on(self.pool, self.spans.names)
         self.claimed = claims.Claims(
-            self.config, self.client, self.history.ledger, lambda: self.store.spoken
+            self.config, self.client, self.postgres.ledger, lambda: self.store.spoken
         )
         self.predictor = serving.Predictor(
             self.config,
@@ -84,10 +84,10 @@ class Served:
             self.spans,
             self.model,
             self.store,
-            self.history,
+            self.postgres,
             self.supervisor,
             claimed=self.claimed,
-            kept=decision_log.DecisionLog(self.config, self.model, self.history, self.claimed),
+            kept=decision_log.DecisionLog(self.config, self.model, self.postgres, self.claimed),
             probes=probes or {},
             consumed=consumed,
             labelled=labelled,
@@ -144,7 +144,7 @@ class Served:
     async def migrated(self):
         """Let there be tables to look decisions up in."""
         await self.pool
-        await self.history.migrate()
+        await self.postgres.schema.migrate()
 
     async def ask(self, **document):
         """Ask the predictor."""

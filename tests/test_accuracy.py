@@ -17,7 +17,17 @@ from served import NOW_MS, Served
 from truth import DAY_MS, GOOD, Told, decided, label, matured, truth
 
 import cerberus.__main__
-from cerberus import accuracy, errors, labels, offline, openapi, settings, transactions
+from cerberus import (
+    command_accuracy,
+    errors,
+    judged,
+    labels,
+    openapi,
+    parameters,
+    settings,
+    stores,
+    transactions,
+)
 
 pytestmark = pytest.mark.anyio
 MIDNIGHT_MS = NOW_MS // DAY_MS * DAY_MS
@@ -28,9 +38,9 @@ MODELS = ("aa" * 32, "ab" * 32)
 @contextlib.asynccontextmanager
 async def opened(database, rules):
     async with asyncpg.create_pool(database, min_size=0, max_size=4) as pool:
-        store = offline.OfflineStore(pool, ("10m",), rules)
-        await store.migrate()
-        yield pool, store
+        postgres = stores.on(pool, ("10m",), rules)
+        await postgres.schema.migrate()
+        yield pool, postgres
 
 
 def day_of(record):
@@ -137,12 +147,12 @@ async def test_the_figures_are_those_of_judging_one_by_one(
     database, records, arrivals, asked, friendly, since_ms, prefix
 ):
     rules, told = labels.Rules(MATURITY_MS, friendly), Told()
-    async with opened(database, rules) as (pool, store):
+    async with opened(database, rules) as (pool, postgres):
         await pool.execute("TRUNCATE labels, decisions")
-        await store.ledger.write(records)
+        await postgres.ledger.write(records)
         for seen_ms, batch in sorted(arrivals, key=lambda one: one[0]):
             told.tell(batch, seen_ms)
-            await store.labels.write(batch, seen_ms)
+            await postgres.labels.write(batch, seen_ms)
         query, chosen = {}, [r for r in records if r.transaction is not None]
         if since_ms is not None:
             query["since"] = transactions.format_ms(since_ms)
@@ -151,7 +161,7 @@ async def test_the_figures_are_those_of_judging_one_by_one(
             query["model"] = prefix
             chosen = [r for r in chosen if r.decision.model_sha256.startswith(prefix)]
         for t_ms in asked:
-            report = await store.accuracy.report(t_ms, query)
+            report = await postgres.judged.report(t_ms, parameters.accuracy(query))
             assert laid_out(report) == expected(chosen, told, t_ms, rules)
             for total, days in laid_out(report).values():
                 counted = ("matured", "excluded", "immature")
@@ -163,12 +173,12 @@ async def test_the_figures_are_those_of_judging_one_by_one(
 
 
 async def test_nothing_is_said_of_what_is_not_mature_whatever_is_labelled_already(database):
-    async with opened(database, labels.Rules(MATURITY_MS, False)) as (_, store):
+    async with opened(database, labels.Rules(MATURITY_MS, False)) as (_, postgres):
         actions = ("approve", "review", "decline")
-        await store.ledger.write([decided(action, NOW_MS, action=action) for action in actions])
-        await store.labels.write([label(action) for action in actions], NOW_MS)
+        await postgres.ledger.write([decided(action, NOW_MS, action=action) for action in actions])
+        await postgres.labels.write([label(action) for action in actions], NOW_MS)
         for t_ms, known in ((NOW_MS + MATURITY_MS - 1, False), (NOW_MS + MATURITY_MS, True)):
-            report = await store.accuracy.report(t_ms, {})
+            report = await postgres.judged.report(t_ms, judged.Question())
             [model] = report["models"]
             shares = [model["total"][n] for n in ("precision", "recall", "false_positive_rate")]
             assert shares == ([1.0, 2 / 3, None] if known else [None] * 3)
@@ -176,7 +186,7 @@ async def test_nothing_is_said_of_what_is_not_mature_whatever_is_labelled_alread
                 (3, 0) if known else (0, 3)
             )
             assert any(model["total"]["money"].values()) == known
-            shown = accuracy.describe(report)
+            shown = command_accuracy.describe(report)
             assert ("nothing can be judged yet" in shown) == (not known)
             assert ("66.67%" in shown) == known
 
@@ -186,8 +196,8 @@ async def test_a_label_moves_the_figures_once_the_decision_is_mature(environ):
     try:
         await served.migrated()
         rules = labels.Rules(MATURITY_MS, False)
-        await offline.OfflineStore(served.pool, ("10m",), rules).migrate()
-        await served.history.ledger.write(
+        await stores.on(served.pool, ("10m",), rules).schema.migrate()
+        await served.postgres.ledger.write(
             [decided("order-1", NOW_MS), decided("order-2", NOW_MS, action="review")]
         )
         async with client(served.app()) as http:
@@ -239,24 +249,24 @@ async def test_a_wrong_question_names_its_parameter(environ, query, field):
 
 
 async def test_one_report_is_made_at_a_time(database):
-    async with opened(database, labels.Rules(MATURITY_MS, False)) as (_, store):
-        asked = [store.accuracy.report(NOW_MS, {}) for _ in range(3)]
+    async with opened(database, labels.Rules(MATURITY_MS, False)) as (_, postgres):
+        asked = [postgres.judged.report(NOW_MS, judged.Question()) for _ in range(3)]
         told = await asyncio.gather(*asked, return_exceptions=True)
         assert [type(each) for each in told] == [dict, errors.Overloaded, errors.Overloaded]
-        assert (await store.accuracy.report(NOW_MS, {}))["models"] == []
+        assert (await postgres.judged.report(NOW_MS, judged.Question()))["models"] == []
 
 
 async def test_a_report_that_takes_too_long_is_given_up_and_says_what_to_do(database):
-    async with opened(database, labels.Rules(MATURITY_MS, False)) as (pool, store):
+    async with opened(database, labels.Rules(MATURITY_MS, False)) as (pool, postgres):
         async with pool.acquire() as other, other.transaction():
             await other.execute("LOCK TABLE decisions")
             with pytest.raises(errors.DecisionsUnavailable, match="ask for less by `since`"):
-                await store.accuracy.report(NOW_MS, {}, timeout_s=0.2)
-        assert (await store.accuracy.report(NOW_MS, {}))["models"] == []
+                await postgres.judged.report(NOW_MS, judged.Question(), timeout_s=0.2)
+        assert (await postgres.judged.report(NOW_MS, judged.Question()))["models"] == []
 
 
 def test_a_date_begins_at_midnight_in_utc():
-    assert accuracy.parse_since("2026-11-24") == accuracy.parse_since("2026-11-24T01:00:00+01:00")
+    assert parameters.since_ms("2026-11-24") == parameters.since_ms("2026-11-24T01:00:00+01:00")
 
 
 def test_the_command_line_shows_the_same_as_the_route(environ, monkeypatch, capsys):
@@ -264,14 +274,14 @@ def test_the_command_line_shows_the_same_as_the_route(environ, monkeypatch, caps
     rules = labels.Rules(config.label_maturity_ms, config.friendly_fraud_is_fraud)
 
     async def fill():
-        async with opened(config.database_url, rules) as (_, store):
-            await store.ledger.write(
+        async with opened(config.database_url, rules) as (_, postgres):
+            await postgres.ledger.write(
                 [
                     decided("a", NOW_MS - 99 * DAY_MS, action="decline", minor=123_456_789),
                     decided("b", NOW_MS - 98 * DAY_MS, model="cd" * 32),
                 ]
             )
-            await store.labels.write([label("a")], NOW_MS - 90 * DAY_MS)
+            await postgres.labels.write([label("a")], NOW_MS - 90 * DAY_MS)
 
     asyncio.run(fill())
     for name, value in environ.items():
@@ -315,7 +325,7 @@ async def test_the_report_reads_each_decision_once_and_joins_labels_in_bulk(data
         await pool.execute(f"INSERT INTO labels {rest}")
         await pool.execute("ANALYZE")
         explained = await pool.fetchval(
-            f"EXPLAIN (ANALYZE, FORMAT JSON) {accuracy._COUNT}", NOW_MS + 9 * DAY_MS, 0, ""
+            f"EXPLAIN (ANALYZE, FORMAT JSON) {judged._COUNT}", NOW_MS + 9 * DAY_MS, 0, ""
         )
         plan = [*nodes(json.loads(explained)[0]["Plan"])]
         kinds = collections.Counter(node["Node Type"] for node in plan)

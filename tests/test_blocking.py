@@ -31,8 +31,8 @@ async def test_no_part_makes_a_blocking_call_in_the_loop(environ):
             kept = here.decision_log()
             async with (
                 running(one := here.consumer()),
-                running(payer := producer.Producer(here.config, here.offline)),
-                running(materializer.Materializer(here.config, here.online, here.offline)),
+                running(payer := producer.Producer(here.config, here.postgres)),
+                running(materializer.Materializer(here.config, here.online, here.postgres)),
                 running(kept),
             ):
                 await until(lambda: payer.sent > 100, "payments are made")
@@ -41,7 +41,7 @@ async def test_no_part_makes_a_blocking_call_in_the_loop(environ):
                 await until(lambda: one.counts["rejected"], "a record is refused")
                 await until(lambda: one.counts["accepted"] > 100, "they are seen")
                 await until(lambda: live(one, partitions=2), "the end is reached")
-                app = here.app(kept, {"postgres": here.offline.check}, one)
+                app = here.app(kept, {"postgres": here.postgres.schema.check}, one)
                 transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
                 async with httpx.AsyncClient(
                     transport=transport, base_url="http://127.0.0.1"

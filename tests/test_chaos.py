@@ -22,10 +22,10 @@ FAULTS = (
 # Each removes one rule of the service and nothing else.
 REMOVED = {
     "the epoch": """
-from cerberus import offline
+from cerberus import lives
 async def epoch(self, cluster, topic, partitions, *, ended=None):
     return 1
-offline.OfflineStore.epoch = epoch
+lives.Lives.epoch = epoch
 """,
     "half of the replay": """
 from cerberus import assignment

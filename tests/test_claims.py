@@ -26,10 +26,10 @@ from cerberus import (
     decisions,
     errors,
     ledger,
-    offline,
     pools,
     settings,
     stack,
+    stores,
     transactions,
     window,
 )
@@ -75,7 +75,7 @@ async def side(environ, *, version=decisions.VERSION, **changes):
 @pytest.fixture
 async def one(environ):
     async with side(environ) as opened:
-        await offline.OfflineStore(opened.ledger._pool, ("10m",)).migrate()
+        await stores.on(opened.ledger._pool, ("10m",)).schema.migrate()
         yield opened
 
 
@@ -108,7 +108,7 @@ def test_of_all_who_claim_at_once_in_two_loops_one_wins_each(environ, vouching):
 
     async def prepare():
         async with side(environ) as here:
-            await offline.OfflineStore(here.ledger._pool, ("10m",)).migrate()
+            await stores.on(here.ledger._pool, ("10m",)).schema.migrate()
             if vouching:
                 await here.vouching()
 
@@ -316,7 +316,7 @@ async def test_a_decision_whose_claim_has_run_out_is_looked_up(served):
     await served.live()
     hand = in_hand(1, NOW_MS)
     first = await served.ask(**hand)
-    await served.history.ledger.write([first.record])
+    await served.postgres.ledger.write([first.record])
     served.now_ms += served.config.claim_ms + 60_000
     await served.forget()
     await served.credit(1, 500, at_ms=served.now_ms)
@@ -365,7 +365,7 @@ async def test_a_transaction_at_both_doors_has_the_decision_of_the_first(environ
             return await asyncio.gather(*(answer(predictor, hand) for hand in hands))
 
         async def stored():
-            found = [await here.offline.ledger.get(name) for name in names]
+            found = [await here.postgres.ledger.get(name) for name in names]
             return None not in found and found
 
         async with running(one := here.consumer()):
@@ -394,7 +394,7 @@ async def test_the_stream_keeps_a_decision_that_was_taken_on_other_content_and_c
         async with running(one := here.consumer()):
             await here.publish([(1000, payment(1, 1000, at, 10.0), at)])
             stored = await until(
-                lambda: here.offline.ledger.get(first.record.decision_id), "the stream is through"
+                lambda: here.postgres.ledger.get(first.record.decision_id), "the stream is through"
             )
             await until(lambda: live(one, partitions=1), "all is caught up")
             row = await here.certain(1000, at)
@@ -473,7 +473,7 @@ async def test_clients_of_two_processes_and_the_stream_at_once_get_one_decision_
             }
 
             async def stored():
-                found = [await here.offline.ledger.get(name) for name in names]
+                found = [await here.postgres.ledger.get(name) for name in names]
                 return None not in found and found
 
             standing = await until(stored, "all is decided and stored")
@@ -516,7 +516,7 @@ async def test_a_decision_that_the_topic_has_shown_is_the_one_that_postgres_gets
             await asyncio.sleep(0.5)
             await asyncio.to_thread(servers.postgres.start)
             stored = await until(
-                lambda: here.offline.ledger.get(transactions.decision_id(1000, "t1", at)),
+                lambda: here.postgres.ledger.get(transactions.decision_id(1000, "t1", at)),
                 "the decision is stored",
             )
             await until(lambda: live(one, partitions=1) and not one.problems, "all is well")

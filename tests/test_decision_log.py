@@ -15,7 +15,7 @@ from records import decided
 from served import Served
 from service import service
 
-from cerberus import claims, decision_log, decisions, offline, pools, settings
+from cerberus import claims, decision_log, decisions, pools, settings, stores
 
 pytestmark = pytest.mark.anyio
 QUIET = {"CERBERUS_RATE": "0", "CERBERUS_PARTITIONS": "1", "CERBERUS_SESSION_TIMEOUT_S": "6"}
@@ -42,7 +42,7 @@ async def stored(here):
 
 async def assert_both_have(here, records):
     for record in records:
-        assert await here.offline.ledger.get(record.decision_id) == record
+        assert await here.postgres.ledger.get(record.decision_id) == record
     assert await stored(here) == len(records)
     shown = await here.published()
     assert shown.keys() == {str(record.decision_id) for record in records}
@@ -58,7 +58,7 @@ async def test_what_is_put_reaches_both_stores_with_the_model_that_took_it(here)
         await until(lambda: not any(waiting(log).values()), "all is stored")
     await log.close()
     await assert_both_have(here, records)
-    assert await here.offline.ledger.model(here.model.sha256, here.model.policy.sha256)
+    assert await here.postgres.ledger.model(here.model.sha256, here.model.policy.sha256)
 
 
 async def test_what_is_left_is_stored_when_it_is_closed(here):
@@ -188,11 +188,11 @@ async def test_what_cannot_be_stored_at_the_end_is_told_within_bounds(environ, c
     away = {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x"}
     async with world(environ | QUIET) as here, asyncio.timeout(20):
         async with pools.connect_postgres(settings.load(environ | away)) as pool:
-            store = offline.OfflineStore(pool, here.config.spans)
+            postgres = stores.on(pool, here.config.spans)
             claimed = claims.Claims(
-                here.config, here.redis, store.ledger, lambda: here.online.spoken
+                here.config, here.redis, postgres.ledger, lambda: here.online.spoken
             )
-            log = decision_log.DecisionLog(here.config, here.model, store, claimed)
+            log = decision_log.DecisionLog(here.config, here.model, postgres, claimed)
             for record in some(3):
                 log.put(record)
             await log.close()

@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from records import SPANS, bits, paid, records, rows
 
-from cerberus import decisions, offline, pools, scoring, settings
+from cerberus import decisions, pools, scoring, settings, stores
 
 MODEL = scoring.Model.load(settings.MODEL_PATH, ("10m",))
 one_window = records(decide=MODEL.decide, spans=("10m",))
@@ -75,9 +75,9 @@ def ledger(environ, _loop):
 
     async def opened():
         pool = await pools.connect_postgres(settings.load(environ))
-        store = offline.OfflineStore(pool, SPANS)
-        await store.migrate()
-        return pool, store.ledger
+        postgres = stores.on(pool, SPANS)
+        await postgres.schema.migrate()
+        return pool, postgres.ledger
 
     pool, kept = _loop.run(opened())
 

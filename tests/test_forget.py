@@ -11,10 +11,10 @@ from pipeline import live, now_ms, payment, running, until, world
 from service import ROOT
 
 from cerberus import (
+    command_forget,
     decisions,
     feast_layout,
-    forgetting,
-    history,
+    imports,
     kafka,
     labels,
     pools,
@@ -60,7 +60,7 @@ async def fill(environ):
         )
         async with running(one := here.consumer()):
             await until(lambda: live(one, partitions=3) and not any(one.lag().values()), "read")
-        kept = history.History(here.pool, here.spans)
+        kept = here.postgres.imports
         old = [
             transactions.Transaction(f"old-{user}", user, 100, "USD", "", at_ms - 10**9)
             for user in (GONE, STAYS)
@@ -69,7 +69,7 @@ async def fill(environ):
             await kept.add(connection, "transactions", list(enumerate(old)))
             await kept.compute(10)
             await kept.add(connection, "transactions", list(enumerate(old)))
-            scores = [(0, history.Score(user, at_ms, 700)) for user in (GONE, STAYS)]
+            scores = [(0, imports.Score(user, at_ms, 700)) for user in (GONE, STAYS)]
             await kept.add(connection, "credit_scores", scores)
         told = [
             labels.Label(f"t{GONE}-0", "fraud", "bank", at_ms),
@@ -80,20 +80,20 @@ async def fill(environ):
             labels.Label("tboth", "chargeback", "bank", at_ms, GONE),
             labels.Label("nobody's", "fraud", "bank", at_ms),
         ]
-        await here.offline.labels.write(told, at_ms)
-        await here.offline.labels.expect(
+        await here.postgres.labels.write(told, at_ms)
+        await here.postgres.labels.expect(
             [
                 labels.Label(f"t{user}-2", "fraud", "synthetic", at_ms, user)
                 for user in (GONE, STAYS)
             ]
         )
         # A request's decision, which has its claim alone.
-        [record] = await here.offline.ledger.of_user(GONE, 1)
+        [record] = await here.postgres.ledger.of_user(GONE, 1)
         asked = dataclasses.replace(record.transaction, transaction_id="by-http")
         claimed = dataclasses.replace(
             record, decision_id=decisions.of_transaction(asked), transaction=asked
         )
-        await here.offline.ledger.write([claimed])
+        await here.postgres.ledger.write([claimed])
         judge = here.claims(here.config)
         assert await judge.claim([claimed], now_ms(), {claimed.decision_id}) == [claimed]
         await here.redis.hset(key(GONE), b"cerberus:split", b"1")
@@ -172,12 +172,12 @@ async def test_nothing_goes_before_it_is_agreed_to(quiet):
 async def test_what_the_log_still_holds_is_said_topic_by_topic(quiet):
     config = settings.load(quiet)
     at_ms = time.time_ns() // 1_000_000
-    assert await forgetting.held_by_the_log(config, at_ms) == [
+    assert await command_forget.held_by_the_log(config, at_ms) == [
         f"topic {config.kafka.topic(name)}: the broker does not show how long it keeps records"
-        for name in forgetting.TOPICS
+        for name in command_forget.TOPICS
     ]
     await kafka.create_topics(config)
-    told = await forgetting.held_by_the_log(config, at_ms)
+    told = await command_forget.held_by_the_log(config, at_ms)
     assert len(told) == 5
     for sentence in told:
         assert "retention.ms" in sentence
@@ -195,4 +195,4 @@ async def test_what_the_log_still_holds_is_said_topic_by_topic(quiet):
     ],
 )
 def test_how_long_a_topic_holds_records(found, said):
-    assert said in forgetting.held(found, 0)
+    assert said in command_forget.held(found, 0)

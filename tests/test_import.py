@@ -20,14 +20,15 @@ import pytest
 
 from cerberus import (
     errors,
+    facts,
     feature_store,
     features,
     importing,
     layouts,
-    offline,
     online,
     pools,
     settings,
+    stores,
     transactions,
     window,
 )
@@ -87,7 +88,7 @@ def config(environ):
 @pytest.fixture
 async def pool(config):
     async with pools.connect_postgres(config) as pool:
-        await offline.OfflineStore(pool, config.spans).migrate()
+        await stores.on(pool, config.spans).schema.migrate()
         yield pool
 
 
@@ -204,15 +205,15 @@ async def test_imported_twice_is_imported_once(config, pool, tmp_path):
 
 
 async def test_what_the_log_says_stands(config, pool, tmp_path):
-    store = offline.OfflineStore(pool, config.spans)
+    postgres = stores.on(pool, config.spans)
     known = transactions.Transaction("t1", 1, 100, "USD", "m", BEGIN_MS)
     stats = (window.WindowStats(7, 700),) * len(SPANS)
     fence = features.Fence(9, 5, BEGIN_MS)
 
     async def write_by_the_log(offset=4):
-        fact = offline.TransactionFact(known, 9, 0, offset)
-        rows = [offline.StatsFact(1, BEGIN_MS * 1000 + rank, stats, fence) for rank in (0, 1)]
-        await store.write("transactions", [fact], rows, [])
+        fact = facts.TransactionFact(known, 9, 0, offset)
+        rows = [facts.StatsFact(1, BEGIN_MS * 1000 + rank, stats, fence) for rank in (0, 1)]
+        await postgres.facts.write("transactions", [fact], rows, [])
 
     await write_by_the_log()
     path = write(tmp_path / "past.csv", [paid(1), paid(0), paid(2, at_ms=BEGIN_MS + 1)])

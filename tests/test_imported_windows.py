@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from pipeline import live, now_ms, payment, running, trained, until, world
 
 from cerberus import (
+    facts,
     features,
-    history,
     liveness,
-    offline,
     partition,
     pools,
     transactions,
@@ -87,17 +86,17 @@ def test_a_row_holds_nothing_that_was_imported_of_a_time_far_ahead():
 
 @pytest.fixture
 async def here(environ, tmp_path, monkeypatch):
-    monkeypatch.setattr(offline, "_PAGE", 7)
+    monkeypatch.setattr(facts, "_PAGE", 7)
     monkeypatch.setattr(liveness, "_SEED_S", 0.01)
     changes = {"CERBERUS_REPLAY_SPAN_S": "60", "CERBERUS_PARTITIONS": "2"}
     async with world(trained(environ, tmp_path, SPANS) | changes) as opened:
         yield opened
 
 
-async def imports(here, facts):
-    kept = history.History(here.pool, here.spans)
+async def imports(here, written):
+    kept = here.postgres.imports
     async with pools.connection(here.pool) as connection:
-        await kept.add(connection, "transactions", list(enumerate(facts, 1)))
+        await kept.add(connection, "transactions", list(enumerate(written, 1)))
 
 
 async def oracles(here, imported):
@@ -288,7 +287,7 @@ async def test_an_import_between_two_runs_counts_from_the_second_on(here):
 async def test_however_many_partitions_are_seeded_they_take_one_connection(
     environ, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(offline, "_PAGE", 25)
+    monkeypatch.setattr(facts, "_PAGE", 25)
     monkeypatch.setattr(liveness, "_SEED_S", 0.0)
     count = 6
     async with world(

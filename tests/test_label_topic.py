@@ -34,7 +34,7 @@ async def publish(here, values):
 
 
 def consumer(here):
-    return label_consumer.LabelConsumer(here.config, here.offline)
+    return label_consumer.LabelConsumer(here.config, here.postgres)
 
 
 async def commits(here):
@@ -70,7 +70,7 @@ async def test_labels_on_the_topic_reach_the_table_and_what_is_broken_is_set_asi
     headers = [dict(record.headers) for record in dead]
     assert {h["topic"] for h in headers} == {here.config.kafka.topic(kafka.LABELS).encode()}
     assert sorted(h["reason"].split(b":")[0] for h in headers) == [b"label", b"value", b"value"]
-    counts = here.offline.labels.counts
+    counts = here.postgres.labels.counts
     assert (counts["stored"], counts["known"], counts["invalid"]) == (20, 1, 3)
 
 
@@ -82,7 +82,7 @@ async def test_what_is_stored_is_committed_and_not_read_again(here):
     await publish(here, [labels.encode(label("last"))])
     async with running(consumer(here)):
         await stored(here, {key(label("last"))})
-    assert here.offline.labels.counts["known"] == 0
+    assert here.postgres.labels.counts["known"] == 0
 
 
 async def test_labels_that_come_while_postgres_is_away_are_stored_when_it_is_back(here, servers):
@@ -149,7 +149,7 @@ async def test_health_says_what_keeps_labels_waiting(environ):
     away = settings.load(environ | {"KAFKA_BROKER": "127.0.0.1:1"})
     try:
         await served.migrated()
-        one = label_consumer.LabelConsumer(away, served.history)
+        one = label_consumer.LabelConsumer(away, served.postgres)
         async with client(served.app(labelled=one)) as http:
             assert "labels" not in str((await http.get("/health")).json()["reasons"])
             async with running(one):
@@ -187,7 +187,7 @@ async def test_every_synthetic_fraud_is_found_out_though_its_producer_is_killed(
     changes = {"CERBERUS_RATE": "400", "CERBERUS_SYNTHETIC_LABEL_DELAY_S": "4"}
     async with world(environ | changes) as here:
         for _ in range(2):
-            async with running(first := producer.Producer(here.config, here.offline)) as task:
+            async with running(first := producer.Producer(here.config, here.postgres)) as task:
                 await until(lambda first=first: first.sent > 600, "it has produced")
                 task.cancel()
         frauds, genuine = await payments(here)
@@ -195,7 +195,7 @@ async def test_every_synthetic_fraud_is_found_out_though_its_producer_is_killed(
         waiting = await here.pool.fetchval("SELECT count(*) FROM synthetic_truth")
         assert waiting > len(frauds) / 4  # else the restart has nothing to survive
         quiet = settings.load(environ | changes | {"CERBERUS_RATE": "0.001"})
-        async with running(producer.Producer(quiet, here.offline)):
+        async with running(producer.Producer(quiet, here.postgres)):
 
             async def all_told():
                 return frauds.keys() <= (await tellings_on_the_topic(here)).keys()
@@ -216,7 +216,7 @@ async def test_every_synthetic_fraud_is_found_out_though_its_producer_is_killed(
 async def test_the_synthetic_truth_reaches_the_training_rows_end_to_end(environ):
     changes = {"CERBERUS_RATE": "200", "CERBERUS_SYNTHETIC_LABEL_DELAY_S": "1"}
     async with world(environ | changes) as here:
-        tasks = (producer.Producer(here.config, here.offline), consumer(here), here.consumer())
+        tasks = (producer.Producer(here.config, here.postgres), consumer(here), here.consumer())
         async with contextlib.AsyncExitStack() as stack:
             for task in tasks:
                 await stack.enter_async_context(running(task))

@@ -35,9 +35,9 @@ from truth import (
 from cerberus import (
     errors,
     labels,
-    offline,
     openapi,
     routes,
+    stores,
     synthetic,
     transactions,
 )
@@ -125,9 +125,9 @@ def test_frauds_are_found_out_exponentially_late_and_each_always_the_same():
 @contextlib.asynccontextmanager
 async def opened(database, rules=RULES):
     async with asyncpg.create_pool(database, min_size=0, max_size=8) as pool:
-        store = offline.OfflineStore(pool, ("10m",), rules)
-        await store.migrate()
-        yield pool, store
+        postgres = stores.on(pool, ("10m",), rules)
+        await postgres.schema.migrate()
+        yield pool, postgres
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def pool(pool_and_store):
 
 
 @pytest.fixture
-def store(pool_and_store):
+def postgres(pool_and_store):
     return pool_and_store[1]
 
 
@@ -210,15 +210,15 @@ async def test_at_any_moment_the_newest_label_that_had_reached_us_stands_for_eve
     database, arrivals, records, again, friendly
 ):
     rules = labels.Rules(10, friendly)
-    async with opened(database, rules) as (pool, store):
+    async with opened(database, rules) as (pool, postgres):
         await pool.execute("TRUNCATE labels, decisions")
-        await store.ledger.write(records)
+        await postgres.ledger.write(records)
         told, answers = Told(), {}
         for at, batch in enumerate(arrivals):
             seen_ms = 100 + 3 * at
-            assert await store.labels.write(batch, seen_ms) == told.tell(batch, seen_ms)
+            assert await postgres.labels.write(batch, seen_ms) == told.tell(batch, seen_ms)
             repeated = again.choices(list(told.seen), k=3) if told.seen else []
-            assert not any(await store.labels.write(repeated, seen_ms + 1))
+            assert not any(await postgres.labels.write(repeated, seen_ms + 1))
             answers[seen_ms + 2] = await training_rows(pool, seen_ms + 2)
         assert await kept(pool) == {key(each): seen for each, seen in told.seen.items()}
         for t_ms, then in answers.items():
@@ -228,48 +228,50 @@ async def test_at_any_moment_the_newest_label_that_had_reached_us_stands_for_eve
             assert await training_rows(pool, t_ms) == expected(records, told, t_ms, rules)
 
 
-async def test_the_newest_label_wins_whatever_the_order_in_which_they_arrive(pool, store):
+async def test_the_newest_label_wins_whatever_the_order_in_which_they_arrive(pool, postgres):
     record = decided("order-1", NOW_MS)
-    await store.ledger.write([record])
+    await postgres.ledger.write([record])
     rng = random.Random(2)
     history = [label(what=rng.choice(labels.VOCABULARY), at=NOW_MS - i) for i in range(8)]
     for _ in range(10):
         await pool.execute("TRUNCATE labels")
         rng.shuffle(history)
         for i, each in enumerate(history):
-            await store.labels.write([each], NOW_MS + i)
+            await postgres.labels.write([each], NOW_MS + i)
         [(shown, _, _)] = (await training_rows(pool, NOW_MS + 100)).values()
         newest = max(history, key=lambda each: each.labelled_ms)
         assert shown[:3] == (newest.label, "bank", NOW_MS)
 
 
-async def test_one_who_shares_an_id_with_another_is_not_labelled_with_him(pool, store):
+async def test_one_who_shares_an_id_with_another_is_not_labelled_with_him(pool, postgres):
     mine, other = (decided("order-1", NOW_MS, user_id=user) for user in (1, 2))
-    await store.ledger.write([mine, other])
-    await store.labels.write([label(user_id=1)], NOW_MS)
+    await postgres.ledger.write([mine, other])
+    await postgres.labels.write([label(user_id=1)], NOW_MS)
     rows = await training_rows(pool, NOW_MS)
     assert (rows[mine.decision_id][2], rows[other.decision_id][2]) == (True, None)
     # A newer one that names nobody is about both.
-    await store.labels.write([label(what="legitimate", at=NOW_MS + 1)], NOW_MS + 2)
+    await postgres.labels.write([label(what="legitimate", at=NOW_MS + 1)], NOW_MS + 2)
     rows = await training_rows(pool, NOW_MS + 2)
     assert {row[2] for row in rows.values()} == {False}
 
 
-async def test_a_label_waits_for_a_decision_that_comes_later(pool, store):
-    await store.labels.write([label(at=NOW_MS - 500)], NOW_MS - 400)
-    await store.ledger.write([record := decided("order-1", NOW_MS)])
+async def test_a_label_waits_for_a_decision_that_comes_later(pool, postgres):
+    await postgres.labels.write([label(at=NOW_MS - 500)], NOW_MS - 400)
+    await postgres.ledger.write([record := decided("order-1", NOW_MS)])
     assert (await training_rows(pool, NOW_MS))[record.decision_id][2] is True
 
 
-async def test_writers_side_by_side_store_each_label_once(store):
+async def test_writers_side_by_side_store_each_label_once(postgres):
     some = [label(f"order-{i % 300}", at=NOW_MS - i) for i in range(3_000)]
     rng = random.Random(1)
-    await asyncio.gather(*(store.check() for _ in range(6)))  # connections first, then a race
+    await asyncio.gather(
+        *(postgres.schema.check() for _ in range(6))
+    )  # connections first, then a race
     new = await asyncio.gather(
-        *(store.labels.write(rng.sample(some, 3_000), NOW_MS) for _ in range(6))
+        *(postgres.labels.write(rng.sample(some, 3_000), NOW_MS) for _ in range(6))
     )
     assert sum(map(sum, new)) == 3_000
-    assert store.labels.counts == {"stored": 3_000, "known": 5 * 3_000}
+    assert postgres.labels.counts == {"stored": 3_000, "known": 5 * 3_000}
 
 
 async def test_rules_are_told_once_and_again_where_the_tables_are_made_anew(database):
@@ -278,30 +280,30 @@ async def test_rules_are_told_once_and_again_where_the_tables_are_made_anew(data
         async def maturity_ms():
             return await pool.fetchval("SELECT maturity_ms FROM label_rules")
 
-        serving = [offline.OfflineStore(pool, ("10m",), labels.Rules(i, True)) for i in (1, 2)]
-        for store in serving:
-            await store.migrate()
-        await offline.OfflineStore(pool, ("10m",)).migrate()
-        await serving[0].migrate()  # as each hour: who started last is right
+        serving = [stores.on(pool, ("10m",), labels.Rules(i, True)) for i in (1, 2)]
+        for postgres in serving:
+            await postgres.schema.migrate()
+        await stores.on(pool, ("10m",)).schema.migrate()
+        await serving[0].schema.migrate()  # as each hour: who started last is right
         assert await maturity_ms() == 2
         await pool.execute("DROP SCHEMA public CASCADE")
         await pool.execute("CREATE SCHEMA public")
-        await serving[0].migrate()
+        await serving[0].schema.migrate()
         assert await maturity_ms() == 1
 
 
 @pytest.mark.parametrize("friendly", [False, True])
 async def test_every_label_is_true_or_false_and_silence_counts_only_when_mature(database, friendly):
     rules = labels.Rules(5 * DAY_MS, friendly)
-    async with opened(database, rules) as (pool, store):
+    async with opened(database, rules) as (pool, postgres):
         said = (*labels.VOCABULARY, None)
         actions = ("approve", "review", "decline")
         records = {
             (what, action): decided(f"{what} {action}", NOW_MS, action=action)
             for what, action in itertools.product(said, actions)
         }
-        await store.ledger.write(list(records.values()))
-        await store.labels.write(
+        await postgres.ledger.write(list(records.values()))
+        await postgres.labels.write(
             [label(f"{what} {action}", what) for what, action in records if what], NOW_MS
         )
         positive = POSITIVE | ({"friendly_fraud"} if friendly else set())
@@ -326,10 +328,10 @@ async def test_the_views_follow_the_settings_of_the_last_migration(database):
     ago_ms = now_ms() - 3 * DAY_MS
     record = decided("order-1", ago_ms)
     for days, mature in ((30, False), (2, True)):
-        async with opened(database, labels.Rules(days * DAY_MS, False)) as (pool, store):
-            await store.ledger.write([record])
+        async with opened(database, labels.Rules(days * DAY_MS, False)) as (pool, postgres):
+            await postgres.ledger.write([record])
             # One who was told nothing of the rules changes none.
-            await offline.OfflineStore(pool, ("10m",)).migrate()
+            await stores.on(pool, ("10m",)).schema.migrate()
             assert await pool.fetchval("SELECT matured FROM training_rows") == mature
             assert await pool.fetchval("SELECT count(*) FROM matured_decisions") == mature
 
@@ -344,17 +346,17 @@ async def test_decisions_that_were_there_before_labels_can_be_judged(database):
         for name in ("001_initial.sql", "002_decisions.sql"):
             await pool.execute((ours / name).read_text())
             await pool.execute("INSERT INTO schema_migrations (name) VALUES ($1)", name)
-        store = offline.OfflineStore(pool, ("10m",), RULES)
-        await store.ledger.write([record := decided("order-1", NOW_MS)])
-        assert "003_labels.sql" in await store.migrate()
-        await store.labels.write([label()], NOW_MS)
+        postgres = stores.on(pool, ("10m",), RULES)
+        await postgres.ledger.write([record := decided("order-1", NOW_MS)])
+        assert "003_labels.sql" in await postgres.schema.migrate()
+        await postgres.labels.write([label()], NOW_MS)
         assert (await training_rows(pool, NOW_MS))[record.decision_id][2] is True
 
 
-async def test_every_query_of_the_documentation_runs(pool, store):
+async def test_every_query_of_the_documentation_runs(pool, postgres):
     ago_ms = now_ms() - 40 * DAY_MS
-    await store.ledger.write([decided(f"order-{i}", ago_ms + i) for i in range(3)])
-    await store.labels.write([label("order-1", at=ago_ms)], ago_ms)
+    await postgres.ledger.write([decided(f"order-{i}", ago_ms + i) for i in range(3)])
+    await postgres.labels.write([label("order-1", at=ago_ms)], ago_ms)
     page = (ROOT / "docs" / "labels.md").read_text()
     queries = re.findall(r"^```sql\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     for name in ("labels_as_of(", "training_rows", "training_rows_as_of(", "matured_decisions"):
@@ -380,7 +382,7 @@ def of(content):
 
 
 async def test_each_item_of_a_request_is_told_what_became_of_it(served, http):
-    await served.history.labels.write([label("known")], NOW_MS - 5)
+    await served.postgres.labels.write([label("known")], NOW_MS - 5)
     later = {"labelled_at": transactions.format_ms(NOW_MS + 60_001)}
     items = [
         GOOD,

@@ -344,7 +344,7 @@ async def test_a_replay_without_longer_windows_asks_postgres_nothing(here, monke
     async with running(one := here.consumer()):
         await drained(here, one)
     seeds = []
-    monkeypatch.setattr(type(here.offline), "seed", lambda *_: seeds.append(1))
+    monkeypatch.setattr(type(here.postgres.facts), "seed", lambda *_: seeds.append(1))
     async with running(two := here.consumer()):
         await drained(here, two)
     assert two.counts["replayed"] > 0

@@ -10,7 +10,17 @@ from aiokafka.admin import NewPartitions, RecordsToDelete
 from faults import admin_of, remake_topic
 from pipeline import live, now_ms, payment, running, trained, until, world
 
-from cerberus import assignment, features, kafka, liveness, offline, partition, starts, transactions
+from cerberus import (
+    assignment,
+    facts,
+    features,
+    kafka,
+    liveness,
+    partition,
+    pools,
+    starts,
+    transactions,
+)
 
 pytestmark = pytest.mark.anyio
 SPANS = ("1m", "20m")
@@ -20,7 +30,7 @@ USERS = range(1000, 1010)
 @pytest.fixture
 async def here(environ, tmp_path, monkeypatch):
     # Many pages, and many turns of the consumer between them.
-    monkeypatch.setattr(offline, "_PAGE", 5)
+    monkeypatch.setattr(facts, "_PAGE", 5)
     monkeypatch.setattr(liveness, "_SEED_S", 0.01)
     changes = {"CERBERUS_REPLAY_SPAN_S": "60", "CERBERUS_PARTITIONS": "2"}
     async with world(trained(environ, tmp_path, SPANS) | changes) as opened:
@@ -87,37 +97,40 @@ async def test_a_short_replay_gives_the_long_window_and_so_does_a_flush(here):
 async def test_a_seed_is_of_one_life_of_one_partition(here):
     txn = [transactions.Transaction(f"t{i}", 1000, 500, "USD", "", now_ms() + i) for i in range(4)]
     places = [(2, 0), (1, 0), (2, 1), (2, 0)]
-    facts = [offline.TransactionFact(t, *at, 5) for t, at in zip(txn, places, strict=True)]
-    await here.offline.write("a", facts[:3], [], [])
-    await here.offline.write("b", facts[3:], [], [])
+    written = [facts.TransactionFact(t, *at, 5) for t, at in zip(txn, places, strict=True)]
+    await here.postgres.facts.write("a", written[:3], [], [])
+    await here.postgres.facts.write("b", written[3:], [], [])
     pages = [
-        page async for page in here.offline.seed("a", features.Fence(2, 9, 0), 0, 0, since_epoch=2)
+        page
+        async for page in here.postgres.facts.seed(
+            facts.Prefix("a", 0, features.Fence(2, 9, 0), 2), 0
+        )
     ]
     assert [[t.transaction_id for t in page] for page in pages] == [["t0"]]
-    both = here.offline.seed("a", features.Fence(2, 9, 0), 0, 0, since_epoch=1)
+    both = here.postgres.facts.seed(facts.Prefix("a", 0, features.Fence(2, 9, 0), 1), 0)
     assert {t.transaction_id async for page in both for t in page} == {"t0", "t1"}
 
 
 async def test_nobody_is_seeded_before_the_last_page_and_a_repetition_changes_nothing(here):
     at_ms = now_ms()
     paid = [transactions.Transaction(f"t{i}", i % 5, 100, "USD", "", at_ms) for i in range(20)]
-    facts = [offline.TransactionFact(txn, 1, 0, i) for i, txn in enumerate(paid[:17])]
-    await here.offline.write("a", facts, [], [])
-    facts = [offline.TransactionFact(txn, 0, 0, i) for i, txn in enumerate(paid[17:])]
-    await here.offline.write(offline.IMPORTED, facts, [], [])
+    written = [facts.TransactionFact(txn, 1, 0, i) for i, txn in enumerate(paid[:17])]
+    await here.postgres.facts.write("a", written, [], [])
+    written = [facts.TransactionFact(txn, 0, 0, i) for i, txn in enumerate(paid[17:])]
+    await here.postgres.facts.write(facts.IMPORTED, written, [], [])
     start = partition.Start(1, 17, 17, seeded_until_ms=at_ms, imported_until_ms=at_ms)
     part = partition.Partition(0, here.spans, start)
     for cut in (1, 2, 4, 5):  # the last is of what was imported
-        pages = assignment.seed(here.offline, "a", part, at_ms)
+        pages = assignment.seed(here.postgres, "a", part, at_ms)
         for _ in range(cut):
             await anext(pages)
         await pages.aclose()
         assert (part.unseeded(range(5)), part.touched) == (set(range(5)), set())
     # One of them pays before the others are seeded.
-    async for _ in assignment.seed(here.offline, "a", part, at_ms, {3}):
+    async for _ in assignment.seed(here.postgres, "a", part, at_ms, {3}):
         pass
     assert (part.unseeded(range(5)), part.touched) == ({0, 1, 2, 4}, {3})
-    assert len([page async for page in assignment.seed(here.offline, "a", part, at_ms)]) == 5
+    assert len([page async for page in assignment.seed(here.postgres, "a", part, at_ms)]) == 5
     assert (part.unseeded(range(6)), part.touched) == ({5}, set(range(5)))
     assert [part.windows.stats(user, at_ms)[1].count for user in range(5)] == [4] * 5
 
@@ -127,7 +140,7 @@ async def test_records_are_read_on_while_the_past_of_all_users_is_fetched(here, 
     await here.publish(traffic(random.Random(2), 400, start, now_ms()))
     async with running(one := here.consumer()):
         await drained(here, one)
-    monkeypatch.setattr(offline, "_PAGE", 1)
+    monkeypatch.setattr(facts, "_PAGE", 1)
     monkeypatch.setattr(liveness, "_SEED_S", 0.0)
     async with running(two := here.consumer()):
         await drained(here, two)
@@ -145,7 +158,7 @@ async def test_records_are_read_on_while_the_past_of_all_users_is_fetched(here, 
 
 
 async def assert_nothing_is_left_open_by_who_loses_a_partition(here, two, monkeypatch):
-    monkeypatch.setattr(offline, "_NO_IDLING", "SELECT 1")  # or Postgres would end it by itself
+    monkeypatch.setattr(pools, "NO_IDLING", "SELECT 1")  # or Postgres would end it by itself
     opened = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
         "AND state = 'idle in transaction'"

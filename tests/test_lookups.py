@@ -55,7 +55,7 @@ async def test_what_was_predicted_is_found_by_its_id_its_transaction_and_its_use
         for body in (hand, {"user_id": 7})
     ]
     predicted = [await served.ask(**hand), await served.ask(user_id=7)]
-    await served.history.ledger.write([p.record for p in predicted])
+    await served.postgres.ledger.write([p.record for p in predicted])
     found = (await http.get(f"/decisions/{answers[0]['decision_id']}")).json()
     assert found == public(predicted[0].record)
     assert (found["trace_id"], found["door"]) == (trace.split("-")[1], "http")
@@ -84,7 +84,7 @@ async def test_a_user_is_shown_as_the_window_is_now(served, http):
     await served.stream(*edge, *seen)
     await served.credit(7, 640)
     told = [of_user(decided(i, NOW_MS - i), 7) for i in range(12)]
-    await served.history.ledger.write(told)
+    await served.postgres.ledger.write(told)
     body = (await http.get("/users/7")).json()
     inside = [t for t in seen if NOW_MS - 600_000 < t.event_ms <= NOW_MS]
     assert body["features"] == {
@@ -125,7 +125,7 @@ async def test_pages_hold_each_decision_once_also_at_equal_times_and_while_more_
 ):
     mine = [of_one(key, 100 + i, NOW_MS - i // 9) for i in range(57)]
     others = [of_user(decided(i, NOW_MS - i), 8) for i in range(57)]
-    await served.history.ledger.write(mine + others)
+    await served.postgres.ledger.write(mine + others)
     late, found, query = itertools.count(1), [], {key: WANTED[key], "limit": limit}
     while True:
         page = (await http.get("/decisions", params=query)).json()
@@ -137,7 +137,7 @@ async def test_pages_hold_each_decision_once_also_at_equal_times_and_while_more_
         assert len(page["decisions"]) == limit
         query["before"] = page["next"]
         number = next(late)
-        await served.history.ledger.write([of_one(key, 1_000 + number, NOW_MS + number)])
+        await served.postgres.ledger.write([of_one(key, 1_000 + number, NOW_MS + number)])
     wanted = sorted(mine, key=lambda r: (r.decision.row.as_of_ms, r.decision_id), reverse=True)
     assert found == [public(record) for record in wanted]
 
@@ -145,7 +145,7 @@ async def test_pages_hold_each_decision_once_also_at_equal_times_and_while_more_
 @pytest.mark.parametrize("key", WANTED)
 async def test_before_may_be_a_time_which_is_itself_outside(served, http, key):
     mine = [of_one(key, i, NOW_MS - i) for i in range(4)]
-    await served.history.ledger.write(mine)
+    await served.postgres.ledger.write(mine)
     query = {key: WANTED[key], "before": transactions.format_ms(NOW_MS - 1)}
     page = (await http.get("/decisions", params=query)).json()
     assert page["decisions"] == [public(record) for record in mine[2:]]
@@ -153,7 +153,7 @@ async def test_before_may_be_a_time_which_is_itself_outside(served, http, key):
 
 async def test_the_decisions_on_all_transactions_of_an_id_are_shown_newest_first(served, http):
     mine = [of_user(decided("same", NOW_MS + at), user) for at in (0, 5, 3) for user in (7, 8)]
-    await served.history.ledger.write([*mine, decided("other", NOW_MS)])
+    await served.postgres.ledger.write([*mine, decided("other", NOW_MS)])
     page = (await http.get("/decisions", params={"transaction_id": "same"})).json()
     names = collections.Counter(d["decision_id"] for d in page["decisions"])
     assert names == collections.Counter(str(record.decision_id) for record in mine)
@@ -163,7 +163,7 @@ async def test_the_decisions_on_all_transactions_of_an_id_are_shown_newest_first
 
 @pytest.mark.parametrize("key", WANTED)
 async def test_a_page_has_fifty_unless_told(served, http, key):
-    await served.history.ledger.write([of_one(key, i, NOW_MS + i) for i in range(260)])
+    await served.postgres.ledger.write([of_one(key, i, NOW_MS + i) for i in range(260)])
     for query, count in (({}, 50), ({"limit": 200}, 200)):
         page = (await http.get("/decisions", params={key: WANTED[key]} | query)).json()
         assert len(page["decisions"]) == count
@@ -361,9 +361,9 @@ def literal(value):
 
 @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
 async def test_every_look_up_goes_by_an_index_in_every_month_and_sorts_no_page(served, mode):
-    pool, kept = served.pool, served.history.ledger
+    pool, kept = served.pool, served.postgres.ledger
     first = datetime.datetime(2027, 6, 1, tzinfo=datetime.UTC)
-    await served.history.migrate(first)
+    await served.postgres.schema.migrate(first)
     await pool.execute(MANY, int(first.timestamp() * 1000))
     await pool.execute("ANALYZE decisions")
     counted = await pool.fetch(

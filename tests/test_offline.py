@@ -13,13 +13,15 @@ from pipeline import until
 from cerberus import (
     decisions,
     errors,
+    facts,
     features,
     months,
-    offline,
     policy,
     pools,
+    schema,
     scoring,
     settings,
+    stores,
     transactions,
     window,
 )
@@ -36,10 +38,10 @@ async def pool(environ):
 
 
 @pytest.fixture
-async def store(pool):
-    store = offline.OfflineStore(pool, ("10m",))
-    await store.migrate()
-    return store
+async def postgres(pool):
+    postgres = stores.on(pool, ("10m",))
+    await postgres.schema.migrate()
+    return postgres
 
 
 def transaction(i, user_id=1, amount=100, at=NOW_MS):
@@ -47,11 +49,11 @@ def transaction(i, user_id=1, amount=100, at=NOW_MS):
 
 
 def fact(txn, offset, epoch=1):
-    return offline.TransactionFact(txn, epoch, 0, offset)
+    return facts.TransactionFact(txn, epoch, 0, offset)
 
 
 def stats(count, offset, epoch=1, user_id=1, at=NOW_MS):
-    return offline.StatsFact(
+    return facts.StatsFact(
         user_id,
         at * 1000,
         (window.WindowStats(count, count * 150),),
@@ -76,8 +78,8 @@ def decision(i, probability=0.5):
 
 
 async def test_migrations_apply_once_however_many_start_together(pool):
-    stores = [offline.OfflineStore(pool, ("10m", "1h")) for _ in range(4)]
-    applied = await asyncio.gather(*(store.migrate() for store in stores))
+    serving = [stores.on(pool, ("10m", "1h")) for _ in range(4)]
+    applied = await asyncio.gather(*(one.schema.migrate() for one in serving))
     assert sorted(len(names) for names in applied) == [0, 0, 0, len(max(applied))]
     columns = await pool.fetch(
         "SELECT column_name FROM information_schema.columns "
@@ -86,18 +88,18 @@ async def test_migrations_apply_once_however_many_start_together(pool):
     assert {"transaction_count_1h", "total_amount_10m"} <= {c["column_name"] for c in columns}
 
 
-async def test_a_new_window_is_added_to_tables_that_hold_data(pool, store):
-    await store.write(TOPIC, [], [stats(3, 7)], [])
-    await offline.OfflineStore(pool, ("10m", "24h")).migrate()
+async def test_a_new_window_is_added_to_tables_that_hold_data(pool, postgres):
+    await postgres.facts.write(TOPIC, [], [stats(3, 7)], [])
+    await stores.on(pool, ("10m", "24h")).schema.migrate()
     row = await pool.fetchrow("SELECT * FROM user_transaction_stats")
     assert (row["transaction_count_10m"], row["transaction_count_24h"]) == (3, None)
 
 
-async def test_months_have_partitions_and_other_times_are_kept_all_the_same(pool, store):
-    await store.migrate(datetime.datetime(2026, 11, 5, tzinfo=datetime.UTC))
+async def test_months_have_partitions_and_other_times_are_kept_all_the_same(pool, postgres):
+    await postgres.schema.migrate(datetime.datetime(2026, 11, 5, tzinfo=datetime.UTC))
     december = 1_796_100_000_000
     for i, at in enumerate((december, 1_000, 7_000_000_000_000)):
-        await store.write(TOPIC, [fact(transaction(i, at=at), i)], [], [])
+        await postgres.facts.write(TOPIC, [fact(transaction(i, at=at), i)], [], [])
     where = await pool.fetch("SELECT event_ms, tableoid::regclass::text AS t FROM transactions")
     assert {r["event_ms"]: r["t"] for r in where} == {
         december: "transactions_2026_12",
@@ -106,7 +108,7 @@ async def test_months_have_partitions_and_other_times_are_kept_all_the_same(pool
     }
 
 
-async def test_nobody_waits_for_what_a_migration_has_done(pool, store, monkeypatch):
+async def test_nobody_waits_for_what_a_migration_has_done(pool, postgres, monkeypatch):
     monkeypatch.setattr(months, "_LOCK_MS", 8_000)
     monkeypatch.setattr(months, "_WORK_MS", 8_000)
     waiting = (
@@ -123,7 +125,7 @@ async def test_nobody_waits_for_what_a_migration_has_done(pool, store, monkeypat
         async with reader.transaction():
             await reader.execute("SELECT * FROM decisions")
             later = datetime.datetime(2031, 1, 1, tzinfo=datetime.UTC)
-            starting = asyncio.create_task(store.migrate(later))
+            starting = asyncio.create_task(postgres.schema.migrate(later))
             await until(lambda: pool.fetchval(waiting), "a start waits for one table's month")
             assert [row["name"] for row in await pool.fetch(held)] == []
             assert await pool.fetchval(locked) == 0
@@ -135,25 +137,25 @@ async def test_nobody_waits_for_what_a_migration_has_done(pool, store, monkeypat
 
 
 async def test_a_migration_that_fails_leaves_nothing(pool, monkeypatch):
-    monkeypatch.setitem(offline._MIGRATIONS, "999_wrong.sql", "SELECT no_such_column")
+    monkeypatch.setitem(schema._MIGRATIONS, "999_wrong.sql", "SELECT no_such_column")
     with pytest.raises(errors.StoreUnavailable):
-        await offline.OfflineStore(pool, ("10m",)).migrate()
+        await stores.on(pool, ("10m",)).schema.migrate()
     assert await pool.fetchval("SELECT to_regclass('transactions')") is None
-    monkeypatch.delitem(offline._MIGRATIONS, "999_wrong.sql")
-    assert len(await offline.OfflineStore(pool, ("10m",)).migrate()) == len(offline._MIGRATIONS)
+    monkeypatch.delitem(schema._MIGRATIONS, "999_wrong.sql")
+    assert len(await stores.on(pool, ("10m",)).schema.migrate()) == len(schema._MIGRATIONS)
 
 
-async def test_any_order_and_any_repetition_of_writes_ends_in_the_same_rows(pool, store):
+async def test_any_order_and_any_repetition_of_writes_ends_in_the_same_rows(pool, postgres):
     rng = random.Random(5)
-    facts = [
+    written = [
         fact(transaction(i % 4, amount=100 + offset), offset, epoch)
         for offset, (i, epoch) in enumerate((i, e) for e in (1, 2) for i in range(10))
     ]
-    history = [stats(f.log_offset % 5, f.log_offset, f.epoch) for f in facts]
+    history = [stats(f.log_offset % 5, f.log_offset, f.epoch) for f in written]
     seen = set()
     for _ in range(8):
         await pool.execute("TRUNCATE transactions, user_transaction_stats, log_positions")
-        work = [*zip(facts, history, strict=True)] * 2
+        work = [*zip(written, history, strict=True)] * 2
         rng.shuffle(work)
         while work:
             some, work = work[: (n := rng.randint(1, 9))], work[n:]
@@ -161,7 +163,7 @@ async def test_any_order_and_any_repetition_of_writes_ends_in_the_same_rows(pool
             some.sort(key=lambda pair: (pair[0].epoch, pair[0].log_offset))
             for epoch in (1, 2):
                 mine = [pair for pair in some if pair[0].epoch == epoch]
-                await store.write(TOPIC, [f for f, _ in mine], [s for _, s in mine], [])
+                await postgres.facts.write(TOPIC, [f for f, _ in mine], [s for _, s in mine], [])
         rows = await pool.fetch(
             "SELECT transaction_id, amount_minor, epoch, log_offset FROM transactions ORDER BY 1"
         )
@@ -176,19 +178,19 @@ async def test_any_order_and_any_repetition_of_writes_ends_in_the_same_rows(pool
     assert len(seen) == 1
 
 
-async def test_a_row_s_created_time_stays_when_a_greater_fence_wins(pool, store):
-    await store.write(TOPIC, [], [stats(1, 5)], [])
+async def test_a_row_s_created_time_stays_when_a_greater_fence_wins(pool, postgres):
+    await postgres.facts.write(TOPIC, [], [stats(1, 5)], [])
     created = await pool.fetchval("SELECT created_timestamp FROM user_transaction_stats")
-    await store.write(TOPIC, [], [stats(2, 6)], [])
+    await postgres.facts.write(TOPIC, [], [stats(2, 6)], [])
     row = await pool.fetchrow("SELECT * FROM user_transaction_stats")
     assert (row["transaction_count_10m"], row["created_timestamp"]) == (2, created)
 
 
-async def test_a_decision_is_kept_as_it_was_first_taken(pool, store):
+async def test_a_decision_is_kept_as_it_was_first_taken(pool, postgres):
     first = [decision(1, 0.25), decision(2)]
-    await store.write(TOPIC, [], [], first)
-    await store.write(TOPIC, [], [], [decision(1, 0.75)])
-    assert await store.ledger.of_user(1, 9) == first[::-1]
+    await postgres.facts.write(TOPIC, [], [], first)
+    await postgres.facts.write(TOPIC, [], [], [decision(1, 0.75)])
+    assert await postgres.ledger.of_user(1, 9) == first[::-1]
     row = await pool.fetchrow("SELECT * FROM decisions ORDER BY as_of_ms")
     assert (row["probability"], row["decision"]) == (0.25, "approve")
     assert row["degraded"] == ["warming", "stale"]
@@ -209,7 +211,7 @@ FROM generate_series(0, 8) AS i
 
 
 async def test_decisions_of_the_version_before_there_was_a_policy_can_still_be_read(pool):
-    first, *_ = sorted((pathlib.Path(offline.__file__).parent / "migrations").glob("*.sql"))
+    first, *_ = sorted((pathlib.Path(schema.__file__).parent / "migrations").glob("*.sql"))
     async with pool.acquire() as connection:
         await connection.execute(
             "CREATE TABLE schema_migrations (name text PRIMARY KEY, applied_at timestamptz)"
@@ -222,9 +224,9 @@ async def test_decisions_of_the_version_before_there_was_a_policy_can_still_be_r
         )
         await connection.execute(PREVIOUS, NOW_MS)
         written = await connection.fetch("SELECT decision_id, decided_at FROM decisions")
-    store = offline.OfflineStore(pool, ("10m",))
-    assert first.name not in await store.migrate()
-    found = [r for user_id in (0, 1) for r in await store.ledger.of_user(user_id, 9)]
+    postgres = stores.on(pool, ("10m",))
+    assert first.name not in await postgres.schema.migrate()
+    found = [r for user_id in (0, 1) for r in await postgres.ledger.of_user(user_id, 9)]
     assert sorted(r.transaction.transaction_id for r in found) == [f"t{i}" for i in range(9)]
     for record in found:
         fraud = record.transaction.event_ms % 3 == NOW_MS % 3
@@ -232,43 +234,43 @@ async def test_decisions_of_the_version_before_there_was_a_policy_can_still_be_r
         assert record.decision.row.stats == (window.WindowStats(2, 1999),)
         assert (record.decision.policy_sha256, record.partition) == ("", None)
         assert {r["decision_id"]: r["decided_at"] for r in written}[record.decision_id]
-    await store.write(TOPIC, [], [], [decision(1)])
-    assert await store.ledger.get(decision(1).decision_id) == decision(1)
+    await postgres.facts.write(TOPIC, [], [], [decision(1)])
+    assert await postgres.ledger.get(decision(1).decision_id) == decision(1)
 
 
-async def test_the_epoch_rises_with_the_cluster_the_count_and_once_for_an_ended_life(store):
-    first = await store.epoch("c1", TOPIC, 6)
-    assert await store.epoch("c1", TOPIC, 6) == first
-    second = await store.epoch("c1", TOPIC, 7)
-    third = await store.epoch("c2", TOPIC, 7)
+async def test_the_epoch_rises_with_the_cluster_the_count_and_once_for_an_ended_life(postgres):
+    first = await postgres.lives.epoch("c1", TOPIC, 6)
+    assert await postgres.lives.epoch("c1", TOPIC, 6) == first
+    second = await postgres.lives.epoch("c1", TOPIC, 7)
+    third = await postgres.lives.epoch("c2", TOPIC, 7)
     assert first < second < third
-    risen = [await store.epoch("c2", TOPIC, 7, ended=third) for _ in range(3)]
+    risen = [await postgres.lives.epoch("c2", TOPIC, 7, ended=third) for _ in range(3)]
     assert risen[0] > third
     assert set(risen) == {risen[0]}
 
 
-async def test_stored_effects_are_known_by_epoch_and_partition(store):
-    await store.write(TOPIC, [fact(transaction(1), 3)], [], [])
-    assert await store.has_rows(TOPIC, 1, 0)
-    assert not await store.has_rows(TOPIC, 2, 0)
-    assert not await store.has_rows(TOPIC, 1, 1)
+async def test_stored_effects_are_known_by_epoch_and_partition(postgres):
+    await postgres.facts.write(TOPIC, [fact(transaction(1), 3)], [], [])
+    assert await postgres.lives.has_rows(TOPIC, 1, 0)
+    assert not await postgres.lives.has_rows(TOPIC, 2, 0)
+    assert not await postgres.lives.has_rows(TOPIC, 1, 1)
 
 
-async def test_a_seed_holds_only_the_log_before_the_fence_in_pages(store, monkeypatch):
-    facts = [fact(transaction(i, user_id=i % 2, at=NOW_MS + i), i) for i in range(10)]
-    await store.write(TOPIC, facts, [], [])
-    fence = features.Fence(1, 7, 0)
-    [past] = [page async for page in store.seed(TOPIC, fence, 0, NOW_MS + 1, {1}, since_epoch=1)]
+async def test_a_seed_holds_only_the_log_before_the_fence_in_pages(postgres, monkeypatch):
+    written = [fact(transaction(i, user_id=i % 2, at=NOW_MS + i), i) for i in range(10)]
+    await postgres.facts.write(TOPIC, written, [], [])
+    before = facts.Prefix(TOPIC, 0, features.Fence(1, 7, 0), 1)
+    [past] = [page async for page in postgres.facts.seed(before, NOW_MS + 1, {1})]
     assert sorted(t.transaction_id for t in past) == ["t3", "t5"]
-    monkeypatch.setattr(offline, "_PAGE", 2)
-    everyone = [page async for page in store.seed(TOPIC, fence, 0, NOW_MS + 1, since_epoch=1)]
+    monkeypatch.setattr(facts, "_PAGE", 2)
+    everyone = [page async for page in postgres.facts.seed(before, NOW_MS + 1)]
     assert [len(page) for page in everyone] == [2, 2, 1]
     assert {t.transaction_id for page in everyone for t in page} == {f"t{i}" for i in range(2, 7)}
 
 
-async def test_a_seed_reads_the_end_of_a_month_not_all_of_it(pool, store):
+async def test_a_seed_reads_the_end_of_a_month_not_all_of_it(pool, postgres):
     month = datetime.datetime(2026, 11, 5, tzinfo=datetime.UTC)
-    await store.migrate(month)
+    await postgres.schema.migrate(month)
     at_ms = months.to_ms(months.start_of(month))
     await pool.execute(
         "INSERT INTO transactions SELECT u % 100, $1::bigint + u, 't' || u, 1, 'USD', 'm', "
@@ -276,7 +278,7 @@ async def test_a_seed_reads_the_end_of_a_month_not_all_of_it(pool, store):
         at_ms,
     )
     await pool.execute("VACUUM ANALYZE transactions")
-    query = offline._SEED
+    query = facts._SEED
     for i, value in enumerate((at_ms + 59_000, f"'{TOPIC}'", 1, 1, 0, 99_999), 1):
         query = query.replace(f"${i}", str(value))
     plan = [row[0] for row in await pool.fetch(f"EXPLAIN (ANALYZE, TIMING off) {query}")]
@@ -285,32 +287,34 @@ async def test_a_seed_reads_the_end_of_a_month_not_all_of_it(pool, store):
     assert int(skipped.split()[-1]) < 20_000
 
 
-async def test_a_seed_has_a_deadline_for_each_page_and_none_for_all(environ, store, monkeypatch):
-    facts = [fact(transaction(i, at=NOW_MS + i), i) for i in range(40)]
-    await store.write(TOPIC, facts, [], [])
-    monkeypatch.setattr(offline, "_PAGE", 4)
+async def test_a_seed_has_a_deadline_for_each_page_and_none_for_all(environ, postgres, monkeypatch):
+    written = [fact(transaction(i, at=NOW_MS + i), i) for i in range(40)]
+    await postgres.facts.write(TOPIC, written, [], [])
+    monkeypatch.setattr(facts, "_PAGE", 4)
+    before = facts.Prefix(TOPIC, 0, features.Fence(1, 99, 0), 1)
     # A tenth of a second a row.
-    monkeypatch.setattr(offline, "_SEED", offline._SEED + "AND pg_sleep(0.1)::text = ''")
+    monkeypatch.setattr(facts, "_SEED", facts._SEED + "AND pg_sleep(0.1)::text = ''")
     hurried = functools.partial(asyncpg.create_pool, environ["DATABASE_URL"])
     async with hurried(command_timeout=2) as pool:
-        slow = offline.OfflineStore(pool, ("10m",))
-        seen = [
-            page async for page in slow.seed(TOPIC, features.Fence(1, 99, 0), 0, 0, since_epoch=1)
-        ]
+        slow = stores.on(pool, ("10m",))
+        seen = [page async for page in slow.facts.seed(before, 0)]
         assert sum(map(len, seen)) == 40
     async with hurried(command_timeout=0.2) as pool:
-        slow = offline.OfflineStore(pool, ("10m",))
+        slow = stores.on(pool, ("10m",))
         with pytest.raises(errors.StoreUnavailable):
-            await anext(slow.seed(TOPIC, features.Fence(1, 99, 0), 0, 0, since_epoch=1))
+            await anext(slow.facts.seed(before, 0))
 
 
-async def test_one_holds_a_singleton_until_it_lets_go_or_its_connection_dies(pool, store):
-    async with store.singleton("producer") as held:
+async def test_one_holds_a_singleton_until_it_lets_go_or_its_connection_dies(pool, postgres):
+    async with postgres.locks.singleton("producer") as held:
         await held()
-        async with store.singleton("producer") as other, store.singleton("else") as different:
+        async with (
+            postgres.locks.singleton("producer") as other,
+            postgres.locks.singleton("else") as different,
+        ):
             assert other is None
             assert different is not None
-    async with store.singleton("producer") as held:
+    async with postgres.locks.singleton("producer") as held:
         assert held is not None
         await pool.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
@@ -319,7 +323,7 @@ async def test_one_holds_a_singleton_until_it_lets_go_or_its_connection_dies(poo
             await held()
 
         async def free():  # the server ends a connection before it lets go of its locks
-            async with store.singleton("producer") as taken:
+            async with postgres.locks.singleton("producer") as taken:
                 return taken is not None
 
         await until(free, "another has it", 10)
@@ -329,16 +333,16 @@ async def test_an_unreachable_store_says_so_and_a_refusing_one_names_the_setting
     away = settings.load(environ | {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x"})
     async with pools.connect_postgres(away) as pool:
         with pytest.raises(errors.StoreUnavailable):
-            await offline.OfflineStore(pool, ("10m",)).check()
+            await stores.on(pool, ("10m",)).schema.check()
     base = environ["DATABASE_URL"].rpartition("/")[0]
     wrong = settings.load(environ | {"DATABASE_URL": f"{base}/no_such_database"})
     async with pools.connect_postgres(wrong) as pool:
         with pytest.raises(errors.ConfigError, match="DATABASE_URL"):
-            await offline.OfflineStore(pool, ("10m",)).check()
+            await stores.on(pool, ("10m",)).schema.check()
 
 
-async def test_credit_scores_are_seeded_once(pool, store):
+async def test_credit_scores_are_seeded_once(pool, postgres):
     at = datetime.datetime(2026, 11, 2, tzinfo=datetime.UTC)
     for score in (700, 800):
-        await store.seed_credit_scores([(1, score)], at)
+        await postgres.credit_scores.seed([(1, score)], at)
     assert [r["credit_score"] for r in await pool.fetch("SELECT * FROM credit_scores")] == [700]

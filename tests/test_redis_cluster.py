@@ -110,7 +110,7 @@ async def load(here):
 async def test_rows_and_credit_scores_are_right_and_come_back_after_a_flush(environ, cluster):
     rng = random.Random(1)
     async with world(environ | cluster.settings | SMALL) as here:
-        await materializer.seed_credit_scores(here.config, here.offline)
+        await materializer.seed_credit_scores(here.config, here.postgres)
         feature_store.apply(here.config)
         assert (await load(here)).full
         for i in range(300):
@@ -157,7 +157,7 @@ async def test_a_transaction_has_one_decision_also_after_a_node_has_lost_its_cla
         assert sum(p.replayed for p in first) == len(hands)
         keys = await here.redis.keys("cerberus:claim:*:" + "?" * 32, target_nodes="primaries")
         assert len(keys) == len(hands)
-        await here.offline.ledger.write(kept)
+        await here.postgres.ledger.write(kept)
         [node, *_] = here.redis.get_primaries()
         await here.redis.flushall(target_nodes=[node])
         left = await here.redis.keys("cerberus:claim:*:" + "?" * 32, target_nodes="primaries")
@@ -177,7 +177,7 @@ async def wrong_and_certain(here, count):
 )
 async def test_what_one_node_has_lost_is_doubted_and_comes_back(environ, cluster, loss, owners):
     async with world(environ | cluster.settings | SMALL) as here, contextlib.AsyncExitStack() as on:
-        await materializer.seed_credit_scores(here.config, here.offline)
+        await materializer.seed_credit_scores(here.config, here.postgres)
         feature_store.apply(here.config)
         await load(here)
         consumers = [here.consumer() for _ in range(owners)]

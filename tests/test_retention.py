@@ -10,15 +10,16 @@ from pipeline import running, until
 
 from cerberus import (
     decisions,
+    expiry,
+    facts,
     features,
-    history,
     labels,
     months,
-    offline,
     pools,
     retention,
     scoring,
     settings,
+    stores,
     supervision,
     transactions,
     window,
@@ -43,14 +44,14 @@ async def pool(config):
 
 
 @pytest.fixture
-async def store(pool):
-    store = offline.OfflineStore(pool, ("10m",))
-    await store.migrate(NOW)
+async def postgres(pool):
+    postgres = stores.on(pool, ("10m",))
+    await postgres.schema.migrate(NOW)
     starts = [datetime.datetime(2026, m, 1, tzinfo=datetime.UTC) for m in range(3, 12)]
     async with pool.acquire() as connection:
         for table in months.TABLES:
             assert len(await months.add(connection, table, starts[:-1])) == 8
-    return store
+    return postgres
 
 
 def decision(paid):
@@ -66,17 +67,17 @@ def decision(paid):
     )
 
 
-async def write(store, i, at_ms):
+async def write(postgres, i, at_ms):
     """Leave in every table what a transaction of this moment leaves."""
     paid = transactions.Transaction(f"t{i}", i, 100, "USD", "", at_ms)
     fence = features.Fence(1, i, at_ms)
-    await store.write(
+    await postgres.facts.write(
         "transactions",
-        [offline.TransactionFact(paid, 1, 0, i)],
-        [offline.StatsFact(i, at_ms * 1000, (window.WindowStats(1, 100),), fence)],
+        [facts.TransactionFact(paid, 1, 0, i)],
+        [facts.StatsFact(i, at_ms * 1000, (window.WindowStats(1, 100),), fence)],
         [decision(paid)],
     )
-    await store.labels.write([labels.Label(f"t{i}", "fraud", "bank", at_ms)], at_ms)
+    await postgres.labels.write([labels.Label(f"t{i}", "fraud", "bank", at_ms)], at_ms)
 
 
 async def times(pool):
@@ -92,12 +93,12 @@ async def parts(pool, table):
     return {row[0] for row in await pool.fetch(months._OF_TABLE, table)}
 
 
-async def sweep(config, store, now=NOW):
+async def sweep(config, postgres, now=NOW):
     async def held():
         pass
 
     progress = supervision.Progress(time.monotonic)
-    return await retention.Retention(config, store, lambda: now).sweep(progress, held)
+    return await retention.Retention(config, postgres, lambda: now).sweep(progress, held)
 
 
 def every_few_days():
@@ -106,21 +107,21 @@ def every_few_days():
     return sorted({*steps, KEPT_FROM_MS - 1, KEPT_FROM_MS})
 
 
-async def test_exactly_the_months_that_are_over_go_while_others_write(config, pool, store):
+async def test_exactly_the_months_that_are_over_go_while_others_write(config, pool, postgres):
     before = every_few_days()
     for i, at_ms in enumerate(before):
-        await write(store, i, at_ms)
+        await write(postgres, i, at_ms)
     written = []
 
     async def go_on():
         for i in itertools.count(1_000):
             written.append(KEPT_FROM_MS + (i % 100) * 86_400_000)
-            await write(store, i, written[-1])
+            await write(postgres, i, written[-1])
 
     writing = asyncio.create_task(go_on())
     try:
         await until(lambda: len(written) > 5, "a writer writes")
-        assert await sweep(config, store)
+        assert await sweep(config, postgres)
         seen = len(written)
         await until(lambda: len(written) > seen + 5, "it goes on writing")
     finally:
@@ -136,31 +137,31 @@ async def test_exactly_the_months_that_are_over_go_while_others_write(config, po
 
 
 async def test_a_month_in_use_is_left_for_later_and_nobody_waits_behind_it(
-    config, pool, store, monkeypatch
+    config, pool, postgres, monkeypatch
 ):
     monkeypatch.setattr(months, "_PAUSE_S", 0.05)
-    await write(store, 1, KEPT_FROM_MS - 1)
-    await write(store, 2, KEPT_FROM_MS)
+    await write(postgres, 1, KEPT_FROM_MS - 1)
+    await write(postgres, 2, KEPT_FROM_MS)
     async with pool.acquire() as reader:
         reading = reader.transaction()
         await reading.start()
         await reader.fetch("SELECT * FROM transactions")
-        sweeping = asyncio.create_task(sweep(config, store))
+        sweeping = asyncio.create_task(sweep(config, postgres))
         i = 10
         async with asyncio.timeout(60):
             while not sweeping.done():
-                await write(store, i := i + 1, KEPT_FROM_MS + i)
+                await write(postgres, i := i + 1, KEPT_FROM_MS + i)
         assert await sweeping is False
         assert i > 12
         assert "transactions_2026_07" in await parts(pool, "transactions")
         assert "decisions_2026_07" not in await parts(pool, "decisions")
         await reading.rollback()
-    assert await sweep(config, store)
+    assert await sweep(config, postgres)
     assert KEPT_FROM_MS - 1 not in (await times(pool))["transactions"]
     assert (await times(pool))["transactions"][0] == KEPT_FROM_MS
 
 
-async def test_what_has_no_month_of_its_own_goes_in_batches(config, pool, store, monkeypatch):
+async def test_what_has_no_month_of_its_own_goes_in_batches(config, pool, postgres, monkeypatch):
     monkeypatch.setattr(months, "_BLOCKS", 1)
     old_ms = KEPT_FROM_MS - 900 * 86_400_000
     await pool.execute(
@@ -175,29 +176,29 @@ async def test_what_has_no_month_of_its_own_goes_in_batches(config, pool, store,
     assert sum(statements) == 1_000
     assert len(statements) > 10
     assert max(statements) < 200
-    await sweep(config, store)
+    await sweep(config, postgres)
     assert len((await times(pool))["transactions"]) == 1_000
 
 
 async def test_what_arrives_when_its_month_is_long_over_goes_with_the_next_sweep(
-    config, pool, store, monkeypatch
+    config, pool, postgres, monkeypatch
 ):
     monkeypatch.setattr(months, "_BLOCKS", 1)
     kept = [KEPT_FROM_MS, KEPT_FROM_MS + 900 * 86_400_000]
     for i, at_ms in enumerate(kept):
-        await write(store, i % 2, at_ms)
-    await sweep(config, store)
+        await write(postgres, i % 2, at_ms)
+    await sweep(config, postgres)
     before = [at_ms for at_ms in every_few_days() if at_ms < KEPT_FROM_MS]
     for _ in range(2):
         for i, at_ms in enumerate(before):
-            await write(store, i % 3, at_ms)
-            await write(store, 10 + i, at_ms)
-        assert await sweep(config, store)
+            await write(postgres, i % 3, at_ms)
+            await write(postgres, 10 + i, at_ms)
+        assert await sweep(config, postgres)
         for table, found in (await times(pool)).items():
             assert found == kept, table
 
 
-async def test_whether_anything_old_is_there_is_told_by_an_index(pool, store):
+async def test_whether_anything_old_is_there_is_told_by_an_index(pool, postgres):
     late_ms = KEPT_FROM_MS + 900 * 86_400_000
     await pool.execute(
         "INSERT INTO transactions SELECT u, $1::bigint + u, 't' || u, 1, 'USD', 'm', 'a', 1, 0, u "
@@ -212,20 +213,22 @@ async def test_whether_anything_old_is_there_is_told_by_an_index(pool, store):
     await pool.execute("ANALYZE")
     for table in ("transactions_default", "labels"):
         for before_ms, old in ((late_ms + 1, False), (late_ms + 2, True)):
-            assert await pool.fetchval(retention._DUE[table], before_ms) == old
-            query = retention._DUE[table].replace("$1", str(before_ms))
+            assert await pool.fetchval(expiry._DUE[table], before_ms) == old
+            query = expiry._DUE[table].replace("$1", str(before_ms))
             plan = await pool.fetchval(f"EXPLAIN (FORMAT JSON) {query}")
             assert "Index Cond" in plan, plan
             assert "Seq Scan" not in plan, plan
 
 
-async def test_by_default_everything_is_kept_and_the_coming_months_are_made(environ, pool, store):
+async def test_by_default_everything_is_kept_and_the_coming_months_are_made(
+    environ, pool, postgres
+):
     config = settings.load(environ)
     for i, at_ms in enumerate(every_few_days()):
-        await write(store, i, at_ms)
+        await write(postgres, i, at_ms)
     before = await times(pool)
     later = NOW + datetime.timedelta(days=200)
-    task = retention.Retention(config, store, lambda: later)
+    task = retention.Retention(config, postgres, lambda: later)
     async with running(task):
 
         async def made():
@@ -236,14 +239,14 @@ async def test_by_default_everything_is_kept_and_the_coming_months_are_made(envi
     assert {"transactions_2027_06", "transactions_2027_07"} <= await parts(pool, "transactions")
 
 
-async def test_one_instance_sweeps_at_a_time(config, pool, store):
-    await write(store, 1, KEPT_FROM_MS - 1)
-    async with store.singleton("retention") as held:
+async def test_one_instance_sweeps_at_a_time(config, pool, postgres):
+    await write(postgres, 1, KEPT_FROM_MS - 1)
+    async with postgres.locks.singleton("retention") as held:
         assert held is not None
-        async with running(retention.Retention(config, store, lambda: NOW)):
+        async with running(retention.Retention(config, postgres, lambda: NOW)):
             await asyncio.sleep(0.5)
         assert (await times(pool))["transactions"] == [KEPT_FROM_MS - 1]
-    async with running(retention.Retention(config, store, lambda: NOW)):
+    async with running(retention.Retention(config, postgres, lambda: NOW)):
 
         async def gone():
             return not (await times(pool))["transactions"]
@@ -251,7 +254,7 @@ async def test_one_instance_sweeps_at_a_time(config, pool, store):
         await until(gone, "it sweeps")
 
 
-async def test_a_partition_that_cannot_be_made_at_once_is_left_to_the_next_time(pool, store):
+async def test_a_partition_that_cannot_be_made_at_once_is_left_to_the_next_time(pool, postgres):
     start = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
     async with pool.acquire() as one, pool.acquire() as other:
         async with one.transaction():
@@ -259,14 +262,14 @@ async def test_a_partition_that_cannot_be_made_at_once_is_left_to_the_next_time(
             assert await months.add(other, "transactions", [start]) == []
         assert await months.add(other, "transactions", [start]) == ["transactions_2030_01"]
         assert await months.add(other, "transactions", [start]) == []
-    await write(store, 1, months.to_ms(start))
+    await write(postgres, 1, months.to_ms(start))
     row = await pool.fetchrow("SELECT tableoid::regclass::text AS t FROM transactions")
     assert row["t"] == "transactions_2030_01"
 
 
-async def test_an_import_waits_some_seconds_for_a_month_s_partition(pool, store):
+async def test_an_import_waits_some_seconds_for_a_month_s_partition(pool, postgres):
     start = datetime.datetime(2031, 1, 1, tzinfo=datetime.UTC)
-    past = history.History(pool, window.Spans())
+    past = stores.on(pool, ("10m",)).imports
     async with pool.acquire() as reader, reader.transaction():
         await reader.execute("SELECT * FROM transactions")
         making = asyncio.create_task(past.make_months([months.to_ms(start)]))

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import cerberus.__main__
 from cerberus import declared, scoring, settings, synthetic, training, transactions
 
 SMALL = training.Plan(events=20_000)
@@ -270,14 +271,14 @@ def test_the_script_run_from_anywhere_gives_the_committed_model(tmp_path):
 @pytest.mark.parametrize("spans", ["", "10", "10m,5m", "10m,10m", "0m", "10x", "m"])
 def test_wrong_spans_are_refused(capsys, spans):
     with pytest.raises(SystemExit) as caught:
-        training.main(["--spans", spans])
+        cerberus.__main__.main(["train", "--spans", spans])
     assert caught.value.code == 2
     assert "is not increasing lengths such as 10m,1h,24h" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert training.main(["--out", str(tmp_path / "file" / "model.json")]) == 1
+    assert cerberus.__main__.main(["train", "--out", str(tmp_path / "file" / "model.json")]) == 1
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 

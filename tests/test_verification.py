@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 async def served(environ):
     served = Served(environ)
     await served.migrated()
-    await served.history.ledger.register(served.model)
+    await served.postgres.ledger.register(served.model)
     yield served
     await served.close()
 
@@ -59,7 +59,7 @@ def taken(served, count):
 
 async def verified(served, since_ms=0):
     pages = []
-    found = await verification.verify(served.history.ledger, since_ms, pages.append)
+    found = await verification.verify(served.postgres.ledger, since_ms, pages.append)
     assert sum(pages) == found.repeated + found.unknown
     return found
 
@@ -67,12 +67,12 @@ async def verified(served, since_ms=0):
 async def test_decisions_are_taken_again_however_many(served):
     records = taken(served, 4_500)
     for first in range(0, len(records), 500):
-        await served.history.ledger.write(records[first : first + 500])
+        await served.postgres.ledger.write(records[first : first + 500])
     found = await verified(served)
     assert (found.repeated, found.differing, found.unknown) == (4_500, 0, 0)
     since_ms = records[4_400].decision.row.as_of_ms
     assert (await verified(served, since_ms)).repeated == 100
-    assert await served.history.ledger.count(since_ms) == 100
+    assert await served.postgres.ledger.count(since_ms) == 100
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ async def test_decisions_are_taken_again_however_many(served):
 async def test_a_stored_decision_that_is_not_what_was_decided_is_named(served, column, value):
     records = taken(served, 30)
     wrong = records[17]
-    await served.history.ledger.write(records)
+    await served.postgres.ledger.write(records)
     changed = f"UPDATE decisions SET {column} = $1 WHERE decision_id = $2"
     await served.pool.execute(changed, value(wrong.decision), wrong.decision_id)
     found = await verified(served)
@@ -101,7 +101,7 @@ async def test_what_an_unknown_model_or_policy_decided_is_counted_apart(served):
     records = taken(served, 10)
     other = dataclasses.replace(records[3].decision, policy_sha256="0" * 64)
     records[3] = dataclasses.replace(records[3], decision=other)
-    await served.history.ledger.write(records)
+    await served.postgres.ledger.write(records)
     found = await verified(served)
     assert (found.repeated, found.differing, found.unknown) == (9, 0, 1)
 
@@ -122,7 +122,7 @@ async def test_the_command_ends_with_three_when_some_cannot_be_taken_again(envir
     )
     if kind == "policy":
         await served.pool.execute("UPDATE artifacts SET content = '{}' WHERE sha256 = $1", "1" * 64)
-    await served.history.ledger.write(records)
+    await served.postgres.ledger.write(records)
     told = await cerberus(environ, "replay", "--verify")
     assert (told.returncode, told.stdout) == (3, "8 decisions taken again, 0 differ\n")
     assert told.stderr.splitlines()[-1].startswith("2 decisions cannot be taken again: ")
@@ -136,7 +136,7 @@ async def test_the_command_ends_with_three_when_some_cannot_be_taken_again(envir
 
 async def test_the_command_ends_with_one_on_a_difference(environ, served):
     records = taken(served, 30)
-    await served.history.ledger.write(records)
+    await served.postgres.ledger.write(records)
     good = await cerberus(environ, "replay", "--verify")
     assert (good.returncode, good.stdout) == (0, "30 decisions taken again, 0 differ\n")
     await served.pool.execute(
@@ -170,7 +170,7 @@ async def test_a_user_is_shown_to_a_person(environ, served):
     await served.live()
     hand = {"user_id": 7, "transaction_id": "b", "amount": 12.5}
     told = await served.ask(**hand)
-    await served.history.ledger.write([told.record])
+    await served.postgres.ledger.write([told.record])
     shown = await cerberus(environ, "inspect", "7")
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("user 7 as of ")

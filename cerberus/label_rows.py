@@ -1,16 +1,16 @@
-"""Labels in Postgres: every telling is kept, and which one stood at any moment can be asked.
+"""Labels in Postgres: every one is kept, and which one stood at any moment can be asked.
 
 Calls raise `StoreUnavailable` when Postgres does not answer within 10 s.
 """
 
 import collections
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import asyncpg
 
-from cerberus import errors, labels, pools, synthetic
+from cerberus import labels, pools, synthetic
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,10 @@ WHERE due_ms <= $1 ORDER BY due_ms LIMIT 1000
 _FORGET = "DELETE FROM synthetic_truth WHERE transaction_id = ANY($1)"
 
 
-class LabelStore:
-    """Writes labels, and keeps the synthetic ones until they are due; safe for concurrent use.
+class LabelRows:
+    """Writes `labels`, and keeps the synthetic ones in `synthetic_truth` until they are due.
+
+    Safe for concurrent use.
 
     Args:
         pool: The shared pool.
@@ -69,23 +71,6 @@ class LabelStore:
         self.counts["known"] += len(found) - sum(found)
         return found
 
-    async def answer(self, items: Sequence[labels.Parsed], seen_ms: int) -> dict[str, Any]:
-        """Store what is valid of a request, and tell of each item what became of it."""
-        valid = [item for item in items if isinstance(item, labels.Label)]
-        new = iter(await self.write(valid, seen_ms))
-        results: list[Mapping[str, str]] = [
-            {"result": "invalid", "field": item.field, "detail": item.reason}
-            if isinstance(item, errors.InvalidTransaction)
-            else {"result": "stored" if next(new) else "known"}
-            for item in items
-        ]
-        self.counts["invalid"] += len(items) - len(valid)
-        told = collections.Counter(result["result"] for result in results)
-        return {
-            "results": results,
-            **{outcome: told[outcome] for outcome in ("stored", "known", "invalid")},
-        }
-
     async def expect(self, told: Sequence[labels.Label]) -> None:
         """Keep synthetic labels until they are due, at their `labelled_ms`. Idempotent: yes."""
         rows = [(t.transaction_id, t.user_id, t.label, t.labelled_ms) for t in told]
@@ -102,7 +87,7 @@ class LabelStore:
         ]
 
     async def told(self, due: Sequence[labels.Label]) -> None:
-        """Let go of synthetic labels that were told. Idempotent: yes."""
+        """Remove synthetic labels that were published. Idempotent: yes."""
         async with pools.connection(self._pool) as connection:
             await connection.execute(_FORGET, [each.transaction_id for each in due])
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from cerberus import datafiles, declared, labels, months, offline, pools, transactions, window
+from cerberus import facts, labels, months, pools, transactions, window
 
 _STATEMENT_S = 600
 _LAST_RANK = 999
@@ -43,7 +43,7 @@ WITH given AS (
 ), added AS (
     INSERT INTO transactions (topic, user_id, event_ms, transaction_id, amount_minor, currency,
         merchant_id, epoch, partition, log_offset)
-    SELECT '{offline.IMPORTED}', user_id, event_ms, transaction_id, amount_minor, currency,
+    SELECT '{facts.IMPORTED}', user_id, event_ms, transaction_id, amount_minor, currency,
         merchant_id, 0, 0, line FROM given
     ON CONFLICT (user_id, event_ms, transaction_id) DO NOTHING RETURNING 1
 )
@@ -109,6 +109,9 @@ SELECT count(*) FROM due
 """
 
 
+Position = tuple[int, int, int]
+
+
 class Score(NamedTuple):
     """A credit score, which holds from `event_ms` on."""
 
@@ -122,59 +125,38 @@ class Progress:
     """How far a file is.
 
     Attributes:
-        position: What lies before it is stored.
+        position: How many rows, lines and bytes of it are stored.
         added: Rows that were not there before.
         rejected: Rows that were refused.
         rejects_bytes: How much of the file of rejects tells of them.
         finished: Whether nothing is left.
     """
 
-    position: datafiles.Position = datafiles.START
+    position: Position = (0, 0, 0)
     added: int = 0
     rejected: int = 0
     rejects_bytes: int = 0
     finished: bool = False
 
 
-class History:
-    """Writes what was imported.
+class Imports:
+    """Writes what was imported, and `imports`: how far each file is.
 
     Args:
         pool: The shared pool; the tables are there.
-        spans: The window definition.
+        spans: Names of the windows, such as ("10m",).
     """
 
-    def __init__(self, pool: asyncpg.Pool, spans: window.Spans) -> None:
+    def __init__(self, pool: asyncpg.Pool, spans: Sequence[str]) -> None:
         self._pool = pool
         self._months: set[datetime.datetime] = set()
-        columns = declared.names(declared.streamed(spans.names))
-        values: list[str] = []
-        windows: list[str] = []
-        for i, (count, total) in enumerate(map(declared.of_window, spans.names)):
-            values += (
-                f"count(*) OVER w{i} - of_ms + rank + 1 AS {count.name}",
-                f"(sum(amount_minor) OVER w{i} - total_of_ms + until_it)::float8 / 100 "
-                f"AS {total.name}",
-            )
-            windows.append(
-                f"w{i} AS (PARTITION BY user_id ORDER BY event_ms "
-                f"RANGE BETWEEN {spans.spans_ms[i] - 1} PRECEDING AND CURRENT ROW)"
-            )
-        self._compute = _COMPUTE.format(
-            topic=offline.IMPORTED,
-            longest=spans.longest_ms,
-            last=_LAST_RANK,
-            values=", ".join(values),
-            windows=", ".join(windows),
-            columns=", ".join(columns),
-            updates=", ".join(f"{column} = excluded.{column}" for column in columns),
-        )
+        self._compute = _computing(window.Spans(tuple(spans)))
 
-    async def begin(self, fingerprint: str, kind: str, file: datafiles.File) -> Progress:
+    async def begin(self, fingerprint: str, kind: str, name: str, size_bytes: int) -> Progress:
         """Return how far a file is; it is noted when it is new."""
         async with pools.connection(self._pool) as connection:
-            found = await connection.fetchrow(_BEGIN, fingerprint, kind, file.path.name, file.size)
-        position = datafiles.Position(found["rows_done"], found["lines_done"], found["bytes_done"])
+            found = await connection.fetchrow(_BEGIN, fingerprint, kind, name, size_bytes)
+        position = (found["rows_done"], found["lines_done"], found["bytes_done"])
         rest = (found[name] for name in ("added", "rejected", "rejects_bytes", "finished"))
         return Progress(position, *rest)
 
@@ -232,6 +214,31 @@ class History:
         """
         async with pools.connection(self._pool) as connection:
             return int(await connection.fetchval(self._compute, users, timeout=_STATEMENT_S))
+
+
+def _computing(spans: window.Spans) -> str:
+    """Return the statement that computes the history of some users."""
+    columns = declared.names(declared.streamed(spans.names))
+    values: list[str] = []
+    windows: list[str] = []
+    for i, (count, total) in enumerate(map(declared.of_window, spans.names)):
+        values += (
+            f"count(*) OVER w{i} - of_ms + rank + 1 AS {count.name}",
+            f"(sum(amount_minor) OVER w{i} - total_of_ms + until_it)::float8 / 100 AS {total.name}",
+        )
+        windows.append(
+            f"w{i} AS (PARTITION BY user_id ORDER BY event_ms "
+            f"RANGE BETWEEN {spans.spans_ms[i] - 1} PRECEDING AND CURRENT ROW)"
+        )
+    return _COMPUTE.format(
+        topic=facts.IMPORTED,
+        longest=spans.longest_ms,
+        last=_LAST_RANK,
+        values=", ".join(values),
+        windows=", ".join(windows),
+        columns=", ".join(columns),
+        updates=", ".join(f"{column} = excluded.{column}" for column in columns),
+    )
 
 
 def _transaction(line: int, paid: transactions.Transaction) -> tuple[Any, ...]:

@@ -1,11 +1,10 @@
-"""Accuracy in production: decisions against the truth, once the truth has had time to come.
+"""Accuracy in production: decisions against labels, once these have had time to arrive.
 
 Only mature decisions are judged. Before that silence says nothing, and a recall would be too high:
 the frauds that nobody has found yet would be missing from it.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +41,19 @@ FROM (
 GROUP BY model_sha256, day ORDER BY day DESC, model_sha256
 """
 _RULES = "SELECT maturity_ms, friendly_fraud_positive FROM label_rules"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Which decisions a report is about.
+
+    Attributes:
+        since_ms: Those as of this moment or later, ms since the Unix epoch; None: all.
+        model: Those of models whose version, a sha256 in hex, begins with this; "": all.
+    """
+
+    since_ms: int | None = None
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +132,8 @@ def _share(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-class Accuracy:
-    """Judges decisions, for one caller at a time.
+class Judged:
+    """Compares decisions with labels, for one caller at a time.
 
     Args:
         pool: The shared pool.
@@ -132,32 +144,23 @@ class Accuracy:
         self._turns = pools.Turns(1, 1)
 
     async def report(
-        self, now_ms: int, query: Mapping[str, str], timeout_s: float = REPORT_S
+        self, now_ms: int, asked: Question, timeout_s: float = REPORT_S
     ) -> dict[str, Any]:
         """Judge each model's decisions by day, newest first. Cost: about 2 µs a decision.
 
         Args:
             now_ms: What is mature and known is judged as of here, ms since the Unix epoch.
-            query: `since`, a date or RFC 3339, is the first moment of a decision; `model` the
-                beginning of a model's version. Both may be absent.
+            asked: Which decisions.
             timeout_s: How long Postgres may take.
 
         Raises:
-            InvalidTransaction: naming the parameter.
             Overloaded: Another report is being made.
             DecisionsUnavailable: It took longer.
             StoreUnavailable: Postgres did not answer.
         """
-        for name in query.keys() - {"since", "model"}:
-            raise errors.InvalidTransaction(name, "is no parameter of this report")
-        since_ms = parse_since(query["since"]) if "since" in query else 0
-        model = query.get("model", "").lower()
-        if "model" in query and not re.fullmatch("[0-9a-f]{1,64}", model):
-            raise errors.InvalidTransaction("model", "must be the beginning of a model's sha256")
+        place = (now_ms, asked.since_ms or 0, asked.model)
         try:
-            rules, rows = await self._turns.call(
-                timeout_s, self._count, timeout_s, now_ms, since_ms, model
-            )
+            rules, rows = await self._turns.call(timeout_s, self._count, timeout_s, *place)
         except errors.Overloaded as error:
             raise errors.Overloaded(
                 "Another report is being made; ask again in a second."
@@ -167,9 +170,10 @@ class Accuracy:
                 f"The report was not made within {timeout_s:g} s; ask for less by `since`, or take "
                 "`cerberus accuracy`, which waits longer."
             ) from error
+        since_ms = asked.since_ms
         return {
             "as_of": transactions.format_ms(now_ms),
-            "since": transactions.format_ms(since_ms) if "since" in query else None,
+            "since": None if since_ms is None else transactions.format_ms(since_ms),
             "label_maturity_days": rules["maturity_ms"] / _DAY_MS,
             "friendly_fraud_is_fraud": rules["friendly_fraud_positive"],
             "models": list(_by_model(rows)),
@@ -201,70 +205,3 @@ def _by_model(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
                 for day, figures in days
             ],
         }
-
-
-def parse_since(text: str) -> int:
-    """Read a date, which begins in UTC, or an RFC 3339 time, as ms since the Unix epoch.
-
-    Raises:
-        InvalidTransaction: naming `since`.
-    """
-    moment = f"{text}T00:00:00Z" if re.fullmatch(r"[\d-]*", text, re.ASCII) else text
-    try:
-        return transactions.parse_timestamp({"timestamp": moment})
-    except errors.InvalidTransaction as error:
-        raise errors.InvalidTransaction(
-            "since", "must be a date such as 2026-01-31, or RFC 3339"
-        ) from error
-
-
-_COLUMNS = (
-    ("matured", 8),
-    ("fraud", 7),
-    ("precision", 10),
-    ("recall", 8),
-    ("false pos.", 11),
-    ("caught", 13),
-    ("reviewed", 13),
-    ("missed", 13),
-    ("wrongly declined", 17),
-    ("excluded", 9),
-    ("immature", 9),
-)
-
-
-def describe(told: Mapping[str, Any]) -> str:
-    """Lay out a report for a person to read."""
-    lines = [
-        f"as of {told['as_of']}; a decision is judged {_length(told['label_maturity_days'])} after "
-        "it was taken"
-    ]
-    for model in told["models"]:
-        heads = "".join(f"{name:>{width}}" for name, width in _COLUMNS)
-        lines += ["", f"model {model['model_version']}", f"{'day':<10}{heads}"]
-        lines += [_line(each["day"], each) for each in model["days"]]
-        lines.append(_line("all", model["total"]))
-    if not told["models"]:
-        lines.append("there is no decision on a transaction")
-    elif not any(model["total"]["matured"] for model in told["models"]):
-        lines += ["", "nothing can be judged yet"]
-    return "\n".join(lines)
-
-
-def _length(days: float) -> str:
-    return f"{days:g} days" if days >= 1 or days == 0 else f"{days * 1440:.3g} minutes"
-
-
-def _line(day: str, shown: Mapping[str, Any]) -> str:
-    shares = (shown[name] for name in ("precision", "recall", "false_positive_rate"))
-    cells = (
-        str(shown["matured"]),
-        str(shown["positives"]),
-        *("-" if share is None else f"{share:.2%}" for share in shares),
-        *(f"{amount:,.2f}" for amount in shown["money"].values()),
-        str(shown["excluded"]),
-        str(shown["immature"]),
-    )
-    return f"{day:<10}" + "".join(
-        f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=True)
-    )

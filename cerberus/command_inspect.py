@@ -1,0 +1,63 @@
+"""`cerberus inspect`: a user's window now, and the last decisions."""
+
+import argparse
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from cerberus import (
+    feast_layout,
+    kafka,
+    lookups,
+    online,
+    parameters,
+    pools,
+    serving,
+    settings,
+    stores,
+    window,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the argument."""
+    parser.add_argument("user", help="a user id")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print how the user stands; return 0."""
+    config = settings.load(os.environ)
+    print(describe(asyncio.run(_look_up(config, parameters.user_id(arguments.user)))))
+    return 0
+
+
+async def _look_up(config: settings.Settings, user_id: int) -> dict[str, Any]:
+    spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
+    plan = feast_layout.Plan.load(config.plan_path)
+    topic = config.kafka.topic(kafka.TRANSACTIONS)
+    async with pools.connect_redis(config) as redis, stores.connected(config) as postgres:
+        store = online.OnlineStore(redis, plan, spans, topic)
+        asked = lookups.Lookups(config, spans, store, postgres.ledger, serving.now_ms)
+        return await asked.user(user_id)
+
+
+def describe(told: Mapping[str, Any]) -> str:
+    """Lay out what `Lookups.user` returns for a person to read."""
+    fence, doubts = told["fence"], ", ".join(told["degraded"])
+    prefix = f"epoch {fence['epoch']}, offset {fence['offset']}" if fence else "no row"
+    lines = [
+        f"user {told['user_id']} as of {told['as_of']}",
+        f"partition {told['partition']}, {prefix}",
+        "values    " + (f"in doubt: {doubts}" if doubts else "exact"),
+    ]
+    lines += [f"  {name:<24}{value}" for name, value in told["features"].items()]
+    lines.append(f"events in the window, newest first ({len(told['events'])} shown)")
+    lines += [f"  {event['at']}{event['amount']:>14,.2f}" for event in told["events"]]
+    lines.append(f"last decisions ({len(told['decisions'])} shown)")
+    lines += [
+        f"  {each['as_of']}  {each['decision']:<8}{each['probability']:>8.4f}  "
+        f"{each['door']:<7}{each['decision_id']}  {each['transaction_id'] or ''}"
+        for each in told["decisions"]
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,25 @@
+"""`cerberus migrate`: tables and topics of this version."""
+
+import argparse
+import asyncio
+import os
+
+from cerberus import kafka, settings, stores
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: all it needs are the settings."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make what is missing and print it; return 0. Idempotent: yes."""
+    asyncio.run(_migrate(settings.load(os.environ)))
+    return 0
+
+
+async def _migrate(config: settings.Settings) -> None:
+    async with stores.connected(config) as postgres:
+        applied = await postgres.schema.migrate()
+    topics = await kafka.create_topics(config)
+    print(f"tables: {', '.join(applied) or 'up to date'}")
+    print(f"topics: {', '.join(topics) or 'all there'}")
