@@ -262,7 +262,7 @@ class Claims:
             left = [record for record in unsure if record.decision_id not in known]
             claimed = await self.claim(left, now_ms, names, brief=True)
             if None in claimed:
-                raise errors.StoreUnavailable(
+                raise errors.NeedsOperator(
                     "a claim in Redis is of a later version, or broken: wait until it has run out, "
                     "or update this process"
                 )

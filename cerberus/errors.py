@@ -52,6 +52,10 @@ class StoreUnavailable(CerberusError):
     """A store did not acknowledge a write; it is retried until it does."""
 
 
+class NeedsOperator(StoreUnavailable):
+    """A store answers, but this needs a hand; do what the message says. It is retried meanwhile."""
+
+
 class Overloaded(CerberusError):
     """More requests are in flight than the bound; retry after the stated time."""
 

@@ -291,13 +291,14 @@ async def load(config: settings.Settings, plan: Plan) -> dict[str, imports.Progr
 
     Raises:
         InvalidTransaction: A file has not the columns of its kind.
-        StoreUnavailable: A store did not answer, or another import is running; start again.
+        StoreUnavailable: A store did not answer; start again.
+        NeedsOperator: Another import is running.
     """
     async with stores.connected(config) as postgres:
         await postgres.schema.migrate()
         async with postgres.locks.singleton("import") as held:
             if held is None:
-                raise errors.StoreUnavailable("another import is running: wait for its end")
+                raise errors.NeedsOperator("another import is running: wait for its end")
             importer = Importer(config, plan, postgres)
             done = {kind: await importer.load(kind) for kind in FIELDS if kind in plan.files}
             await importer.compute()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from cerberus import facts, labels, months, pools, transactions, window
+from cerberus import declared, facts, labels, months, pools, transactions, window
 
 _STATEMENT_S = 600
 _LAST_RANK = 999

@@ -55,7 +55,8 @@ async def create_topics(config: settings.Settings) -> list[str]:
     """Create the topics that are missing and return their names. Idempotent: yes.
 
     Raises:
-        StoreUnavailable: The broker did not answer, or refused; the message says what to do.
+        StoreUnavailable: The broker did not answer.
+        NeedsOperator: It refused; the message says what to do.
     """
     kafka = config.kafka
     wanted: dict[str, dict[str, str]] = {
@@ -82,7 +83,7 @@ async def create_topics(config: settings.Settings) -> list[str]:
         answer = await client.create_topics(missing, timeout_ms=10_000)
         for name, code, *message in answer.topic_errors:
             if code not in (0, _TOPIC_EXISTS):
-                raise errors.StoreUnavailable(
+                raise errors.NeedsOperator(
                     f"Kafka refused to create topic {name} (error {code} {message}): "
                     "create it by hand, with the prefix in KAFKA_PREFIX"
                 )

@@ -153,6 +153,7 @@ async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
 
     Raises:
         StoreUnavailable: Postgres did not answer within 10 s.
+        NeedsOperator: Tables of this version are missing; they are made by `migrate`.
         ConfigError: It refuses us for good.
     """
     with unavailable():
@@ -181,8 +182,9 @@ def unavailable() -> Iterator[None]:
     except _REFUSED as error:
         raise errors.ConfigError(f"DATABASE_URL: Postgres refuses it: {error}") from error
     except _NOT_MIGRATED as error:
-        raise errors.StoreUnavailable(
-            f"Postgres has not this version's tables: run `python -m cerberus migrate` ({error})"
+        raise errors.NeedsOperator(
+            "Postgres is missing tables of this version: run `python -m cerberus migrate` "
+            f"({error})"
         ) from error
     except _POSTGRES_DOWN as error:
         raise errors.StoreUnavailable(f"Postgres did not answer: {error!r}") from error

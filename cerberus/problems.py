@@ -22,16 +22,19 @@ _CODES: Mapping[type[Exception], str] = {
     errors.FeaturesUnavailable: "features_unavailable",
     errors.DecisionsUnavailable: "decisions_unavailable",
     errors.StoreUnavailable: "decisions_unavailable",
+    errors.NeedsOperator: "decisions_unavailable",
     errors.ConfigError: "decisions_unavailable",
     errors.Conflict: "conflict",
     errors.UnknownDecision: "unknown_decision",
 }
+_POSTGRES_AWAY = errors.DecisionsUnavailable(
+    "Postgres does not answer; ask again in a second. The log of this process has the cause."
+)
 _HIDDEN: Mapping[type[Exception], Exception] = {
     # What the servers said is for the log and for /health.
     errors.FeaturesUnavailable: errors.FeaturesUnavailable(),
-    errors.StoreUnavailable: errors.DecisionsUnavailable(
-        "Postgres does not answer; ask again in a second. The log of this process has the cause."
-    ),
+    errors.StoreUnavailable: _POSTGRES_AWAY,
+    errors.NeedsOperator: _POSTGRES_AWAY,
     errors.ConfigError: errors.DecisionsUnavailable(
         "Postgres refuses this process; ask again when its DATABASE_URL has been corrected."
     ),
