@@ -149,37 +149,26 @@ class Importer:
         file = plan.layouts[kind].open(plan.files[kind], *FIELDS[kind])
         name = _fingerprint(kind, file, plan)
         progress = await self._imports.begin(name, kind, file.path.name, file.size)
-        path = plan.rejects_of(kind)
         if progress.finished and plan.again:
             progress = imports.Progress()
+        first, self._begun = not self._begun, True
         if progress.finished:
-            self._begun = True
             return progress
-        start = datafiles.Position(*progress.position)
-        if start == datafiles.START and self._begun and path == plan.rejects:
-            progress = dataclasses.replace(
-                progress, rejects_bytes=path.stat().st_size if path.exists() else 0
-            )
-        self._begun = True
-        rejects = Rejects(path, file.path.name, progress.rejects_bytes)
-        with tqdm.tqdm(
-            desc=kind,
-            total=file.total,
-            initial=file.done(start),
-            unit=file.unit if file.unit == "B" else f" {file.unit}",
-            unit_scale=True,
-            disable=None,
-        ) as bar:
+        path, start = plan.rejects_of(kind), datafiles.Position(*progress.position)
+        rejects_bytes = progress.rejects_bytes
+        if start == datafiles.START and not first and path == plan.rejects:
+            rejects_bytes = path.stat().st_size if path.exists() else 0
+        rejects = Rejects(path, file.path.name, rejects_bytes)
+        with _bar(kind, file, start) as bar:
             for rows, position in file.pieces(_ROWS, start):
-                progress = await self._store(kind, name, rows, progress, rejects, position)
+                read, refused = self._parse(kind, rows)
+                rejects.write(refused)
+                rejected = progress.rejected + len(refused)
+                after = imports.Progress(position, progress.added, rejected, rejects.size)
+                progress = await self._imports.store(name, kind, read, after)
                 bar.update(file.done(position) - bar.n)
-        return await self._end(name, progress)
-
-    async def _end(self, name: str, progress: imports.Progress) -> imports.Progress:
-        progress = dataclasses.replace(progress, finished=True)
-        async with self._imports.step() as connection:
-            await self._imports.advance(connection, name, progress)
-        return progress
+        done = dataclasses.replace(progress, rejects_bytes=rejects.size, finished=True)
+        return await self._imports.store(name, kind, (), done)
 
     async def compute(self) -> None:
         """Compute the history of all users for whom it is due, also by an earlier attempt."""
@@ -189,15 +178,10 @@ class Importer:
             while done := await self._imports.compute(_USERS):
                 bar.update(done)
 
-    async def _store(
-        self,
-        kind: str,
-        name: str,
-        rows: Sequence[datafiles.Row],
-        before: imports.Progress,
-        rejects: Rejects,
-        position: datafiles.Position,
-    ) -> imports.Progress:
+    def _parse(
+        self, kind: str, rows: Sequence[datafiles.Row]
+    ) -> tuple[list[tuple[int, Any]], list[tuple[int, errors.InvalidTransaction]]]:
+        """Return the records of rows, and why the others are refused, each with its line."""
         read: list[tuple[int, Any]] = []
         refused: list[tuple[int, errors.InvalidTransaction]] = []
         for row in rows:
@@ -205,16 +189,7 @@ class Importer:
                 read.append((row.line, self._read(kind, row)))
             except errors.InvalidTransaction as error:
                 refused.append((row.line, error))
-        rejects.write(refused)
-        if kind == "transactions" and read:
-            times_ms = [paid.event_ms for _, paid in read]
-            await self._imports.make_months(times_ms)
-        async with self._imports.step() as connection:
-            added = before.added + await self._imports.add(connection, kind, read)
-            rejected = before.rejected + len(refused)
-            after = imports.Progress(position, added, rejected, rejects.size)
-            await self._imports.advance(connection, name, after)
-        return after
+        return read, refused
 
     def _read(self, kind: str, row: datafiles.Row) -> Any:
         layout = self._plan.layouts[kind]
@@ -234,6 +209,17 @@ class Importer:
         if ms < self._oldest_ms:
             raise errors.InvalidTransaction(field, "is older than CERBERUS_RETENTION_DAYS keeps")
         return record
+
+
+def _bar(kind: str, file: datafiles.File, start: datafiles.Position) -> Any:
+    return tqdm.tqdm(
+        desc=kind,
+        total=file.total,
+        initial=file.done(start),
+        unit=file.unit if file.unit == "B" else f" {file.unit}",
+        unit_scale=True,
+        disable=None,
+    )
 
 
 def read_label(

@@ -5,9 +5,9 @@ offset. So every row of the log wins over it. Calls raise `StoreUnavailable` whe
 answer in time.
 """
 
-import contextlib
+import dataclasses
 import datetime
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -160,45 +160,42 @@ class Imports:
         rest = (found[name] for name in ("added", "rejected", "rejects_bytes", "finished"))
         return Progress(position, *rest)
 
-    @contextlib.asynccontextmanager
-    async def step(self) -> AsyncIterator[asyncpg.Connection]:
-        """Open a transaction, for rows and the note that they are stored."""
+    async def store(
+        self, fingerprint: str, kind: str, records: Sequence[tuple[int, Any]], progress: Progress
+    ) -> Progress:
+        """Store records of a kind, each with its line, and how far their file is, in one go.
+
+        Idempotent: yes. Of transactions of one identity the first stands, and whatever the log
+        said; their history is due from then on. Labels and scores are known since they were given,
+        and since they hold.
+
+        Args:
+            fingerprint: Of the file.
+            kind: "transactions", "labels" or "credit_scores".
+            records: Transactions, labels or `Score`s.
+            progress: How far the file is with them, but for what `added` rises by.
+
+        Returns:
+            The progress that was stored.
+        """
+        if kind == "transactions" and records:
+            await self._make_months({paid.event_ms for _, paid in records})
         async with pools.connection(self._pool) as connection, connection.transaction():
-            yield connection
+            added = progress.added + await _add(connection, kind, records)
+            progress = dataclasses.replace(progress, added=added)
+            numbers = (*progress.position, added, progress.rejected, progress.rejects_bytes)
+            await connection.execute(_ADVANCE, fingerprint, *numbers, progress.finished)
+        return progress
 
-    async def advance(
-        self, connection: asyncpg.Connection, fingerprint: str, progress: Progress
-    ) -> None:
-        """Note how far a file is."""
-        numbers = (*progress.position, progress.added, progress.rejected, progress.rejects_bytes)
-        await connection.execute(_ADVANCE, fingerprint, *numbers, progress.finished)
-
-    async def make_months(self, times_ms: Sequence[int]) -> None:
+    async def _make_months(self, times_ms: Collection[int]) -> None:
         """Make partitions for the months of these times, where that can be done in some seconds.
 
         A month once begun in the default partition stays there.
         """
-        wanted = {months.of_ms(ms) for ms in set(times_ms)} - self._months
+        wanted = {months.of_ms(ms) for ms in times_ms} - self._months
         async with pools.connection(self._pool) as connection:
             await months.add(connection, "transactions", sorted(wanted), months.TRIES)
         self._months |= wanted
-
-    async def add(
-        self, connection: asyncpg.Connection, kind: str, records: Sequence[tuple[int, Any]]
-    ) -> int:
-        """Store records of a kind, each with its line; return how many are new. Idempotent: yes.
-
-        Of transactions of one identity the first stands, and whatever the log said; their history
-        is due from then on. Labels and scores are known since they were given, and since they hold.
-        """
-        if kind == "transactions":
-            rows: list[Any] = [_transaction(line, paid) for line, paid in records]
-            query, width = _ADD_TRANSACTIONS, 7
-        else:
-            rows = [_label(told) if kind == "labels" else told for _, told in records]
-            query, width = (_ADD_LABELS, 5) if kind == "labels" else (_ADD_SCORES, 3)
-        columns = pools.columns(rows, width)
-        return int(await connection.fetchval(query, *columns, timeout=_STATEMENT_S))
 
     async def due(self) -> int:
         """Return for how many users the history must be computed."""
@@ -239,6 +236,20 @@ def _computing(spans: window.Spans) -> str:
         columns=", ".join(columns),
         updates=", ".join(f"{column} = excluded.{column}" for column in columns),
     )
+
+
+async def _add(
+    connection: asyncpg.Connection, kind: str, records: Sequence[tuple[int, Any]]
+) -> int:
+    """Store records and return how many are new."""
+    if kind == "transactions":
+        rows: list[Any] = [_transaction(line, paid) for line, paid in records]
+        query, width = _ADD_TRANSACTIONS, 7
+    else:
+        rows = [_label(told) if kind == "labels" else told for _, told in records]
+        query, width = (_ADD_LABELS, 5) if kind == "labels" else (_ADD_SCORES, 3)
+    columns = pools.columns(rows, width)
+    return int(await connection.fetchval(query, *columns, timeout=_STATEMENT_S))
 
 
 def _transaction(line: int, paid: transactions.Transaction) -> tuple[Any, ...]:

@@ -65,12 +65,12 @@ async def fill(environ):
             transactions.Transaction(f"old-{user}", user, 100, "USD", "", at_ms - 10**9)
             for user in (GONE, STAYS)
         ]
-        async with pools.connection(here.pool) as connection:
-            await kept.add(connection, "transactions", list(enumerate(old)))
-            await kept.compute(10)
-            await kept.add(connection, "transactions", list(enumerate(old)))
-            scores = [(0, imports.Score(user, at_ms, 700)) for user in (GONE, STAYS)]
-            await kept.add(connection, "credit_scores", scores)
+        progress = imports.Progress()
+        await kept.store("a file", "transactions", list(enumerate(old)), progress)
+        await kept.compute(10)
+        await kept.store("a file", "transactions", list(enumerate(old)), progress)
+        scores = [(0, imports.Score(user, at_ms, 700)) for user in (GONE, STAYS)]
+        await kept.store("a file", "credit_scores", scores, progress)
         told = [
             labels.Label(f"t{GONE}-0", "fraud", "bank", at_ms),
             labels.Label(f"t{GONE}-1", "fraud", "bank", at_ms, GONE),

@@ -14,9 +14,9 @@ from pipeline import live, now_ms, payment, running, trained, until, world
 from cerberus import (
     facts,
     features,
+    imports,
     liveness,
     partition,
-    pools,
     transactions,
     window,
 )
@@ -93,10 +93,9 @@ async def here(environ, tmp_path, monkeypatch):
         yield opened
 
 
-async def imports(here, written):
-    kept = here.postgres.imports
-    async with pools.connection(here.pool) as connection:
-        await kept.add(connection, "transactions", list(enumerate(written, 1)))
+async def import_past(here, written):
+    store = here.postgres.imports.store
+    await store("a file", "transactions", list(enumerate(written, 1)), imports.Progress())
 
 
 async def oracles(here, imported):
@@ -182,7 +181,7 @@ async def test_windows_start_from_what_was_imported(here):
         + [p for p in during if rng.random() < 0.3]
         + past(rng, 50, begin_ms + 30_000, now_ms(), 2_000)
     )
-    await imports(here, imported)
+    await import_past(here, imported)
     first = [record(paid(5_000 + u, u, begin_ms)) for u in (1000, 1001, 1002, 1003)]
     await here.publish(first)
     await here.publish([record(p, rng.choice((None, 77))) for p in of_both])
@@ -210,7 +209,7 @@ async def test_a_log_of_old_times_goes_on_where_the_import_ended(here):
     rng = random.Random(9)
     then_ms = now_ms() - 40 * 86_400_000
     before = past(rng, 200, then_ms - 2_000_000, then_ms, 0)
-    await imports(here, before)
+    await import_past(here, before)
     async with running(one := here.consumer()):
         await until(lambda: live(one, partitions=2), "an empty log is read to its end")
         after = sorted(past(rng, 100, then_ms, then_ms + 600_000, 1_000), key=lambda p: p.event_ms)
@@ -231,7 +230,7 @@ async def test_a_first_record_older_than_expected_finds_what_was_imported_before
     before = past(rng, 200, then_ms - 1_200_000, then_ms, 0)
     # Of each user something of today is fetched before any record comes.
     today = past(rng, 150, now_ms() - 600_000, now_ms() - 1, 2_000)
-    await imports(here, before + today)
+    await import_past(here, before + today)
     monkeypatch.setattr(liveness, "_SEED_S", 0.25 if meanwhile == "it is live" else 0.0)
     async with running(one := here.consumer()):
         if meanwhile == "it is live":
@@ -257,7 +256,7 @@ async def test_a_first_record_older_than_expected_finds_what_was_imported_before
 @pytest.mark.anyio
 async def test_who_was_only_imported_is_counted_on_an_empty_log(here):
     before = past(random.Random(10), 100, now_ms() - 1_000_000, now_ms() - 1, 0)
-    await imports(here, before)
+    await import_past(here, before)
     async with running(one := here.consumer()):
         await until(lambda: live(one, partitions=2), "an empty log is read to its end")
         judge = oracle.Partition(LONG)
@@ -277,7 +276,7 @@ async def test_an_import_between_two_runs_counts_from_the_second_on(here):
     async with running(one := here.consumer()):
         await drained(here, one)
     before = past(random.Random(11), 100, at_ms - 1_000_000, at_ms - 1, 0)
-    await imports(here, before)
+    await import_past(here, before)
     async with running(two := here.consumer()):
         await drained(here, two)
         assert await assert_rows_equal(here, before) > 50
@@ -294,7 +293,7 @@ async def test_however_many_partitions_are_seeded_they_take_one_connection(
         trained(environ, tmp_path, SPANS) | {"CERBERUS_PARTITIONS": str(count)}
     ) as here:
         before = past(random.Random(12), 100, now_ms() - 1_000_000, now_ms() - 1, 0)
-        await imports(here, before)
+        await import_past(here, before)
         opened = (
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
             "AND pid <> pg_backend_pid() AND state = 'idle in transaction'"

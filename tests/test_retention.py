@@ -13,6 +13,7 @@ from cerberus import (
     expiry,
     facts,
     features,
+    imports,
     labels,
     months,
     pools,
@@ -272,7 +273,9 @@ async def test_an_import_waits_some_seconds_for_a_month_s_partition(pool, postgr
     past = stores.on(pool, ("10m",)).imports
     async with pool.acquire() as reader, reader.transaction():
         await reader.execute("SELECT * FROM transactions")
-        making = asyncio.create_task(past.make_months([months.to_ms(start)]))
+        paid = transactions.Transaction("t1", 1, 100, "USD", "", months.to_ms(start))
+        storing = past.store("a file", "transactions", [(1, paid)], imports.Progress())
+        making = asyncio.create_task(storing)
         await asyncio.sleep(1)
         assert not making.done()
     await asyncio.wait_for(making, 30)
