@@ -119,7 +119,7 @@ async def test_labels_whose_storing_is_cut_off_are_not_committed(here):
         await stored(here, {key(each) for each in told})
         await until(lambda: one.problem is None, "the trouble is over")
     assert await commits(here) == len(told)
-    counts = here.offline.labels.counts
+    counts = here.postgres.labels.counts
     assert (counts["stored"], counts["known"]) == (len(told), 0)
 
 
