@@ -49,6 +49,9 @@ bench: .venv/.installed ## Requests, look-ups, replay, backlog and memory, as ra
 train: .venv/.installed ## Train models/fraud_model.json anew
 	$(BIN)/python models/train_model.py $(ARGS)
 
+docs: .venv/.installed ## Write docs/settings.md from the settings' declarations
+	$(BIN)/python -m cerberus settings --write docs/settings.md
+
 lock: ## Pin all requirements anew, hashed and without addresses; wants uv on PATH
 	uv pip compile $(LOCK) pyproject.toml -o requirements.txt
 	uv pip compile $(LOCK) --group stack --group dev pyproject.toml -o requirements-dev.txt

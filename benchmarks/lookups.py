@@ -144,12 +144,12 @@ def report(took, rounds):
 async def opened(environ):
     """Open what look-ups read from, with tables in it."""
     config = settings.load(environ)
-    spans = window.Spans(config.spans)
-    plan = feast_layout.Plan.load(config.plan_path)
-    rules = labels.Rules(config.label_maturity_ms, config.friendly_fraud_is_fraud)
+    spans = window.Spans(config.windows.spans)
+    plan = feast_layout.Plan.load(config.model.plan_path)
+    rules = labels.Rules(config.labels.maturity_ms, config.labels.friendly_fraud_is_fraud)
     redis = pools.connect_redis(config)
     async with pools.connect_postgres(config) as pool, redis:
-        postgres = stores.on(pool, config.spans, rules)
+        postgres = stores.on(pool, config.windows.spans, rules)
         await postgres.schema.migrate()
         store = online.OnlineStore(redis, plan, spans, config.kafka.topic("transactions"))
         now_ms = time.time_ns() // 1_000_000

@@ -151,8 +151,8 @@ async def rows(environ):
     from cerberus import feast_layout, features, online, pools, settings, transactions, window
 
     config = settings.load(environ)
-    spans = window.Spans(config.spans)
-    plan = feast_layout.Plan.load(config.model_path.with_name("feature_plan.json"))
+    spans = window.Spans(config.windows.spans)
+    plan = feast_layout.Plan.load(config.model.path.with_name("feature_plan.json"))
     client = pools.connect_redis(config)
     topic = config.kafka.topic("transactions")
     store = online.OnlineStore(client, plan, spans, topic)

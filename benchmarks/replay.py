@@ -44,7 +44,7 @@ PARTITIONS, SPREAD_MS, DEADLINE_S = 6, 540_000, 600.0
 
 async def publish(config, events, users, *, committed=True):
     """Fill the topic with traffic of the last nine minutes; commit the group to its end."""
-    population = synthetic.Population(users, 1000, config.currency, config.seed)
+    population = synthetic.Population(users, 1000, config.currency, config.synthetic.seed)
     topic, now_ms = config.kafka.topic(kafka.TRANSACTIONS), time.time_ns() // 1_000_000
     client = aiokafka.AIOKafkaProducer(
         bootstrap_servers=config.kafka.bootstrap,
@@ -122,15 +122,15 @@ async def replay(config, spans, model, redis, store, postgres):
 async def measure(environ, options):
     """Run both in turns and print events a second and their ratio."""
     config = settings.load(environ | {"CERBERUS_PARTITIONS": str(PARTITIONS)})
-    spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
-    model = scoring.Model.load(config.model_path, config.spans)
-    plan = feast_layout.Plan.load(config.plan_path)
+    spans = window.Spans.of(config.windows)
+    model = scoring.Model.load(config.model.path, config.windows.spans)
+    plan = feast_layout.Plan.load(config.model.plan_path)
     topic = config.kafka.topic(kafka.TRANSACTIONS)
     redis = pools.connect_redis(config)
     store = online.OnlineStore(redis, plan, spans, topic)
     await kafka.create_topics(config)
     async with pools.connect_postgres(config) as pool:
-        postgres = stores.on(pool, config.spans)
+        postgres = stores.on(pool, config.windows.spans)
         await postgres.schema.migrate()
         tps, total = await publish(config, options.events, options.users)
         ratios = []

@@ -15,6 +15,7 @@ from cerberus import (
     command_materialize,
     command_migrate,
     command_send,
+    command_settings,
     command_train,
     errors,
     run,
@@ -39,6 +40,7 @@ class Command(Protocol):
 _COMMANDS: Mapping[str, tuple[str, Command]] = {
     "run": ("start what is missing and serve, on this machine", run),
     "clean": ("remove what `run` has left behind", command_clean),
+    "settings": ("show all settings in Markdown", command_settings),
     "migrate": ("bring tables and topics up to date", command_migrate),
     "features": ("render, compile or apply the feature definitions", command_features),
     "materialize": ("load the batch views from Postgres to Redis", command_materialize),

@@ -51,11 +51,13 @@ Run = Callable[[supervision.Progress], Awaitable[None]]
 async def _lifespan(running: Starlette) -> AsyncIterator[None]:
     try:
         config = settings.load(os.environ)
-        tls = config.kafka.client_options().get("ssl_context")
-        model = scoring.Model.load(config.model_path, config.spans, config.policy_path)
-        spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
+        tls = kafka.client_options(config.kafka).get("ssl_context")
+        model = scoring.Model.load(
+            config.model.path, config.windows.spans, config.model.policy_path
+        )
+        spans = window.Spans.of(config.windows)
         topic = config.kafka.topic(kafka.TRANSACTIONS)
-        plan = feast_layout.Plan.load(config.plan_path)
+        plan = feast_layout.Plan.load(config.model.plan_path)
         redis = pools.connect_redis(config, claims.recognise(config))
         store = online.OnlineStore(redis, plan, spans, topic)
     except (errors.ConfigError, errors.ModelMismatch) as error:
@@ -69,7 +71,7 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
             stack.push_async_callback(store.close)
             pool = await pools.connect_postgres(config)
             stack.push_async_callback(_close, pool)
-            rules = labels.Rules(config.label_maturity_ms, config.friendly_fraud_is_fraud)
+            rules = labels.Rules(config.labels.maturity_ms, config.labels.friendly_fraud_is_fraud)
             # Who answers for them says what they are.
             postgres = stores.on(pool, spans.names, rules if "api" in config.tasks else None)
             claimed = claims.Claims(config, redis, postgres.ledger, lambda: store.spoken)

@@ -170,7 +170,7 @@ class Resolver:
         self, client: Any, tp: TopicPartition, log: starts.Log, life: "_Life"
     ) -> ownership.Owned:
         """Plan the start of a partition of which nothing is known here yet."""
-        commit, replay_span_ms = life.commit, self._config.replay_span_ms
+        commit, replay_span_ms = life.commit, self._config.windows.replay_span_ms
         now_ms = time.time_ns() // 1_000_000
         from_ms = starts.replay_from_ms(commit, self._spans, replay_span_ms)
         found = None if from_ms is None else await self._at_or_after(client, tp, from_ms)

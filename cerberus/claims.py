@@ -140,11 +140,11 @@ class Claims:
         kept: ledger.Ledger,
         spoken: Callable[[], int],
     ) -> None:
-        self._claim_ms = config.claim_ms
-        self._skew_ms = config.max_future_skew_ms
+        self._claim_ms = config.decisions.claim_ms
+        self._skew_ms = config.windows.max_future_skew_ms
         self._config = config
         # What was answered when Redis lost its claims has reached Postgres after this.
-        self._settling_ms = 2 * config.decision_flush_ms + _WRITING_MS
+        self._settling_ms = 2 * config.decisions.flush_ms + _WRITING_MS
         self._since_ms = 0
         self._runs = [b""] * _BUCKETS
         self._client = client

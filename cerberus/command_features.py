@@ -19,6 +19,6 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.action == "apply":
         print(feature_store.apply(config).strip())
     else:
-        config.plan_path.write_bytes(feature_store.compile_plan(config).pack())
-        print(f"{config.plan_path} written")
+        config.model.plan_path.write_bytes(feature_store.compile_plan(config).pack())
+        print(f"{config.model.plan_path} written")
     return 0

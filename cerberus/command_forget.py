@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not asyncio.run(_remove(config, user_id, sure=arguments.yes)):
         print("nothing was removed")
         return 1
-    spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
+    spans = window.Spans.of(config.windows)
     print(
         "Consumers that have a window of this user in memory write its row again, until its last "
         f"transaction is {spans.keep_ms // 1000} s old: if it paid within that, forget again then. "

@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _look_up(config: settings.Settings, user_id: int) -> dict[str, Any]:
-    spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
-    plan = feast_layout.Plan.load(config.plan_path)
+    spans = window.Spans.of(config.windows)
+    plan = feast_layout.Plan.load(config.model.plan_path)
     topic = config.kafka.topic(kafka.TRANSACTIONS)
     async with pools.connect_redis(config) as redis, stores.connected(config) as postgres:
         store = online.OnlineStore(redis, plan, spans, topic)

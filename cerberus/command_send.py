@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = settings.load(os.environ)
     sender = sending.Sender(config, arguments.file, layout, pace)
     found = sender.check()
-    spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
+    spans = window.Spans.of(config.windows)
     if not found.count:
         print(f"{arguments.file.name} has no rows", file=sys.stderr)
     elif not pace.now and found.latest_ms < serving.now_ms() - spans.keep_ms:

@@ -81,7 +81,7 @@ class Consumer:
         self._parts: dict[aiokafka.TopicPartition, ownership.Owned] = {}
         self._parked: dict[aiokafka.TopicPartition, ownership.Owned] = {}
         self._committed: dict[aiokafka.TopicPartition, int] = {}
-        self._upstream = upstream.Upstream(config.max_rejected_share, spans.longest_ms)
+        self._upstream = upstream.Upstream(config.stream.max_rejected_share, spans.longest_ms)
         self.problems: dict[str, str] = {}
         self.counts: collections.Counter[str] = collections.Counter()
 

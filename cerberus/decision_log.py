@@ -128,9 +128,9 @@ class DecisionLog:
         self._publisher = kafka.Publisher(config)
         self._buffers = {
             "postgres": _Buffer(
-                config.decision_buffer, _ROWS, self._register, postgres.ledger.write
+                config.decisions.buffer, _ROWS, self._register, postgres.ledger.write
             ),
-            "kafka": _Buffer(config.decision_buffer, _MESSAGES, self._create, self._publish),
+            "kafka": _Buffer(config.decisions.buffer, _MESSAGES, self._create, self._publish),
         }
 
     def put(self, record: decisions.Record) -> None:
@@ -151,13 +151,13 @@ class DecisionLog:
 
     async def _empty(self, buffer: _Buffer, progress: supervision.Progress) -> None:
         while not progress.stopping.is_set():
-            await progress.wait(self._config.decision_flush_ms / 1000)
+            await progress.wait(self._config.decisions.flush_ms / 1000)
             await buffer.flush()
             progress.beat()
 
     async def _renew(self, buffer: _Buffer, progress: supervision.Progress) -> None:
         """Keep the claims of what waits for long: neither Redis nor Postgres would know of it."""
-        pause_s = self._config.claim_ms / 3000
+        pause_s = self._config.decisions.claim_ms / 3000
         wait_s = pause_s
         while not progress.stopping.is_set():
             await progress.wait(wait_s)

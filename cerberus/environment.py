@@ -1,139 +1,315 @@
-"""The environment of a process: which variables it has, and how each is read, mistakes named."""
+"""How settings are declared, and how they are read from the environment of a process."""
 
+import dataclasses
+import difflib
+import ipaddress
+import pathlib
 import re
-from collections.abc import Mapping
-from typing import NamedTuple
+import urllib.parse
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from cerberus import errors
 
-TASKS = ("api", "consumer", "producer", "materializer", "labels", "retention")
+REQUIRED = "required"
+_PREFIX = "CERBERUS_"
+# Kubernetes and Docker tell every container about a service that is called cerberus.
+_OF_PLATFORM = re.compile(
+    r"CERBERUS_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
+)
+_BEGIN, _END = "<!-- settings: `make docs` writes them -->", "<!-- end of settings -->"
+_VARIABLES = "variables"
+_READ = "read"
+
+Read = Callable[[str, str], Any]
+"""Takes the name of a variable and its text; raises ConfigError for a text that it cannot take."""
+Group = TypeVar("Group")
 
 
-class Variable(NamedTuple):
-    """One line of the configuration table: name, default as text, meaning with its unit."""
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A variable of the environment.
+
+    Attributes:
+        name: As the process is given it.
+        default: As text; `REQUIRED` where there is none.
+        meaning: One phrase of Markdown, with the unit.
+    """
 
     name: str
     default: str
     meaning: str
 
 
-VARIABLES = (
-    Variable("KAFKA_BROKER", "required", "`host:port`, comma separated; or set `KAFKA_URL`"),
-    Variable("KAFKA_URL", "", "`kafka://` or `kafka+ssl://` addresses, comma separated"),
-    Variable("KAFKA_PREFIX", "", "prefix for the names of the topics and groups"),
-    Variable("KAFKA_TRUSTED_CERT", "", "the CA's certificate as PEM text, for `kafka+ssl://`"),
-    Variable("KAFKA_CLIENT_CERT", "", "the client's certificate as PEM text"),
-    Variable("KAFKA_CLIENT_CERT_KEY", "", "the key of that certificate as PEM text"),
-    Variable("KAFKA_SASL_MECHANISM", "", "`PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512` or empty"),
-    Variable("KAFKA_SASL_USERNAME", "", "user name at the brokers"),
-    Variable("KAFKA_SASL_PASSWORD", "", "password at the brokers"),
-    Variable("REDIS_URL", "required", "`redis://` or `rediss://`; `REDIS_TLS_URL` is preferred"),
-    Variable("REDIS_TLS_URL", "", "like `REDIS_URL`, for platforms that set both"),
-    Variable("REDIS_TLS_VERIFY", "1", "0 accepts a self-signed certificate"),
-    Variable("REDIS_CLUSTER", "0", "1 if `REDIS_URL` is one node of a Redis Cluster"),
-    Variable("DATABASE_URL", "required", "`postgres://` or `postgresql://`"),
-    Variable("CERBERUS_API_KEY", "", "keys, comma separated; empty: only direct loopback callers"),
-    Variable("CERBERUS_TASKS", ",".join(TASKS), "the parts that this process runs"),
-    Variable(
-        "CERBERUS_RATE", "auto", "synthetic transactions/s; auto: 2 on loopback brokers, else 0"
-    ),
-    Variable("CERBERUS_SEED", "7", "seed of the synthetic population"),
-    Variable("CERBERUS_USERS", "1000", "size of the synthetic population"),
-    Variable("CERBERUS_FIRST_USER_ID", "1000", "lowest user id of the synthetic population"),
-    Variable("CERBERUS_CURRENCY", "USD", "ISO 4217 code, one per deployment"),
-    Variable("CERBERUS_PARTITIONS", "6", "partitions of the topics that the service creates"),
-    Variable("CERBERUS_REPLICATION", "-1", "replicas of those topics; -1: the broker's default"),
-    Variable("CERBERUS_SPANS", "10m", "window lengths, increasing, such as `10m,1h,24h`"),
-    Variable("CERBERUS_REPLAY_SPAN_S", "3600", "longer windows are seeded from Postgres, s"),
-    Variable("CERBERUS_ALLOWED_LATENESS_S", "60", "how late an event may be for an exact score, s"),
-    Variable("CERBERUS_MAX_FUTURE_SKEW_S", "60", "how far ahead an event's timestamp may lie, s"),
-    Variable("CERBERUS_MAX_STALENESS_S", "60", "streamed values older than this are null, s"),
-    Variable(
-        "CERBERUS_MAX_REJECTED_SHARE",
-        "0.05",
-        "refused share of a minute's records that stops consuming",
-    ),
-    Variable("CERBERUS_SESSION_TIMEOUT_S", "15", "session timeout of the consumer group, s"),
-    Variable("CERBERUS_MATERIALIZE_S", "300", "time between loads of the batch views, s"),
-    Variable(
-        "CERBERUS_RETENTION_DAYS",
-        "0",
-        "days to keep transactions, decisions and labels; 0: for ever",
-    ),
-    Variable("CERBERUS_RESEND_S", "300", "time between full writes of the live rows, s"),
-    Variable("CERBERUS_MAX_IN_FLIGHT", "512", "predictions at once; further requests get 503"),
-    Variable("CERBERUS_READ_TIMEOUT_MS", "250", "deadline of the feature read, ms"),
-    Variable("CERBERUS_CLAIM_S", "900", "how long Redis guarantees one answer per transaction, s"),
-    Variable(
-        "CERBERUS_DECISION_FLUSH_MS", "200", "decisions on requests are stored this often, ms"
-    ),
-    Variable(
-        "CERBERUS_DECISION_BUFFER", "20000", "decisions on requests that may wait for a store"
-    ),
-    Variable("CERBERUS_LABEL_MATURITY_DAYS", "30", "days after which no fraud label means genuine"),
-    Variable("CERBERUS_FRIENDLY_FRAUD_IS_FRAUD", "0", "1 if `friendly_fraud` counts as fraud"),
-    Variable("CERBERUS_SYNTHETIC_LABEL_DELAY_S", "259200", "mean delay of synthetic labels, s"),
-    Variable("CERBERUS_MODEL", "models/fraud_model.json", "the model file"),
-    Variable("CERBERUS_POLICY", "models/policy.json", "the policy file"),
-    Variable("CERBERUS_LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR"),
-)
-_DEFAULTS = {v.name: v.default for v in VARIABLES}
+def text(name: str, told: str) -> str:
+    """Read any text."""
+    return told
 
 
-class Reader:
-    """Reads one variable after another; text is stripped, and empty is the default.
+def words(name: str, told: str) -> tuple[str, ...]:
+    """Read what stands between commas."""
+    return tuple(word for part in told.split(",") if (word := part.strip()))
 
-    Args:
-        environ: Of the process.
 
-    Raises:
-        ConfigError: In all but `text` and `words`: the value is not what is asked for.
-    """
+def some_of(*known: str) -> Read:
+    """Make a reader of some of these words, at least one, between commas."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = environ
+    def read(name: str, told: str) -> frozenset[str]:
+        named = frozenset(words(name, told))
+        if not named or named - set(known):
+            raise errors.ConfigError(f"{name} must name some of {', '.join(known)}")
+        return named
 
-    def text(self, name: str) -> str:
-        """Return the text of a variable."""
-        default = _DEFAULTS[name]
-        value = self._environ.get(name, "").strip()
-        return value or ("" if default == "required" else default)
+    return read
 
-    def number(self, name: str, low: float, high: float) -> float:
-        """Return a number from `low` to `high`."""
-        text = self.text(name)
+
+def file(name: str, told: str) -> pathlib.Path:
+    """Read the path of a file."""
+    return pathlib.Path(told)
+
+
+def matching(pattern: str, meaning: str) -> Read:
+    """Make a reader of text that matches a whole pattern; `meaning` says which text does."""
+
+    def read(name: str, told: str) -> str:
+        if not re.fullmatch(pattern, told):
+            raise errors.ConfigError(f"{name} must be {meaning}, not {told!r}")
+        return told
+
+    return read
+
+
+def choice(*known: str) -> Read:
+    """Make a reader of one of these texts."""
+    named = [each for each in known if each]
+    return matching("|".join(known), f"{', '.join(named[:-1])} or {named[-1]}")
+
+
+def flag(name: str, told: str) -> bool:
+    """Read 1 as true and 0 as false."""
+    return bool(matching("[01]", "0 or 1")(name, told) == "1")
+
+
+def number(low: float, high: float) -> Read:
+    """Make a reader of numbers from `low` to `high`."""
+
+    def read(name: str, told: str) -> float:
         try:
-            value = float(text)
+            value = float(told)
         except ValueError:
             value = float("nan")
         if not low <= value <= high:
             raise errors.ConfigError(
-                f"{name} must be a number from {low:g} to {high:g}, not {text!r}"
+                f"{name} must be a number from {low:g} to {high:g}, not {told!r}"
             )
         return value
 
-    def integer(self, name: str, low: int, high: int) -> int:
-        """Return a whole number from `low` to `high`."""
-        value = self.number(name, low, high)
+    return read
+
+
+def integer(low: int, high: int) -> Read:
+    """Make a reader of whole numbers from `low` to `high`."""
+    any_number = number(low, high)
+
+    def read(name: str, told: str) -> int:
+        value = any_number(name, told)
         if value != int(value):
-            raise errors.ConfigError(f"{name} must be a whole number, not {self.text(name)!r}")
+            raise errors.ConfigError(f"{name} must be a whole number, not {told!r}")
         return int(value)
 
-    def ms(self, name: str, low_s: float, high_s: float) -> int:
-        """Return in ms what is told in seconds."""
-        return round(self.number(name, low_s, high_s) * 1000)
+    return read
 
-    def words(self, name: str) -> tuple[str, ...]:
-        """Return what stands between commas."""
-        return tuple(word for part in self.text(name).split(",") if (word := part.strip()))
 
-    def matching(self, name: str, pattern: str, meaning: str) -> str:
-        """Return the text that a pattern matches; `meaning` says which."""
-        value = self.text(name)
-        if not re.fullmatch(pattern, value):
-            raise errors.ConfigError(f"{name} must be {meaning}, not {value!r}")
-        return value
+def ms(low: float, high: float, *, unit_s: int = 1) -> Read:
+    """Make a reader of ms from a number of units of `unit_s` seconds, from `low` to `high`."""
+    units = number(low, high)
+    return lambda name, told: round(units(name, told) * unit_s * 1000)
 
-    def flag(self, name: str) -> bool:
-        """Return whether it is 1, not 0."""
-        return self.matching(name, "[01]", "0 or 1") == "1"
+
+def brokers(name: str, told: str) -> tuple[str, ...]:
+    """Read addresses of Kafka brokers, of one scheme."""
+    addresses = words(name, told)
+    if not addresses:
+        raise errors.ConfigError("KAFKA_BROKER is not set: give host:port of a Kafka broker")
+    schemes = set()
+    for number, each in enumerate(addresses, 1):
+        parts = split_broker(each)
+        try:
+            host, _ = parts.hostname, parts.port  # asking for it judges it
+        except ValueError:
+            host = None
+        if not host or parts.scheme not in ("kafka", "kafka+ssl") or "@" in parts.netloc:
+            # Not the address itself: it may hold a password.
+            raise errors.ConfigError(
+                f"{name}: address {number} is not host:port or kafka+ssl://host:port; "
+                "a user name and a password belong in KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD"
+            )
+        schemes.add(parts.scheme)
+    if len(schemes) > 1:
+        raise errors.ConfigError(f"{name} mixes kafka:// and kafka+ssl://; use one of them")
+    return addresses
+
+
+def split_broker(address: str) -> urllib.parse.SplitResult:
+    """Split the address of a broker, with or without a scheme."""
+    return urllib.parse.urlsplit(address if "://" in address else f"kafka://{address}")
+
+
+def address(*schemes: str) -> Read:
+    """Make a reader of an address that must be given, with one of these schemes."""
+    wanted = " or ".join(f"{scheme}://" for scheme in schemes)
+
+    def read(name: str, told: str) -> str:
+        if not told:
+            raise errors.ConfigError(f"{name} is not set: give a {wanted} address")
+        try:
+            parts = urllib.parse.urlsplit(told)
+            _ = parts.port  # asking for it judges it
+        except ValueError:
+            # What is wrong may be a part of the password.
+            raise errors.ConfigError(
+                f"{name} is no address: percent-encode what is special in its user name and "
+                "password"
+            ) from None
+        if parts.scheme not in schemes:
+            raise errors.ConfigError(f"{name} must begin with {wanted}")
+        return told
+
+    return read
+
+
+def variable(name: str, default: str, read: Read, meaning: str, *, secret: bool = False) -> Any:
+    """Declare a field of a group of settings that one variable sets.
+
+    Args:
+        name: Of the variable.
+        default: As text; `REQUIRED` where there is none.
+        read: Makes the value from the variable's text, without spaces around it.
+        meaning: One phrase of Markdown, with the unit.
+        secret: Whether `repr` leaves the field out.
+    """
+    return first_of(Variable(name, default, meaning), read=read, secret=secret)
+
+
+def first_of(*variables: Variable, read: Read, secret: bool = False) -> Any:
+    """Declare a field that the first of these variables sets that has a text."""
+    declared = {_VARIABLES: variables, _READ: read}
+    if REQUIRED in (v.default for v in variables):
+        return dataclasses.field(metadata=declared, repr=not secret)
+    return dataclasses.field(
+        default_factory=lambda: _value(variables, read, {}), metadata=declared, repr=not secret
+    )
+
+
+def read(group: type[Group], environ: Mapping[str, str]) -> Group:
+    """Read a group of settings, and the groups in it; an empty variable is one that is not set.
+
+    Raises:
+        ConfigError: A variable is missing or wrong; the message names it.
+    """
+    values = {}
+    for field in dataclasses.fields(group):  # type: ignore[arg-type]
+        if variables := field.metadata.get(_VARIABLES):
+            values[field.name] = _value(variables, field.metadata[_READ], environ)
+        else:
+            values[field.name] = read(_group(field), environ)
+    return group(**values)
+
+
+def _value(variables: tuple[Variable, ...], read: Read, environ: Mapping[str, str]) -> Any:
+    for each in variables:
+        if told := environ.get(each.name, "").strip():
+            return read(each.name, told)
+    unset = next((v for v in variables if v.default == REQUIRED), variables[0])
+    return read(unset.name, "" if unset.default == REQUIRED else unset.default)
+
+
+def groups(group: type[Any]) -> Iterator[type[Any]]:
+    """Yield a group of settings, and the groups in it."""
+    yield group
+    for field in dataclasses.fields(group):
+        if _VARIABLES not in field.metadata:
+            yield from groups(_group(field))
+
+
+def _group(field: dataclasses.Field[Any]) -> type[Any]:
+    if not isinstance(field.type, type):
+        raise TypeError(f"{field.name} is declared with neither a variable nor a group")
+    return field.type
+
+
+def own(group: type[Any]) -> Iterator[Variable]:
+    """Yield the variables of a group, without those of the groups in it."""
+    for field in dataclasses.fields(group):
+        yield from field.metadata.get(_VARIABLES, ())
+
+
+def declared(group: type[Any]) -> Iterator[Variable]:
+    """Yield the variables of a group, and of the groups in it."""
+    for each in groups(group):
+        yield from own(each)
+
+
+def host_and_port(broker: str) -> str:
+    """Return the address of a broker as host:port."""
+    parts = split_broker(broker)
+    host = parts.hostname or ""
+    return f"{f'[{host}]' if ':' in host else host}:{parts.port or 9092}"
+
+
+def on_loopback(broker: str) -> bool:
+    """Return whether a broker is on this machine, by its address alone."""
+    host = split_broker(broker).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_names(environ: Mapping[str, str], known: Collection[str]) -> None:
+    """Refuse a variable that begins as ours do and is none of them.
+
+    Raises:
+        ConfigError: There is one; the message names the known variable that is most like it.
+    """
+    ours = {name.removeprefix(_PREFIX): name for name in known if name.startswith(_PREFIX)}
+    for name in sorted(environ):
+        if not name.startswith(_PREFIX) or name in known or _OF_PLATFORM.fullmatch(name):
+            continue
+        like = difflib.get_close_matches(name.removeprefix(_PREFIX), ours, n=1)
+        raise errors.ConfigError(
+            f"{name} is not a setting; "
+            + (f"did you mean {ours[like[0]]}?" if like else "`cerberus settings` lists them all")
+        )
+
+
+def between_markers(page: str, told: str) -> str:
+    """Put Markdown between the two markers of a page.
+
+    Raises:
+        ConfigError: The page does not have both.
+    """
+    before, begin, rest = page.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not end:
+        raise errors.ConfigError(f"the page has no two lines {_BEGIN} and {_END}")
+    return f"{before}{begin}\n\n{told}\n{end}{after}"
+
+
+def tables(group: type[Any], root: pathlib.Path) -> str:
+    """Return the variables of a group in Markdown, a table for each group in it.
+
+    Args:
+        group: Of settings; its docstring is the title.
+        root: Left out of the defaults that are paths.
+    """
+    told: list[str] = []
+    for each in groups(group):
+        told += ["", f"## {each.__doc__}".rstrip("."), ""]
+        told += ["| variable | default | meaning |", "|---|---|---|"]
+        for one in own(each):
+            shown = one.default.replace(f"{root}/", "")
+            shown = shown if shown in ("", REQUIRED) else f"`{shown}`"
+            told.append(f"| `{one.name}` | {shown} | {one.meaning} |")
+    return "\n".join(told[1:]) + "\n"

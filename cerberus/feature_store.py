@@ -65,7 +65,7 @@ def repo_config(config: settings.Settings) -> dict[str, Any]:
     Raises:
         ConfigError: An address cannot be said in Feast's terms.
     """
-    registry, offline_store = _postgres(config.database_url)
+    registry, offline_store = _postgres(config.postgres.url)
     return {
         "project": feast_layout.PROJECT,
         "provider": "local",
@@ -73,15 +73,15 @@ def repo_config(config: settings.Settings) -> dict[str, Any]:
         "registry": {"registry_type": "sql", "path": registry, "cache_ttl_seconds": 0},
         "online_store": {
             "type": "redis",
-            "redis_type": "redis_cluster" if config.redis_cluster else "redis",
+            "redis_type": "redis_cluster" if config.redis.cluster else "redis",
             "connection_string": _redis(config),
         },
         "offline_store": {"type": "postgres"} | offline_store,
         "materialization": {"pull_latest_features": True, "online_write_batch_size": _BATCH_ROWS},
         "window": {
-            "names": list(config.spans),
-            "allowed_lateness_ms": config.allowed_lateness_ms,
-            "max_future_skew_ms": config.max_future_skew_ms,
+            "names": list(config.windows.spans),
+            "allowed_lateness_ms": config.windows.allowed_lateness_ms,
+            "max_future_skew_ms": config.windows.max_future_skew_ms,
         },
     }
 
@@ -180,7 +180,7 @@ def materialize(config: settings.Settings, now_ms: int) -> Loaded:
         end = datetime.datetime.fromtimestamp(now_ms / 1000, datetime.UTC)
         begin = end - _credit_view(store, config).ttl
         lost = asyncio.run(_begin(config, now_ms))
-        with psycopg.connect(config.database_url, connect_timeout=10) as connection:
+        with psycopg.connect(config.postgres.url, connect_timeout=10) as connection:
             connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
             new = "created_timestamp IS NULL AND event_timestamp BETWEEN %s AND %s"
             connection.execute("SET idle_in_transaction_session_timeout = 0")

@@ -132,10 +132,10 @@ class Importer:
         self._plan = plan
         self._imports = postgres.imports
         now = datetime.datetime.now(datetime.UTC)
-        self._latest_ms = months.to_ms(now) + config.max_future_skew_ms
+        self._latest_ms = months.to_ms(now) + config.windows.max_future_skew_ms
         self._oldest_ms = 0
-        if config.retention_days:
-            self._oldest_ms = months.to_ms(months.kept_from(now, config.retention_days))
+        if config.jobs.retention_days:
+            self._oldest_ms = months.to_ms(months.kept_from(now, config.jobs.retention_days))
         self._begun = False
 
     async def load(self, kind: str) -> imports.Progress:

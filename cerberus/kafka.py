@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import logging
+import ssl
+import tempfile
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +31,45 @@ _DEAD_LETTER_BYTES = 900_000
 _stopping: set["asyncio.Task[None]"] = set()
 
 
+def client_options(kafka: settings.Kafka) -> dict[str, Any]:
+    """Return what every Kafka client is built with.
+
+    Raises:
+        ConfigError: The certificates cannot be read.
+    """
+    options: dict[str, Any] = {
+        "bootstrap_servers": list(kafka.bootstrap),
+        "security_protocol": ("SASL_" if kafka.sasl_mechanism else "")
+        + ("SSL" if kafka.tls else "PLAINTEXT"),
+    }
+    if kafka.tls:
+        options["ssl_context"] = _ssl_context(kafka)
+    if kafka.sasl_mechanism:
+        options |= {
+            "sasl_mechanism": kafka.sasl_mechanism,
+            "sasl_plain_username": kafka.sasl_username,
+            "sasl_plain_password": kafka.sasl_password,
+        }
+    return options
+
+
+def _ssl_context(kafka: settings.Kafka) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cadata=kafka.ca_pem or None)
+        # A platform's own CA signs certificates that carry no host name.
+        context.check_hostname = not kafka.ca_pem
+        if kafka.client_pem and kafka.client_key_pem:
+            with tempfile.NamedTemporaryFile("w") as file:  # created with mode 0600
+                file.write(f"{kafka.client_pem}\n{kafka.client_key_pem}")
+                file.flush()
+                context.load_cert_chain(file.name)
+    except (ssl.SSLError, ValueError) as error:
+        raise errors.ConfigError(
+            f"KAFKA_TRUSTED_CERT, KAFKA_CLIENT_CERT or KAFKA_CLIENT_CERT_KEY: {error}"
+        ) from error
+    return context
+
+
 @contextlib.asynccontextmanager
 async def admin(kafka: settings.Kafka) -> AsyncIterator[Any]:
     """Open an admin client; start and close are bounded.
@@ -36,7 +77,7 @@ async def admin(kafka: settings.Kafka) -> AsyncIterator[Any]:
     Raises:
         StoreUnavailable: No broker answered within 15 s.
     """
-    client = AIOKafkaAdminClient(**kafka.client_options(), request_timeout_ms=10_000)
+    client = AIOKafkaAdminClient(**client_options(kafka), request_timeout_ms=10_000)
     try:
         async with asyncio.timeout(_CALL_S):
             await client.start()
@@ -63,14 +104,16 @@ async def create_topics(config: settings.Settings) -> list[str]:
         name: {} for name in (DEAD_LETTERS, DECISIONS, LABELS, LABEL_DEAD_LETTERS)
     }
     # The broker refuses what a consumer would have to refuse at every replay.
-    wanted[TRANSACTIONS] = {"message.timestamp.after.max.ms": str(config.max_future_skew_ms)}
+    wanted[TRANSACTIONS] = {
+        "message.timestamp.after.max.ms": str(config.windows.max_future_skew_ms)
+    }
     topics = [
         NewTopic(
             kafka.topic(name),
-            config.partitions,
-            config.replication,
+            config.stream.partitions,
+            config.stream.replication,
             # aiokafka wants an assignment, if an empty one, beside the broker's own replication.
-            replica_assignments={} if config.replication == -1 else None,
+            replica_assignments={} if config.stream.replication == -1 else None,
             topic_configs=configs,
         )
         for name, configs in wanted.items()
@@ -156,14 +199,14 @@ def consumer(
         reset: Where a partition without a commit begins: "none" (it is sought) or "earliest".
     """
     client = aiokafka.AIOKafkaConsumer(
-        **config.kafka.client_options(),
+        **client_options(config.kafka),
         group_id=config.kafka.topic(group),
         enable_auto_commit=False,
         auto_offset_reset=reset,
         isolation_level="read_committed",
         partition_assignment_strategy=(StickyPartitionAssignor,),
-        session_timeout_ms=config.session_timeout_ms,
-        heartbeat_interval_ms=min(3_000, config.session_timeout_ms // 3),
+        session_timeout_ms=config.stream.session_timeout_ms,
+        heartbeat_interval_ms=min(3_000, config.stream.session_timeout_ms // 3),
         rebalance_timeout_ms=30_000,
         max_poll_interval_ms=120_000,
         metadata_max_age_ms=METADATA_MS,
@@ -195,7 +238,7 @@ def producer(config: settings.Settings, linger_ms: int = 5) -> "aiokafka.AIOKafk
     name, and counts once.
     """
     client = aiokafka.AIOKafkaProducer(
-        **config.kafka.client_options(),
+        **client_options(config.kafka),
         acks="all",
         compression_type="lz4",
         linger_ms=linger_ms,

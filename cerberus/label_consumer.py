@@ -84,7 +84,7 @@ class LabelConsumer:
     async def _store(self, records: Sequence[aiokafka.ConsumerRecord]) -> None:
         told: list[labels.Label] = []
         dead: list[kafka.Message] = []
-        latest_ms = self._clock() + self._config.max_future_skew_ms
+        latest_ms = self._clock() + self._config.windows.max_future_skew_ms
         for at, record in enumerate(records):
             if at % _CHUNK_RECORDS == 0:
                 await asyncio.sleep(0)  # others on the loop wait for a chunk, not for a poll

@@ -69,14 +69,14 @@ class Liveness:
         resolver: assignment.Resolver,
         claimed: claims.Claims,
     ) -> None:
-        self._resend_s = config.resend_s
+        self._resend_s = config.stream.resend_s
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._online = online_store
         self._postgres = postgres
         self._rows = rows
         self._resolver = resolver
         self._claims = claimed
-        self._clustered = config.redis_cluster
+        self._clustered = config.redis.cluster
         self._count = 0
         self._marks: dict[aiokafka.TopicPartition, tuple[int, int]] = {}
         self._since_s: dict[aiokafka.TopicPartition, float] = {}

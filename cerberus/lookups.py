@@ -63,7 +63,7 @@ class Lookups:
     ) -> None:
         self._config = config
         self._spans = spans
-        self._rules = features.Rules(spans, config.max_staleness_ms)
+        self._rules = features.Rules(spans, config.windows.max_staleness_ms)
         self._store = store
         self._ledger = kept
         self._clock = clock
@@ -106,7 +106,9 @@ class Lookups:
             Overloaded: 200 wait already.
         """
         now_ms = self._clock()
-        [found] = await self._store.read([user_id], now_ms, self._config.read_timeout_ms / 1000)
+        [found] = await self._store.read(
+            [user_id], now_ms, self._config.serving.read_timeout_ms / 1000
+        )
         row = features.as_of(found, now_ms, None, now_ms=now_ms, rules=self._rules)
         last = await self._asked(self._ledger.of_user, user_id, _LAST)
         return {

@@ -88,7 +88,7 @@ class Materializer:
         self, progress: supervision.Progress, still_held: Callable[[], Awaitable[None]]
     ) -> None:
         """Wait for the next turn, or until Redis has lost what was loaded."""
-        next_s = time.monotonic() + self._config.materialize_s
+        next_s = time.monotonic() + self._config.jobs.materialize_s
         while time.monotonic() < next_s and not progress.stopping.is_set():
             await still_held()
             if await self._online.materialized_ms() is None:
@@ -101,7 +101,11 @@ async def seed_credit_scores(config: settings.Settings, postgres: stores.Stores)
     today = datetime.datetime.now(datetime.UTC).date()
     monday = today - datetime.timedelta(days=today.weekday())
     since = datetime.datetime.combine(monday, datetime.time(), datetime.UTC)
-    people = range(config.first_user_id, config.first_user_id + config.users)
+    people = range(
+        config.synthetic.first_user_id, config.synthetic.first_user_id + config.synthetic.users
+    )
     for at in range(0, len(people), _SEEDED):
-        some = [(u, synthetic.credit_score(u, config.seed)) for u in people[at : at + _SEEDED]]
+        some = [
+            (u, synthetic.credit_score(u, config.synthetic.seed)) for u in people[at : at + _SEEDED]
+        ]
         await postgres.credit_scores.seed(some, since)

@@ -65,11 +65,11 @@ def redis_options(config: settings.Settings) -> dict[str, Any]:
         "health_check_interval": 15,
         "driver_info": None,  # else each connection reads files, then sends what 6.2 has not
     }
-    if config.redis_url.startswith("rediss://"):
+    if config.redis.url.startswith("rediss://"):
         found["ssl"] = True
-        if not config.redis_tls_verify:
+        if not config.redis.tls_verify:
             found |= {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}
-    located = redis.asyncio.connection.parse_url(config.redis_url)
+    located = redis.asyncio.connection.parse_url(config.redis.url)
     located.pop("connection_class", None)
     return {"host": "localhost", "port": 6379, **found, **located}
 
@@ -86,7 +86,7 @@ def connect_redis(
     Raises:
         ConfigError: The address has a parameter that no client knows.
     """
-    client = redis.asyncio.RedisCluster if config.redis_cluster else redis.asyncio.Redis
+    client = redis.asyncio.RedisCluster if config.redis.cluster else redis.asyncio.Redis
     try:
         made = client(**redis_options(config))
     except (TypeError, ValueError) as error:
@@ -143,7 +143,7 @@ def _sha(script: str) -> str:
 def connect_postgres(config: settings.Settings) -> asyncpg.Pool:
     """Make the shared pool; await it to open it. Nothing is sent before the first use."""
     return asyncpg.create_pool(
-        config.database_url, min_size=0, max_size=8, timeout=5, command_timeout=QUERY_S
+        config.postgres.url, min_size=0, max_size=8, timeout=5, command_timeout=QUERY_S
     )
 
 

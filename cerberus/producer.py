@@ -81,7 +81,10 @@ class Producer:
             extra={"action": "producer_starts"},
         )
         people = synthetic.Population(
-            config.users, config.first_user_id, config.currency, config.seed
+            config.synthetic.users,
+            config.synthetic.first_user_id,
+            config.currency,
+            config.synthetic.seed,
         )
         traffic = people.traffic(_now_ms(), config.rate)
         ahead = next(traffic)
@@ -106,7 +109,7 @@ class Producer:
         if frauds := [labelled.transaction for labelled in due if labelled.fraud]:
             await self._postgres.labels.expect(
                 [
-                    synthetic.found_out(f, config.seed, config.synthetic_label_delay_s)
+                    synthetic.found_out(f, config.synthetic.seed, config.synthetic.label_delay_s)
                     for f in frauds
                 ]
             )

@@ -31,7 +31,7 @@ class Retention:
         postgres: stores.Stores,
         clock: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
     ) -> None:
-        self._days = config.retention_days
+        self._days = config.jobs.retention_days
         self._postgres = postgres
         self._clock = clock
 

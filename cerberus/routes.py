@@ -142,7 +142,7 @@ def assemble(
         config=config,
         spans=spans,
         model=model,
-        guard=security.Guard(config.api_keys),
+        guard=security.Guard(config.serving.api_keys),
         predictor=predictor,
         lookups=lookups.Lookups(config, spans, store, postgres.ledger, clock),
         postgres=postgres,
@@ -266,7 +266,7 @@ async def take_labels(request: Request) -> Response:
     parts: Parts = request.app.state.parts
     asked = await _document(request, '{"labels": […]}', MAX_LABELS_BYTES)
     now_ms = parts.clock()
-    told = labels.parse_request(asked, now_ms + parts.config.max_future_skew_ms)
+    told = labels.parse_request(asked, now_ms + parts.config.windows.max_future_skew_ms)
     try:
         valid = [item for item in told if isinstance(item, labels.Label)]
         write = parts.postgres.labels.write

@@ -167,12 +167,12 @@ def _prepare_model(site: process.Site, config: settings.Settings) -> None:
     from cerberus import scoring  # a second, which other preparations need not wait for
 
     try:
-        scoring.Model.load(config.model_path, config.spans)
+        scoring.Model.load(config.model.path, config.windows.spans)
     except errors.ModelMismatch as error:
         site.tell("model", f"{error}")
         _step(site, "train", "a model was trained", within_s=_TRAINING_S)
     else:
-        site.report("model", f"{config.model_path.name} fits")
+        site.report("model", f"{config.model.path.name} fits")
 
 
 def _prepare_stores(site: process.Site, servers: stack.Stack, config: settings.Settings) -> None:
@@ -190,15 +190,15 @@ def _prepare_stores(site: process.Site, servers: stack.Stack, config: settings.S
         _step(site, "materialize", "credit scores are online")
         stamp.write_text(current)
     try:
-        plan = feast_layout.Plan.load(config.plan_path)
+        plan = feast_layout.Plan.load(config.model.plan_path)
         online.OnlineStore(pools.connect_redis(config), plan, _spans(config), "")
     except errors.ModelMismatch:
-        config.plan_path.parent.mkdir(exist_ok=True)
+        config.model.plan_path.parent.mkdir(exist_ok=True)
         _step(site, "features", "the feature plan is compiled", "compile")
 
 
 def _spans(config: settings.Settings) -> window.Spans:
-    return window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
+    return window.Spans.of(config.windows)
 
 
 async def _seed(config: settings.Settings) -> None:
@@ -210,8 +210,8 @@ def _definitions(config: settings.Settings) -> str:
     digest = hashlib.sha256()
     for file in (*sorted(_REPO.glob("*.py")), *(_SOURCE / f"{name}.py" for name in _DEFINING)):
         digest.update(file.read_bytes())
-    said = (config.database_url, config.redis_url, config.spans)
-    limits = (config.allowed_lateness_ms, config.max_future_skew_ms)
+    said = (config.postgres.url, config.redis.url, config.windows.spans)
+    limits = (config.windows.allowed_lateness_ms, config.windows.max_future_skew_ms)
     digest.update(repr((said, limits)).encode())
     return digest.hexdigest()
 
@@ -282,8 +282,8 @@ def _invite(site: process.Site, config: settings.Settings, port: int) -> None:
     idle = "idle; CERBERUS_RATE above 0 wakes it"
     busy = f"{config.rate:g} synthetic transactions/s; CERBERUS_RATE=0 stops it"
     site.report("producer", busy if config.rate else idle)
-    key = ' -H "x-api-key: $CERBERUS_API_KEY"' if config.api_keys else ""
-    body = f'{{"user_id": {config.first_user_id + 5}}}'
+    key = ' -H "x-api-key: $CERBERUS_API_KEY"' if config.serving.api_keys else ""
+    body = f'{{"user_id": {config.synthetic.first_user_id + 5}}}'
     site.say(f"\n{_CURL.format(port=port, key=key, body=body)}\n\nCtrl-C stops everything.")
 
 
@@ -301,7 +301,7 @@ class _Health:
         self.status = ""
         self.reasons: list[str] = []
         self._port = port
-        self._headers = dict(zip(("x-api-key",), config.api_keys, strict=False))
+        self._headers = dict(zip(("x-api-key",), config.serving.api_keys, strict=False))
         self._next_s = 0.0
         self._answering_s: float | None = None
 

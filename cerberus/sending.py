@@ -82,7 +82,7 @@ class Sender:
         Raises:
             InvalidTransaction: naming the line and the field.
         """
-        latest_allowed_ms = _now_ms() + self._config.max_future_skew_ms
+        latest_allowed_ms = _now_ms() + self._config.windows.max_future_skew_ms
         count = first_ms = latest_ms = 0
         for line, paid in self._transactions():
             if paid.event_ms > latest_allowed_ms and not self._pace.now:

@@ -110,17 +110,17 @@ class Predictor:
     ) -> None:
         self._config = config
         self._spans = spans
-        self._rules = features.Rules(spans, config.max_staleness_ms)
+        self._rules = features.Rules(spans, config.windows.max_staleness_ms)
         self._model = model
         self._store = store
         self._claims = claimed
         self._keep = keep
         self._meter = meter
         self._clock = clock
-        self._timeout_s = config.read_timeout_ms / 1000
+        self._timeout_s = config.serving.read_timeout_ms / 1000
         self._waiting: deque[_Waiting] = deque()
         self._drain: asyncio.Task[None] | None = None
-        self._turns = pools.Turns(_LOOKING_UP, config.max_in_flight)
+        self._turns = pools.Turns(_LOOKING_UP, config.serving.max_in_flight)
         self.in_flight = 0
 
     def parse(self, document: Mapping[str, Any], traceparent: str = "") -> Request:
@@ -139,7 +139,7 @@ class Predictor:
         user_id = transactions.parse_user_id(known)
         now = self._clock()
         as_of_ms = transactions.parse_timestamp(known) if "timestamp" in known else now
-        skew_ms = self._config.max_future_skew_ms
+        skew_ms = self._config.windows.max_future_skew_ms
         if as_of_ms > now + skew_ms:
             raise errors.InvalidTransaction(
                 "timestamp", f"must not lie more than {skew_ms / 1000:g} s ahead of the clock here"
@@ -175,7 +175,7 @@ class Predictor:
                 not say.
             Conflict: It was decided with other content; names the field.
         """
-        if self.in_flight >= self._config.max_in_flight:
+        if self.in_flight >= self._config.serving.max_in_flight:
             raise errors.Overloaded
         self.in_flight += 1
         try:

@@ -86,4 +86,4 @@ async def connected(config: settings.Settings) -> AsyncIterator[Stores]:
         ConfigError: Postgres refuses it.
     """
     async with pools.connect_postgres(config) as pool:
-        yield on(pool, config.spans)
+        yield on(pool, config.windows.spans)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cerberus import transactions
+from cerberus import settings, transactions
 
 _UNITS_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _SWEEP_MS = 1_000
@@ -58,6 +58,11 @@ class Spans:
     names: tuple[str, ...] = ("10m",)
     allowed_lateness_ms: int = 60_000
     max_future_skew_ms: int = 60_000
+
+    @classmethod
+    def of(cls, told: settings.Windows) -> "Spans":
+        """Return the window definition that the settings give."""
+        return cls(told.spans, told.allowed_lateness_ms, told.max_future_skew_ms)
 
     @property
     def spans_ms(self) -> tuple[int, ...]:

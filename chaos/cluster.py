@@ -215,12 +215,12 @@ async def opened(
     }
     environ = {**environ, **SETTINGS, **more}
     config = settings.load(environ)
-    spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
+    spans = window.Spans.of(config.windows)
     plan = pin_model(config, spans)
     site = process.Site(directory, environ, lambda line: None)
     redis = pools.connect_redis(config)
     async with pools.connect_postgres(config) as pool, redis:
-        postgres = stores.on(pool, config.spans)
+        postgres = stores.on(pool, config.windows.spans)
         await postgres.schema.migrate()
         await kafka.create_topics(config)
         if credit:
@@ -248,7 +248,7 @@ async def opened(
 def pin_model(config: settings.Settings, spans: window.Spans) -> feast_layout.Plan:
     """Train a small model where the settings want one, and write the plan beside it."""
     training.train(
-        training.Plan(spans=config.spans, events=3_000), config.model_path, lambda _: None
+        training.Plan(spans=config.windows.spans, events=3_000), config.model.path, lambda _: None
     )
     plan = feast_layout.Plan(
         project=feast_layout.PROJECT,
@@ -259,11 +259,11 @@ def pin_model(config: settings.Settings, spans: window.Spans) -> feast_layout.Pl
         },
         schema={
             declared.STATS_VIEW: {
-                each.name: each.kind.feast for each in declared.streamed(config.spans)
+                each.name: each.kind.feast for each in declared.streamed(config.windows.spans)
             }
         },
     )
-    config.plan_path.write_bytes(plan.pack())
+    config.model.plan_path.write_bytes(plan.pack())
     return plan
 
 

@@ -113,7 +113,7 @@ class Rig:
 
     def sql(self, query, *arguments):
         """Run a statement in a session of its own."""
-        with psycopg.connect(self.config.database_url) as connection:
+        with psycopg.connect(self.config.postgres.url) as connection:
             cursor = connection.execute(query, arguments)
             return cursor.fetchall() if cursor.description else []
 
@@ -142,14 +142,14 @@ def opened(environ, tmp_path):
 
     async def migrate():
         async with pools.connect_postgres(config) as pool:
-            await stores.on(pool, config.spans).schema.migrate()
+            await stores.on(pool, config.windows.spans).schema.migrate()
 
     asyncio.run(migrate())
     module = load(repo(environ, tmp_path))
     store: Any = feast.FeatureStore(config=feast.RepoConfig(**feature_store.repo_config(config)))
     store.apply([module.user, *objects(module, feast.FeatureView), module.fraud_model])
     try:
-        with redis.Redis.from_url(config.redis_url) as client:
+        with redis.Redis.from_url(config.redis.url) as client:
             yield Rig(config, compiled(module), store, client)
     finally:
         store.registry.write_engine.dispose()

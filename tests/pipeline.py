@@ -10,6 +10,7 @@ from typing import Any
 import oracle
 import orjson
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from changes import changed
 
 from cerberus import (
     claims,
@@ -87,7 +88,7 @@ class World:
 
     def decision_log(self, **changes):
         """Build the log of decisions on requests, with some settings changed."""
-        config = dataclasses.replace(self.config, **changes)
+        config = changed(self.config, **changes)
         claimed = self.claims(config)
         return decision_log.DecisionLog(config, self.model, self.postgres, claimed)
 
@@ -128,7 +129,7 @@ class World:
             as_of_ms,
             in_hand,
             now_ms=now_ms(),
-            rules=features.Rules(self.spans, self.config.max_staleness_ms),
+            rules=features.Rules(self.spans, self.config.windows.max_staleness_ms),
         )
 
     async def certain(self, user_id, as_of_ms):
@@ -197,9 +198,9 @@ def trained(environ, directory, spans):
 async def world(environ):
     """Open pools and a producer of the test's own."""
     config = settings.load(environ)
-    spans = window.Spans(config.spans, config.allowed_lateness_ms, config.max_future_skew_ms)
-    plan = feast_layout.Plan.load(config.plan_path)
-    model = scoring.Model.load(config.model_path, config.spans)
+    spans = window.Spans.of(config.windows)
+    plan = feast_layout.Plan.load(config.model.plan_path)
+    model = scoring.Model.load(config.model.path, config.windows.spans)
     await kafka.create_topics(config)
     redis = pools.connect_redis(config, claims.recognise(config))
     producer = AIOKafkaProducer(
@@ -208,7 +209,7 @@ async def world(environ):
     await producer.start()
     try:
         async with pools.connect_postgres(config) as pool:
-            postgres = stores.on(pool, config.spans)
+            postgres = stores.on(pool, config.windows.spans)
             await postgres.schema.migrate()
             topic = config.kafka.topic(kafka.TRANSACTIONS)
             rows = online.OnlineStore(redis, plan, spans, topic)

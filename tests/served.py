@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import redis
+from changes import changed
 
 from cerberus import (
     claims,
@@ -46,10 +47,10 @@ class Served:
     """One partition's windows and the store that its rows are in, at a clock set by hand."""
 
     def __init__(self, environ, **changes):
-        self.config = dataclasses.replace(settings.load(environ), **changes)
+        self.config = changed(settings.load(environ), **changes)
         self.spans = window.Spans()
-        self.model = model(self.config.model_path, self.config.spans)
-        plan = feast_layout.Plan.load(self.config.model_path.with_name("feature_plan.json"))
+        self.model = model(self.config.model.path, self.config.windows.spans)
+        plan = feast_layout.Plan.load(self.config.model.path.with_name("feature_plan.json"))
         self.client: Any = pools.connect_redis(self.config)
         self.store = online.OnlineStore(self.client, plan, self.spans, "transactions")
         self.windows = window.PartitionWindows(self.spans)

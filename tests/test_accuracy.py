@@ -271,10 +271,10 @@ def test_a_date_begins_at_midnight_in_utc():
 
 def test_the_command_line_shows_the_same_as_the_route(environ, monkeypatch, capsys):
     config = settings.load(environ)
-    rules = labels.Rules(config.label_maturity_ms, config.friendly_fraud_is_fraud)
+    rules = labels.Rules(config.labels.maturity_ms, config.labels.friendly_fraud_is_fraud)
 
     async def fill():
-        async with opened(config.database_url, rules) as (_, postgres):
+        async with opened(config.postgres.url, rules) as (_, postgres):
             await postgres.ledger.write(
                 [
                     decided("a", NOW_MS - 99 * DAY_MS, action="decline", minor=123_456_789),

@@ -96,7 +96,7 @@ def load_held_up_by(rig, lock):
     """Yield a session that holds `lock` on the scores, and a load that waits for it."""
     with (
         concurrent.futures.ThreadPoolExecutor() as threads,
-        psycopg.connect(rig.config.database_url) as session,
+        psycopg.connect(rig.config.postgres.url) as session,
     ):
         session.execute(f"LOCK TABLE credit_scores IN {lock} MODE")
         load = threads.submit(feature_store.materialize, rig.config, NOW_MS)

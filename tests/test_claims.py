@@ -16,6 +16,7 @@ import httpx
 import orjson
 import pytest
 import redis
+from changes import changed
 from pipeline import live, now_ms, payment, running, until, world
 from records import decided
 from served import NOW_MS, Served
@@ -62,7 +63,7 @@ class Side:
 
 @contextlib.asynccontextmanager
 async def side(environ, *, version=decisions.VERSION, **changes):
-    config = dataclasses.replace(settings.load(environ), **changes)
+    config = changed(settings.load(environ), **changes)
     client = pools.connect_redis(config, claims.recognise(config))
     try:
         async with pools.connect_postgres(config) as pool:
@@ -195,7 +196,7 @@ async def test_what_a_flush_met_on_its_way_to_postgres_is_waited_for(environ, on
         await one.ledger.write(first)
 
     again = [dataclasses.replace(record, trace_id="2" * 32) for record in first]
-    async with side(environ, decision_flush_ms=1_000) as other:
+    async with side(environ, flush_ms=1_000) as other:
         storing = asyncio.create_task(store_at_the_next_flush())
         assert await other.settle(*again) == first
         await storing
@@ -298,7 +299,7 @@ async def test_a_claim_of_the_stream_lasts_while_its_write_is_tried_again(one):
         assert standing == [paid]
         [key] = await one.claimed_keys()
         left_ms = await one.redis.pttl(key)
-        assert WAIT_MS < left_ms < one.config.claim_ms / 10
+        assert WAIT_MS < left_ms < one.config.decisions.claim_ms / 10
         await one.redis.pexpire(key, 500)  # as when a while has passed
     later = dataclasses.replace(paid, door=decisions.HTTP, trace_id="2" * 32)
     assert await one.claimed.settle([later], now_ms(), {paid.decision_id}) == [paid]
@@ -317,7 +318,7 @@ async def test_a_decision_whose_claim_has_run_out_is_looked_up(served):
     hand = in_hand(1, NOW_MS)
     first = await served.ask(**hand)
     await served.postgres.ledger.write([first.record])
-    served.now_ms += served.config.claim_ms + 60_000
+    served.now_ms += served.config.decisions.claim_ms + 60_000
     await served.forget()
     await served.credit(1, 500, at_ms=served.now_ms)
     again = await served.ask(**hand)
@@ -333,7 +334,7 @@ async def test_a_transaction_that_may_have_been_decided_is_not_while_postgres_is
 ):
     away = Served(environ | {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x"})
     await served.live()
-    served.now_ms = away.now_ms = NOW_MS + served.config.claim_ms
+    served.now_ms = away.now_ms = NOW_MS + served.config.decisions.claim_ms
     with pytest.raises(errors.DecisionsUnavailable):
         await away.ask(**in_hand(1, NOW_MS))
     assert (await away.ask(**in_hand(1, away.now_ms))).record.decision.probability > 0
@@ -507,7 +508,7 @@ async def test_a_decision_that_the_topic_has_shown_is_the_one_that_postgres_gets
         at = now_ms() - 1_000
         async with running(one := here.consumer()):
             await until(lambda: live(one, partitions=1), "all is caught up")
-            locked = await asyncpg.connect(here.config.database_url)
+            locked = await asyncpg.connect(here.config.postgres.url)
             await locked.execute("BEGIN; LOCK TABLE transactions IN ACCESS EXCLUSIVE MODE")
             await here.publish([(1000, payment(1, 1000, at), at)])
             await until(lambda: "store" in one.problems, "the write is not acknowledged")

@@ -71,7 +71,7 @@ async def test_what_is_left_is_stored_when_it_is_closed(here):
 
 
 async def test_a_full_buffer_takes_no_more_and_counts_what_it_did_not_take(here):
-    log = here.decision_log(decision_buffer=20)
+    log = here.decision_log(buffer=20)
     for record in some(25):
         log.put(record)
     assert [(told["waiting"], told["dropped"]) for told in log.report().values()] == [(20, 5)] * 2
@@ -83,7 +83,7 @@ async def test_a_full_buffer_takes_no_more_and_counts_what_it_did_not_take(here)
 
 
 async def test_what_is_asked_again_while_it_waits_takes_no_more_room(here):
-    log = here.decision_log(decision_buffer=2)
+    log = here.decision_log(buffer=2)
     records = some(2)
     for record in records * 3:
         log.put(record)
@@ -94,7 +94,7 @@ async def test_what_is_asked_again_while_it_waits_takes_no_more_room(here):
 
 async def test_a_full_buffer_is_shown_and_no_reply_waits_for_it(environ):
     away = {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x", "KAFKA_BROKER": "127.0.0.1:1"}
-    served = Served(environ | away, decision_buffer=3)
+    served = Served(environ | away, buffer=3)
     await served.live()
     transport = httpx.ASGITransport(served.app(), client=("127.0.0.1", 1))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
@@ -188,7 +188,7 @@ async def test_what_cannot_be_stored_at_the_end_is_told_within_bounds(environ, c
     away = {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x"}
     async with world(environ | QUIET) as here, asyncio.timeout(20):
         async with pools.connect_postgres(settings.load(environ | away)) as pool:
-            postgres = stores.on(pool, here.config.spans)
+            postgres = stores.on(pool, here.config.windows.spans)
             claimed = claims.Claims(
                 here.config, here.redis, postgres.ledger, lambda: here.online.spoken
             )
@@ -289,6 +289,6 @@ async def test_a_kill_loses_no_more_than_the_last_moment_s_decisions(environ, he
             killed_ms = now_ms()
             await asyncio.to_thread(one.end, signal.SIGKILL)
     lost = await missing(here, clients.answered)
-    bound_ms = killed_ms - here.config.decision_flush_ms - slow_machine_ms
+    bound_ms = killed_ms - here.config.decisions.flush_ms - slow_machine_ms
     assert min(at_ms for _, at_ms in clients.answered) < bound_ms
     assert [at_ms for at_ms in lost if at_ms < bound_ms] == []

@@ -72,17 +72,16 @@ def schema(name):
     return document | {"$ref": f"#/components/schemas/{name}"}
 
 
-def test_the_configuration_table_is_the_settings():
-    shown = table(SETTINGS, "variable", "default", "meaning", marks=" ")
-    defaults = {"": "", "required": "required"}
-    assert shown == [
-        [f"`{v.name}`", defaults.get(v.default, f"`{v.default}`"), v.meaning]
-        for v in environment.VARIABLES
-    ]
+def test_the_page_of_settings_is_what_their_declarations_say():
+    tables = environment.tables(settings.Settings, settings.ROOT)
+    page = TEXT["docs/settings.md"]
+    assert environment.between_markers(page, tables) == page, "make docs"
+    shown = set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.M))
+    assert shown == {variable.name for variable in environment.declared(settings.Settings)}
 
 
 def test_every_variable_that_a_page_names_exists():
-    known = {variable.name for variable in environment.VARIABLES} | {"CERBERUS_STACK"}
+    known = {variable.name for variable in environment.declared(settings.Settings)}
     assert named(r"\b(?:CERBERUS|KAFKA|REDIS|DATABASE)_[A-Z_]*[A-Z]\b") <= known
 
 

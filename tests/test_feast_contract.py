@@ -161,7 +161,7 @@ def history(rig, asked):
 
 
 def insert_history(rig, stats, credit):
-    with psycopg.connect(rig.config.database_url) as connection, connection.cursor() as cursor:
+    with psycopg.connect(rig.config.postgres.url) as connection, connection.cursor() as cursor:
         cursor.executemany(
             "INSERT INTO user_transaction_stats (user_id, event_timestamp, created_timestamp, "
             "epoch, log_offset, transaction_count_10m, total_amount_10m) "

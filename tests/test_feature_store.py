@@ -19,7 +19,7 @@ COMPOSE = {
     "REDIS_URL": "redis://:0123%2C%3D%22%3A@redis:6379",
     "DATABASE_URL": "postgres://cerberus:p%40ss%2F%3A@postgres/cerberus?sslmode=disable",
 }
-COMMITTED = settings.load(LOOPBACK).plan_path
+COMMITTED = settings.load(LOOPBACK).model.plan_path
 
 
 def test_the_module_alone_imports_neither_feast_nor_its_drivers():
@@ -144,7 +144,7 @@ def test_the_settings_render_to_what_feast_connects_with(tmp_path, environ):
     assert options.get("password") == ours.get("password")
     assert (options.get("db", 0), options.get("ssl")) == (ours["db"], None)
 
-    wanted = {"port": "5432", "sslmode": "prefer"} | conninfo_to_dict(config.database_url)
+    wanted = {"port": "5432", "sslmode": "prefer"} | conninfo_to_dict(config.postgres.url)
     offered = conninfo_to_dict(_get_conninfo(loaded.offline_store))
     offered["sslmode"] = loaded.offline_store.sslmode
     assert {name: value for name, value in offered.items() if value} == wanted

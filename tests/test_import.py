@@ -88,7 +88,7 @@ def config(environ):
 @pytest.fixture
 async def pool(config):
     async with pools.connect_postgres(config) as pool:
-        await stores.on(pool, config.spans).schema.migrate()
+        await stores.on(pool, config.windows.spans).schema.migrate()
         yield pool
 
 
@@ -205,7 +205,7 @@ async def test_imported_twice_is_imported_once(config, pool, tmp_path):
 
 
 async def test_what_the_log_says_stands(config, pool, tmp_path):
-    postgres = stores.on(pool, config.spans)
+    postgres = stores.on(pool, config.windows.spans)
     known = transactions.Transaction("t1", 1, 100, "USD", "m", BEGIN_MS)
     stats = (window.WindowStats(7, 700),) * len(SPANS)
     fence = features.Fence(9, 5, BEGIN_MS)

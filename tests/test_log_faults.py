@@ -9,6 +9,7 @@ import signal
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
+from changes import changed
 from faults import (
     PARTITIONS,
     USERS,
@@ -272,7 +273,7 @@ async def test_a_partition_that_begins_anew_leaves_the_long_windows_of_others(en
         "CERBERUS_MODEL": str(tmp_path / "fraud_model.json"),
     }
     config = settings.load(environ)
-    cluster.pin_model(config, window.Spans(config.spans))
+    cluster.pin_model(config, window.Spans(config.windows.spans))
     start = now_ms() - 900_000
     async with world(environ) as here:
         places = [(USERS[i % 12], start + i * 5_000) for i in range(170)]
@@ -460,7 +461,7 @@ async def test_a_replay_sends_nothing_again_and_is_no_schema_break(here):
     at = now_ms() - 5_000
     good = [(u, payment((u, i), u, at), at) for u in USERS for i in range(20)]
     bad = [(u, b"not json", at) for u in USERS for _ in range(20)]
-    all_taken = dataclasses.replace(here.config, max_rejected_share=1.0)
+    all_taken = changed(here.config, max_rejected_share=1.0)
     strict, here.config = here.config, all_taken
     await here.publish(good[:1] + bad + good[1:])
     async with running(one := here.consumer()):

@@ -1,6 +1,6 @@
 import pytest
 
-from cerberus import environment, errors, pools, settings
+from cerberus import environment, errors, kafka, pools, settings
 
 BASE = {
     "KAFKA_BROKER": "127.0.0.1:9092",
@@ -12,8 +12,7 @@ BASE = {
 def test_the_three_addresses_are_all_that_is_needed():
     config = settings.load(BASE)
     assert config.kafka.bootstrap == ("127.0.0.1:9092",)
-    assert (config.rate, config.spans) == (2.0, ("10m",))
-    assert config.tasks == frozenset(environment.TASKS)
+    assert (config.rate, config.windows.spans, config.tasks) == (2.0, ("10m",), frozenset(settings.TASKS))
 
 
 @pytest.mark.parametrize("missing", sorted(BASE))
@@ -51,6 +50,7 @@ def test_a_missing_address_is_named(missing):
         ("CERBERUS_FRIENDLY_FRAUD_IS_FRAUD", "yes"),
         ("CERBERUS_SYNTHETIC_LABEL_DELAY_S", "soon"),
         ("CERBERUS_LOG_LEVEL", "LOUD"),
+        ("CERBERUS_STACK", "docker"),
     ],
 )
 def test_a_wrong_value_is_named(name, value):
@@ -93,7 +93,7 @@ def test_a_platform_s_addresses_are_understood():
     assert config.kafka.bootstrap == ("a.example:9096", "b.example:9096")
     assert config.kafka.tls
     assert config.kafka.topic("transactions") == "north-1.transactions"
-    assert config.redis_url == "rediss://:p@r:6380"
+    assert config.redis.url == "rediss://:p@r:6380"
     assert config.rate == 0
     assert "CERBERUS_RATE" in config.rate_reason
 
@@ -101,10 +101,48 @@ def test_a_platform_s_addresses_are_understood():
 def test_a_broken_certificate_is_a_setting_s_fault():
     config = settings.load(BASE | {"KAFKA_BROKER": "kafka+ssl://h:1", "KAFKA_TRUSTED_CERT": "x"})
     with pytest.raises(errors.ConfigError, match="KAFKA_TRUSTED_CERT"):
-        config.kafka.client_options()
+        kafka.client_options(config.kafka)
 
 
 def test_secrets_do_not_show():
-    config = settings.load(BASE | {"CERBERUS_API_KEY": "sesame"})
+    secret = ("CERBERUS_API_KEY", "KAFKA_SASL_PASSWORD", "KAFKA_CLIENT_CERT_KEY")
+    address = {"REDIS_URL": "redis://:sesame@r:6379", "DATABASE_URL": "postgres://u:sesame@db/x"}
+    login = {"KAFKA_SASL_MECHANISM": "PLAIN", "KAFKA_SASL_USERNAME": "u"}
+    config = settings.load(BASE | address | login | dict.fromkeys(secret, "sesame"))
+    assert config.kafka.sasl_password == "sesame"
     assert "sesame" not in repr(config)
-    assert "u:p" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("CERBERUS_SPAN", "CERBERUS_SPAN is not a setting; did you mean CERBERUS_SPANS?"),
+        ("CERBERUS_CLAIM_MS", "CERBERUS_CLAIM_MS is not a setting; did you mean CERBERUS_CLAIM_S?"),
+        ("CERBERUS_XYZZY", "CERBERUS_XYZZY is not a setting; `cerberus settings` lists them all"),
+    ],
+)
+def test_an_unknown_variable_is_named_with_the_one_that_is_most_like_it(name, sentence):
+    with pytest.raises(errors.ConfigError) as caught:
+        settings.load(BASE | {name: "1"})
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "name", ["SERVICE_HOST", "SERVICE_PORT_HTTP", "PORT", "PORT_8000_TCP", "API_PORT_80_TCP_ADDR"]
+)
+def test_what_a_platform_says_of_a_service_of_our_name_is_no_setting(name):
+    assert settings.load(BASE | {f"CERBERUS_{name}": "tcp://10.0.0.1:8000"}) == settings.load(BASE)
+
+
+def test_every_declared_default_can_be_given():
+    defaults = {
+        variable.name: variable.default
+        for variable in environment.declared(settings.Settings)
+        if variable.default != environment.REQUIRED
+    }
+    assert settings.load(BASE | defaults) == settings.load(BASE)
+
+
+def test_no_variable_is_declared_twice():
+    names = [variable.name for variable in environment.declared(settings.Settings)]
+    assert len(names) == len(set(names)) > 40

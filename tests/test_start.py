@@ -38,6 +38,7 @@ BASE = {
         ({"CERBERUS_RATE": "fast"}, "CERBERUS_RATE must be"),
         ({"CERBERUS_MODEL": "/nowhere/m.json"}, "cannot read /nowhere/m.json"),
         ({"CERBERUS_SPANS": "7m"}, "CERBERUS_SPANS says 7m"),
+        ({"CERBERUS_SPAN": "7m"}, "did you mean CERBERUS_SPANS?"),
     ],
 )
 def test_a_wrong_setting_ends_the_start_with_one_sentence(changes, named):

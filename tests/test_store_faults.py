@@ -1,12 +1,12 @@
 """Faults of the stores that were found under fire, each in its smallest form."""
 
 import asyncio
-import dataclasses
 import signal
 import time
 
 import aiokafka
 import pytest
+from changes import changed
 from faults import (
     PARTITIONS,
     USERS,
@@ -74,7 +74,7 @@ async def test_a_row_that_was_lost_alone_is_sent_again(here, meanwhile):
         assert await here.redis.delete(here.online._key(1000)) == 1
 
     if meanwhile == "the owner runs":
-        here.config = dataclasses.replace(here.config, resend_s=1.0)
+        here.config = changed(here.config, resend_s=1.0)
     async with running(one := here.consumer()):
         await drained(here, one)
         await asyncio.sleep(1)
@@ -83,7 +83,7 @@ async def test_a_row_that_was_lost_alone_is_sent_again(here, meanwhile):
             await until(back, "the row is back", 10)
             return
     await lose()
-    here.config = dataclasses.replace(here.config, resend_s=86_400.0)
+    here.config = changed(here.config, resend_s=86_400.0)
     async with running(two := here.consumer()):
         two._liveness._resent_s = time.monotonic()
         await drained(here, two)
