@@ -148,7 +148,16 @@ def _wait_for(port, process):
 
 async def rows(environ):
     """Write some events of each user, as the consumer does."""
-    from cerberus import feast_layout, features, online, pools, settings, transactions, window
+    from cerberus import (
+        clock,
+        feast_layout,
+        features,
+        online,
+        pools,
+        settings,
+        transactions,
+        window,
+    )
 
     config = settings.load(environ)
     spans = window.Spans(config.windows.spans)
@@ -156,7 +165,7 @@ async def rows(environ):
     client = pools.connect_redis(config)
     topic = config.kafka.topic("transactions")
     store = online.OnlineStore(client, plan, spans, topic)
-    now_ms, windows = time.time_ns() // 1_000_000, window.PartitionWindows(spans)
+    now_ms, windows = clock.now_ms(), window.PartitionWindows(spans)
     users = range(FIRST_USER, FIRST_USER + USERS)
     for i in range(3 * USERS):
         event_ms = now_ms - 60_000 + i

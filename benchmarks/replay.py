@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from cerberus import (  # noqa: E402
     claims,
+    clock,
     consumer,
     feast_layout,
     kafka,
@@ -45,7 +46,7 @@ PARTITIONS, SPREAD_MS, DEADLINE_S = 6, 540_000, 600.0
 async def publish(config, events, users, *, committed=True):
     """Fill the topic with traffic of the last nine minutes; commit the group to its end."""
     population = synthetic.Population(users, 1000, config.currency, config.synthetic.seed)
-    topic, now_ms = config.kafka.topic(kafka.TRANSACTIONS), time.time_ns() // 1_000_000
+    topic, now_ms = config.kafka.topic(kafka.TRANSACTIONS), clock.now_ms()
     client = aiokafka.AIOKafkaProducer(
         bootstrap_servers=config.kafka.bootstrap,
         compression_type="lz4",

@@ -4,14 +4,13 @@ import asyncio
 import contextlib
 import dataclasses
 import sys
-import time
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from cerberus import facts, kafka, ownership, partition, settings, starts, stores, window
+from cerberus import clock, facts, kafka, ownership, partition, settings, starts, stores, window
 
 _CALL_S = 10.0
 
@@ -39,11 +38,17 @@ class Resolver:
         config: Settings.
         spans: The window definition.
         postgres: Knows the epochs.
+        clock: The wall clock in ms since the Unix epoch.
     """
 
     def __init__(
-        self, config: settings.Settings, spans: window.Spans, postgres: stores.Stores
+        self,
+        config: settings.Settings,
+        spans: window.Spans,
+        postgres: stores.Stores,
+        clock: clock.Clock = clock.now_ms,
     ) -> None:
+        self._clock = clock
         self._config = config
         self._spans = spans
         self._postgres = postgres
@@ -153,7 +158,7 @@ class Resolver:
         self, commits: Iterable[starts.Commit | None], count: int
     ) -> Iterator[partition.Moved]:
         """Yield until when each commit's topic had another number of partitions, and which."""
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = self._clock()
         for commit in commits:
             if commit is None or not commit.count:
                 continue
@@ -171,7 +176,7 @@ class Resolver:
     ) -> ownership.Owned:
         """Plan the start of a partition of which nothing is known here yet."""
         commit, replay_span_ms = life.commit, self._config.windows.replay_span_ms
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = self._clock()
         from_ms = starts.replay_from_ms(commit, self._spans, replay_span_ms)
         found = None if from_ms is None else await self._at_or_after(client, tp, from_ms)
         since_epoch = (commit and commit.since_epoch) or life.epoch

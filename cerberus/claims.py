@@ -11,14 +11,13 @@ import hashlib
 import logging
 import re
 import secrets
-import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import redis.exceptions
 
-from cerberus import decisions, errors, ledger, pools, settings, transactions
+from cerberus import clock, decisions, errors, ledger, pools, settings, transactions
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ return 1
 """
 
 
-def recognise(config: settings.Settings) -> pools.Connected:
+def recognise(config: settings.Settings, clock: clock.Clock = clock.now_ms) -> pools.Connected:
     """Return what looks, at each new connection, whether this server has begun anew.
 
     One that was restarted or has taken over may have lost the last claims, so it vouches only for
@@ -98,8 +97,7 @@ def recognise(config: settings.Settings) -> pools.Connected:
             await connection.send_command("INFO", "server", check_health=False)
             run = re.search(rb"run_id:(\w+)", await connection.read_response())
             if run is not None:
-                now_ms = time.time_ns() // 1_000_000
-                arguments = (now_ms, run[1], prefix, _BUCKETS, secrets.token_hex(8))
+                arguments = (clock(), run[1], prefix, _BUCKETS, secrets.token_hex(8))
                 await connection.send_command("EVAL", _RECOGNISE, 0, *arguments, check_health=False)
                 await connection.read_response()
         except redis.exceptions.ClusterDownError:
@@ -131,6 +129,7 @@ class Claims:
         client: The shared pool of Redis.
         kept: Where decisions are looked up.
         spoken: Returns the version that all readers of claims know.
+        clock: The wall clock in ms since the Unix epoch.
     """
 
     def __init__(
@@ -139,6 +138,7 @@ class Claims:
         client: Any,
         kept: ledger.Ledger,
         spoken: Callable[[], int],
+        clock: clock.Clock = clock.now_ms,
     ) -> None:
         self._claim_ms = config.decisions.claim_ms
         self._skew_ms = config.windows.max_future_skew_ms
@@ -150,6 +150,7 @@ class Claims:
         self._client = client
         self._ledger = kept
         self._spoken = spoken
+        self._clock = clock
 
     def old(self, transaction: transactions.Transaction, now_ms: int) -> bool:
         """Say whether a claim may have run out, so that Postgres must be asked first."""
@@ -165,7 +166,7 @@ class Claims:
         Raises:
             StoreUnavailable: Postgres did not answer.
         """
-        wait_ms = self._since_ms + self._settling_ms - time.time_ns() // 1_000_000
+        wait_ms = self._since_ms + self._settling_ms - self._clock()
         if wanted and wait_ms > 0:
             await asyncio.sleep(min(wait_ms, self._settling_ms) / 1000)
         return await self._ledger.find(wanted)
@@ -278,7 +279,7 @@ class Claims:
         Raises:
             FeaturesUnavailable: Redis did not answer; renew again.
         """
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = self._clock()
         paid = [record for record in records if record.transaction is not None]
         for at in range(0, len(paid), _RENEWED):
             some = paid[at : at + _RENEWED]

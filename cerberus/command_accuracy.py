@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from cerberus import parameters, serving, settings, stores
+from cerberus import clock, parameters, settings, stores
 
 _REPORT_S = 600.0
 _COLUMNS = (
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     async def judge() -> dict[str, Any]:
         async with stores.connected(config) as postgres:
-            return await postgres.judged.report(serving.now_ms(), asked, _REPORT_S)
+            return await postgres.judged.report(clock.now_ms(), asked, _REPORT_S)
 
     print(describe(asyncio.run(judge())))
     return 0

@@ -13,13 +13,13 @@ from typing import Any
 
 from cerberus import (
     claims,
+    clock,
     errors,
     feast_layout,
     kafka,
     layouts,
     persons,
     pools,
-    serving,
     settings,
     stores,
     transactions,
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         "A consumer that starts anew brings back what the log still holds of that time."
     )
     try:
-        print(*asyncio.run(held_by_the_log(config, serving.now_ms())), sep="\n")
+        print(*asyncio.run(held_by_the_log(config, clock.now_ms())), sep="\n")
     except errors.StoreUnavailable as error:
         print(f"what the log holds is not known: {error}")
         return 1

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from cerberus import (
+    clock,
     feast_layout,
     kafka,
     lookups,
     online,
     parameters,
     pools,
-    serving,
     settings,
     stores,
     window,
@@ -38,7 +38,7 @@ async def _look_up(config: settings.Settings, user_id: int) -> dict[str, Any]:
     topic = config.kafka.topic(kafka.TRANSACTIONS)
     async with pools.connect_redis(config) as redis, stores.connected(config) as postgres:
         store = online.OnlineStore(redis, plan, spans, topic)
-        asked = lookups.Lookups(config, spans, store, postgres.ledger, serving.now_ms)
+        asked = lookups.Lookups(config, spans, store, postgres.ledger, clock.now_ms)
         return await asked.user(user_id)
 
 

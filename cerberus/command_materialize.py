@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from cerberus import feature_store, serving, settings
+from cerberus import clock, feature_store, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +12,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load what is new and print how much; return 0. Idempotent: yes."""
-    loaded = feature_store.materialize(settings.load(os.environ), serving.now_ms())
+    loaded = feature_store.materialize(settings.load(os.environ), clock.now_ms())
     print(f"credit scores: {loaded.new_rows} new" + (", all loaded again" if loaded.full else ""))
     return 0

@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 
-from cerberus import errors, kafka, layouts, sending, serving, settings, window
+from cerberus import clock, errors, kafka, layouts, sending, settings, window
 
 _SLOWEST = 0.001
 
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     spans = window.Spans.of(config.windows)
     if not found.count:
         print(f"{arguments.file.name} has no rows", file=sys.stderr)
-    elif not pace.now and found.latest_ms < serving.now_ms() - spans.keep_ms:
+    elif not pace.now and found.latest_ms < clock.now_ms() - spans.keep_ms:
         print(
             f"all of them are older than the {spans.keep_ms // 1000} s that windows keep: behind "
             "newer records of the topic they change no window; --now stamps them anew",

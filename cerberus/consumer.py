@@ -17,6 +17,7 @@ from aiokafka.errors import KafkaConnectionError, KafkaError, OffsetOutOfRangeEr
 from cerberus import (
     assignment,
     claims,
+    clock,
     errors,
     features,
     kafka,
@@ -50,6 +51,7 @@ class Consumer:
         online_store: Takes the rows.
         postgres: Takes the facts.
         claimed: Says which decision on a transaction was the first.
+        clock: The wall clock in ms since the Unix epoch.
 
     Attributes:
         problems: What is wrong now, a sentence each, by name.
@@ -64,15 +66,16 @@ class Consumer:
         online_store: online.OnlineStore,
         postgres: stores.Stores,
         claimed: claims.Claims,
+        clock: clock.Clock = clock.now_ms,
     ) -> None:
         self._config = config
         self._spans = spans
         self._online = online_store
         self._postgres = postgres
-        self._sink = sink.Sink(config, spans, model, online_store, postgres, claimed)
-        self._resolver = assignment.Resolver(config, spans, postgres)
+        self._sink = sink.Sink(config, spans, model, online_store, postgres, claimed, clock)
+        self._resolver = assignment.Resolver(config, spans, postgres, clock)
         self._liveness = liveness.Liveness(
-            config, online_store, postgres, self._sink, self._resolver, claimed
+            config, online_store, postgres, self._sink, self._resolver, claimed, clock
         )
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._client: Any = None

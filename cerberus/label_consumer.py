@@ -6,23 +6,18 @@ nothing and changes nothing; no state is kept between two polls.
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import aiokafka
 from aiokafka.errors import KafkaError
 
-from cerberus import errors, kafka, labels, settings, stores, supervision
+from cerberus import clock, errors, kafka, labels, settings, stores, supervision
 
 log = logging.getLogger(__name__)
 
 _POLL_MS, _POLL_RECORDS, _CHUNK_RECORDS = 500, 1000, 100
 _START_S, _RETRY_S = 60.0, 2.0
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 class LabelConsumer:
@@ -41,7 +36,7 @@ class LabelConsumer:
         self,
         config: settings.Settings,
         postgres: stores.Stores,
-        clock: Callable[[], int] = _now_ms,
+        clock: clock.Clock = clock.now_ms,
     ) -> None:
         self._config = config
         self._postgres = postgres

@@ -17,6 +17,7 @@ from aiokafka.errors import KafkaError
 from cerberus import (
     assignment,
     claims,
+    clock,
     errors,
     features,
     kafka,
@@ -32,10 +33,6 @@ from cerberus import (
 _TELL_S, _MARK_MS = 1.0, 2_000
 _SEED_S = 0.25
 Parts = Mapping[aiokafka.TopicPartition, ownership.Owned]
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def states(parts: Parts) -> dict[int, features.PartitionState]:
@@ -55,6 +52,7 @@ class Liveness:
         rows: Sends rows again.
         resolver: Knows which log each partition was resolved on.
         claimed: Sees a node of a Redis Cluster lose its data.
+        clock: The wall clock in ms since the Unix epoch.
 
     Attributes:
         ended: Partitions whose log was found to be another since; whoever reads it clears it.
@@ -68,6 +66,7 @@ class Liveness:
         rows: sink.Sink,
         resolver: assignment.Resolver,
         claimed: claims.Claims,
+        clock: clock.Clock = clock.now_ms,
     ) -> None:
         self._resend_s = config.stream.resend_s
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
@@ -76,6 +75,7 @@ class Liveness:
         self._rows = rows
         self._resolver = resolver
         self._claims = claimed
+        self._clock = clock
         self._clustered = config.redis.cluster
         self._count = 0
         self._marks: dict[aiokafka.TopicPartition, tuple[int, int]] = {}
@@ -148,7 +148,7 @@ class Liveness:
             progress.lagging(any(self.lag(parts).values()))
         for tp, (end, asked_ms) in self._marks.items():
             owned = parts.get(tp)
-            if owned and owned.part.offset >= end and _now_ms() - asked_ms < _MARK_MS:
+            if owned and owned.part.offset >= end and self._clock() - asked_ms < _MARK_MS:
                 owned.reached_end(asked_ms)
         return True
 
@@ -176,7 +176,7 @@ class Liveness:
 
         In a task of its own: the question waits behind a fetch that waits for records.
         """
-        asked_ms, owned = _now_ms(), list(parts)
+        asked_ms, owned = self._clock(), list(parts)
         with contextlib.suppress(TimeoutError, KafkaError):
             async with asyncio.timeout(_MARK_MS / 1000):
                 ends = await client.end_offsets(owned) if owned else {}

@@ -7,13 +7,13 @@ that one was fraud goes to topic `labels`, later, as it does in life. Until then
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
 from aiokafka.errors import KafkaError
 
 from cerberus import (
+    clock,
     errors,
     kafka,
     labels,
@@ -38,20 +38,23 @@ class _Record(NamedTuple):
     timestamp_ms: int
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
 class Producer:
     """The synthetic population's task: one across all instances, idle at rate 0.
 
     Args:
         config: Settings; `rate` is in transactions a second.
         postgres: Says which instance is the one.
+        clock: The wall clock in ms since the Unix epoch.
     """
 
-    def __init__(self, config: settings.Settings, postgres: stores.Stores) -> None:
+    def __init__(
+        self,
+        config: settings.Settings,
+        postgres: stores.Stores,
+        clock: clock.Clock = clock.now_ms,
+    ) -> None:
         self._config = config
+        self._clock = clock
         self._postgres = postgres
         self._told_ms = 0
         self.sent = 0
@@ -86,11 +89,11 @@ class Producer:
             config.currency,
             config.synthetic.seed,
         )
-        traffic = people.traffic(_now_ms(), config.rate)
+        traffic = people.traffic(self._clock(), config.rate)
         ahead = next(traffic)
         async with _client(config) as client:
             while not progress.stopping.is_set():
-                now_ms = _now_ms()
+                now_ms = self._clock()
                 due: list[synthetic.Labelled] = []
                 while ahead.transaction.event_ms <= now_ms and len(due) < _MOST_A_TICK:
                     due.append(ahead)
@@ -99,7 +102,7 @@ class Producer:
                 await self._tell(client, now_ms)
                 await still_held()
                 progress.beat()
-                wait_s = (ahead.transaction.event_ms - _now_ms()) / 1000
+                wait_s = (ahead.transaction.event_ms - self._clock()) / 1000
                 await progress.wait(min(1.0, max(_TICK_S, wait_s)))
 
     async def _send(self, client: Any, due: list[synthetic.Labelled]) -> None:

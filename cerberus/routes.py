@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from cerberus import (
     claims,
+    clock,
     consumer,
     decision_log,
     errors,
@@ -101,7 +102,7 @@ def assemble(
     probes: Mapping[str, health.Probe],
     consumed: consumer.Consumer | None = None,
     labelled: label_consumer.LabelConsumer | None = None,
-    clock: Callable[[], int] = serving.now_ms,
+    clock: clock.Clock = clock.now_ms,
 ) -> Parts:
     """Put together what answers requests.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import tqdm
 
-from cerberus import errors, kafka, layouts, settings, transactions
+from cerberus import clock, errors, kafka, layouts, settings, transactions
 
 _ROWS, _BATCH = 5_000, 1_000
 _SLOWEST = 0.001
@@ -82,7 +82,7 @@ class Sender:
         Raises:
             InvalidTransaction: naming the line and the field.
         """
-        latest_allowed_ms = _now_ms() + self._config.windows.max_future_skew_ms
+        latest_allowed_ms = clock.now_ms() + self._config.windows.max_future_skew_ms
         count = first_ms = latest_ms = 0
         for line, paid in self._transactions():
             if paid.event_ms > latest_allowed_ms and not self._pace.now:
@@ -100,7 +100,7 @@ class Sender:
         """
         await kafka.create_topics(self._config)
         publisher = kafka.Publisher(self._config)
-        begin_ms, begin_s, sent = _now_ms(), time.monotonic(), 0
+        begin_ms, begin_s, sent = clock.now_ms(), time.monotonic(), 0
         batch: list[kafka.Message] = []
         try:
             with tqdm.tqdm(total=found.count, unit=" transactions", disable=None) as bar:
@@ -143,7 +143,3 @@ class Sender:
             transactions.encode(paid),
             timestamp_ms=paid.event_ms,
         )
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

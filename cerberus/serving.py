@@ -18,6 +18,7 @@ from typing import Any
 
 from cerberus import (
     claims,
+    clock,
     decisions,
     errors,
     features,
@@ -42,11 +43,6 @@ _NEEDED = {
     "counted the transaction already",
     "amount": "must come with a transaction_id: a transaction in hand is scored by its amount",
 }
-
-
-def now_ms() -> int:
-    """Return the wall clock, ms since the Unix epoch."""
-    return time.time_ns() // 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +102,7 @@ class Predictor:
         *,
         keep: Callable[[decisions.Record], None],
         meter: metrics.Metrics,
-        clock: Callable[[], int] = now_ms,
+        clock: clock.Clock = clock.now_ms,
     ) -> None:
         self._config = config
         self._spans = spans

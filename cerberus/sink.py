@@ -15,6 +15,7 @@ import aiokafka
 
 from cerberus import (
     claims,
+    clock,
     decision_log,
     decisions,
     facts,
@@ -55,6 +56,7 @@ class Sink:
         online_store: Takes the rows.
         postgres: Takes the facts.
         claimed: Says which decision on a transaction was the first.
+        clock: The wall clock in ms since the Unix epoch.
 
     Attributes:
         otherwise: How many transactions had been decided with other content by a request.
@@ -68,6 +70,7 @@ class Sink:
         online_store: online.OnlineStore,
         postgres: stores.Stores,
         claimed: claims.Claims,
+        clock: clock.Clock = clock.now_ms,
     ) -> None:
         self._config = config
         self._spans = spans
@@ -76,6 +79,7 @@ class Sink:
         self._postgres = postgres
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._claims = claimed
+        self._clock = clock
         self._publisher = kafka.Publisher(config)
         self._kept = False
         self.otherwise = 0
@@ -167,7 +171,7 @@ class Sink:
         self, accepted: Sequence[tuple[int, partition.Observed]]
     ) -> list[decisions.Record]:
         """Return the one decision on each transaction, which a request may have had first."""
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = self._clock()
         paid = [seen.transaction for _, seen in accepted]
         old = [transaction for transaction in paid if self._claims.old(transaction, now_ms)]
         known = await self._claims.look_up(old)

@@ -14,6 +14,7 @@ from changes import changed
 
 from cerberus import (
     claims,
+    clock,
     consumer,
     decision_log,
     declared,
@@ -34,9 +35,7 @@ from cerberus import (
     window,
 )
 
-
-def now_ms():
-    return time.time_ns() // 1_000_000
+now_ms = clock.now_ms
 
 
 def payment(i, user_id, at_ms, amount=10.0, **more):
@@ -92,7 +91,7 @@ class World:
         claimed = self.claims(config)
         return decision_log.DecisionLog(config, self.model, self.postgres, claimed)
 
-    def app(self, kept, probes=None, consumed=None, clock=serving.now_ms):
+    def app(self, kept, probes=None, consumed=None, clock=clock.now_ms):
         """Build the routes on these stores; `kept` takes the decisions."""
         built = routes.build()
         built.state.parts = routes.assemble(

@@ -4,13 +4,13 @@ import dataclasses
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from pipeline import live, now_ms, payment, running, until, world
 from service import ROOT
 
 from cerberus import (
+    clock,
     command_forget,
     decisions,
     feast_layout,
@@ -171,7 +171,7 @@ async def test_nothing_goes_before_it_is_agreed_to(quiet):
 
 async def test_what_the_log_still_holds_is_said_topic_by_topic(quiet):
     config = settings.load(quiet)
-    at_ms = time.time_ns() // 1_000_000
+    at_ms = clock.now_ms()
     assert await command_forget.held_by_the_log(config, at_ms) == [
         f"topic {config.kafka.topic(name)}: the broker does not show how long it keeps records"
         for name in command_forget.TOPICS

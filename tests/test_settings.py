@@ -12,7 +12,11 @@ BASE = {
 def test_the_three_addresses_are_all_that_is_needed():
     config = settings.load(BASE)
     assert config.kafka.bootstrap == ("127.0.0.1:9092",)
-    assert (config.rate, config.windows.spans, config.tasks) == (2.0, ("10m",), frozenset(settings.TASKS))
+    assert (config.rate, config.windows.spans, config.tasks) == (
+        2.0,
+        ("10m",),
+        frozenset(settings.TASKS),
+    )
 
 
 @pytest.mark.parametrize("missing", sorted(BASE))
