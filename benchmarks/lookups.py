@@ -30,18 +30,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import predict  # noqa: E402
 
 from cerberus import (  # noqa: E402
-    feast_layout,
+    assembly,
+    clock,
     judged,
-    labels,
-    lookups,
     months,
-    online,
     pools,
     settings,
     stack,
-    stores,
     transactions,
-    window,
 )
 
 MONTHS, USERS, LABELLED, WARM, DEADLINE_S = 12, 10_000, 20, 50, 1_800.0
@@ -144,29 +140,25 @@ def report(took, rounds):
 async def opened(environ):
     """Open what look-ups read from, with tables in it."""
     config = settings.load(environ)
-    spans = window.Spans(config.windows.spans)
-    plan = feast_layout.Plan.load(config.model.plan_path)
-    rules = labels.Rules(config.labels.maturity_ms, config.labels.friendly_fraud_is_fraud)
-    redis = pools.connect_redis(config)
-    async with pools.connect_postgres(config) as pool, redis:
-        postgres = stores.on(pool, config.windows.spans, rules)
-        await postgres.schema.migrate()
-        store = online.OnlineStore(redis, plan, spans, config.kafka.topic("transactions"))
-        now_ms = time.time_ns() // 1_000_000
-        yield pool, postgres, lookups.Lookups(config, spans, store, postgres.ledger, lambda: now_ms)
+    now_ms = clock.now_ms()
+    async with assembly.open(config, clock=lambda: now_ms) as service:
+        await service.postgres.schema.migrate()
+        yield service
 
 
 async def run(environ, count, rounds):
     """Fill, measure, report."""
     await predict.rows(environ)
     now = datetime.datetime.now(datetime.UTC)
-    async with asyncio.timeout(DEADLINE_S), opened(environ) as (pool, postgres, asked):
-        await fill(pool, count, now)
-        report(await measure(pool, asked, rounds), rounds)
+    async with asyncio.timeout(DEADLINE_S), opened(environ) as service:
+        await fill(service.pool, count, now)
+        report(await measure(service.pool, service.lookups, rounds), rounds)
         times = []
         for _ in range(3):
             began_s = time.perf_counter()
-            told = await postgres.judged.report(months.to_ms(now), judged.Question(), DEADLINE_S)
+            told = await service.postgres.judged.report(
+                months.to_ms(now), judged.Question(), DEADLINE_S
+            )
             times.append(time.perf_counter() - began_s)
         [model] = told["models"]
         count = sum(model["total"][name] for name in ("matured", "excluded", "immature"))

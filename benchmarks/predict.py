@@ -148,23 +148,10 @@ def _wait_for(port, process):
 
 async def rows(environ):
     """Write some events of each user, as the consumer does."""
-    from cerberus import (
-        clock,
-        feast_layout,
-        features,
-        online,
-        pools,
-        settings,
-        transactions,
-        window,
-    )
+    from cerberus import assembly, clock, features, online, settings, transactions, window
 
     config = settings.load(environ)
-    spans = window.Spans(config.windows.spans)
-    plan = feast_layout.Plan.load(config.model.path.with_name("feature_plan.json"))
-    client = pools.connect_redis(config)
-    topic = config.kafka.topic("transactions")
-    store = online.OnlineStore(client, plan, spans, topic)
+    spans = window.Spans.of(config.windows)
     now_ms, windows = clock.now_ms(), window.PartitionWindows(spans)
     users = range(FIRST_USER, FIRST_USER + USERS)
     for i in range(3 * USERS):
@@ -186,9 +173,9 @@ async def rows(environ):
     ]
     # Caught up an hour ahead: nobody refreshes it while this runs.
     state = features.PartitionState(1, 3 * USERS, "live", now_ms + 3_600_000)
-    await store.write(packed)
-    await store.write_states(1, {0: state}, create=True)
-    await store.close()
+    async with assembly.open(config) as service:
+        await service.online.write(packed)
+        await service.online.write_states(1, {0: state}, create=True)
 
 
 async def vouch(environ):

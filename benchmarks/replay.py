@@ -9,6 +9,7 @@ and Postgres are started for the run in a temporary directory and stopped after 
 
 import argparse
 import asyncio
+import dataclasses
 import os
 import pathlib
 import statistics
@@ -22,22 +23,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cerberus import (  # noqa: E402
-    claims,
+    assembly,
     clock,
-    consumer,
-    feast_layout,
     kafka,
-    online,
     partition,
-    pools,
-    scoring,
     settings,
     stack,
-    stores,
     supervision,
     synthetic,
     transactions,
-    window,
 )
 
 PARTITIONS, SPREAD_MS, DEADLINE_S = 6, 540_000, 600.0
@@ -105,10 +99,9 @@ async def _until(condition):
             await asyncio.sleep(0.005)
 
 
-async def replay(config, spans, model, redis, store, postgres):
+async def replay(service):
     """Let a new owner recover all partitions; returns seconds from the first replayed record."""
-    claimed = claims.Claims(config, redis, postgres.ledger, lambda: store.spoken)
-    one = consumer.Consumer(config, spans, model, store, postgres, claimed)
+    one = dataclasses.replace(service).consumer  # as another process has it
     progress = supervision.Progress(time.monotonic)
     running = asyncio.create_task(one.run(progress))
     await _until(lambda: one.counts["replayed"])
@@ -123,30 +116,22 @@ async def replay(config, spans, model, redis, store, postgres):
 async def measure(environ, options):
     """Run both in turns and print events a second and their ratio."""
     config = settings.load(environ | {"CERBERUS_PARTITIONS": str(PARTITIONS)})
-    spans = window.Spans.of(config.windows)
-    model = scoring.Model.load(config.model.path, config.windows.spans)
-    plan = feast_layout.Plan.load(config.model.plan_path)
-    topic = config.kafka.topic(kafka.TRANSACTIONS)
-    redis = pools.connect_redis(config)
-    store = online.OnlineStore(redis, plan, spans, topic)
     await kafka.create_topics(config)
-    async with pools.connect_postgres(config) as pool:
-        postgres = stores.on(pool, config.windows.spans)
-        await postgres.schema.migrate()
+    async with assembly.open(config) as service:
+        await service.postgres.schema.migrate()
         tps, total = await publish(config, options.events, options.users)
         ratios = []
         print(f"{total} events of {options.users} users in {PARTITIONS} partitions\n")
         print("round   bare drain/s      replay/s   ratio")
         for number in range(options.rounds):
-            drained_s = await drain(config, spans, tps, total)
-            replayed_s = await replay(config, spans, model, redis, store, postgres)
+            drained_s = await drain(config, service.spans, tps, total)
+            replayed_s = await replay(service)
             ratios.append(drained_s / replayed_s)
             print(
                 f"{number + 1:>5} {total / drained_s:>14,.0f} {total / replayed_s:>13,.0f} "
                 f"{ratios[-1]:>7.2f}"
             )
         print(f"\nmedian ratio {statistics.median(ratios):.2f}")
-    await store.close()
 
 
 def main():

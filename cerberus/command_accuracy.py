@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from cerberus import clock, parameters, settings, stores
+from cerberus import assembly, parameters, settings
 
 _REPORT_S = 600.0
 _COLUMNS = (
@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     asked = parameters.accuracy({name: v for name, v in given.items() if v is not None})
 
     async def judge() -> dict[str, Any]:
-        async with stores.connected(config) as postgres:
-            return await postgres.judged.report(clock.now_ms(), asked, _REPORT_S)
+        async with assembly.for_command(config) as service:
+            return await service.postgres.judged.report(service.clock(), asked, _REPORT_S)
 
     print(describe(asyncio.run(judge())))
     return 0

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cerberus import (
+    assembly,
     claims,
     clock,
     errors,
@@ -21,7 +22,6 @@ from cerberus import (
     persons,
     pools,
     settings,
-    stores,
     transactions,
     window,
 )
@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _remove(config: settings.Settings, user_id: int, *, sure: bool) -> bool:
     """Show what there is of a user, ask unless `sure`, and remove it; False when not agreed to."""
-    async with pools.connect_redis(config) as client, stores.connected(config) as postgres:
+    async with assembly.for_command(config) as service:
+        client, postgres = service.redis, service.postgres
         await postgres.schema.migrate()
         person = await postgres.persons.find(user_id)
         keys = _keys(config, person)

@@ -5,7 +5,7 @@ import asyncio
 import os
 import pathlib
 
-from cerberus import errors, importing, layouts, settings
+from cerberus import assembly, errors, importing, imports, layouts, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Import and print what came of it; return 0, or 1 when a file gave only refused rows."""
     plan = _plan(arguments)
-    done = asyncio.run(importing.load(settings.load(os.environ), plan))
+    done = asyncio.run(load(settings.load(os.environ), plan))
     for kind, progress in done.items():
         there = progress.position[0] - progress.added - progress.rejected
         said = f"{kind}: {progress.added} added, {there} were there, {progress.rejected} refused"
@@ -39,6 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
     if "transactions" in done and done["transactions"].added:
         print("windows count them from the next start of the consumers on")
     return int(any(p.rejected and p.rejected == p.position[0] for p in done.values()))
+
+
+async def load(config: settings.Settings, plan: importing.Plan) -> dict[str, imports.Progress]:
+    """Import files with parts opened for it; as `importing.load`."""
+    async with assembly.for_command(config) as service:
+        return await importing.load(config, plan, service.postgres, service.redis)
 
 
 def _flag(kind: str) -> str:

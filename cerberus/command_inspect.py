@@ -6,18 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from cerberus import (
-    clock,
-    feast_layout,
-    kafka,
-    lookups,
-    online,
-    parameters,
-    pools,
-    settings,
-    stores,
-    window,
-)
+from cerberus import assembly, parameters, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,13 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _look_up(config: settings.Settings, user_id: int) -> dict[str, Any]:
-    spans = window.Spans.of(config.windows)
-    plan = feast_layout.Plan.load(config.model.plan_path)
-    topic = config.kafka.topic(kafka.TRANSACTIONS)
-    async with pools.connect_redis(config) as redis, stores.connected(config) as postgres:
-        store = online.OnlineStore(redis, plan, spans, topic)
-        asked = lookups.Lookups(config, spans, store, postgres.ledger, clock.now_ms)
-        return await asked.user(user_id)
+    async with assembly.for_command(config) as service:
+        return await service.lookups.user(user_id)
 
 
 def describe(told: Mapping[str, Any]) -> str:

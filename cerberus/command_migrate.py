@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import os
 
-from cerberus import kafka, settings, stores
+from cerberus import assembly, kafka, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +18,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _migrate(config: settings.Settings) -> None:
-    async with stores.connected(config) as postgres:
-        applied = await postgres.schema.migrate()
+    async with assembly.for_command(config) as service:
+        applied = await service.postgres.schema.migrate()
     topics = await kafka.create_topics(config)
     print(f"tables: {', '.join(applied) or 'up to date'}")
     print(f"topics: {', '.join(topics) or 'all there'}")

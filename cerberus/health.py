@@ -6,19 +6,12 @@ go on, and say so themselves.
 """
 
 import asyncio
+import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from cerberus import (
-    consumer,
-    decision_log,
-    features,
-    label_consumer,
-    scoring,
-    settings,
-    supervision,
-)
+from cerberus import assembly, features, settings
 
 _PROBE_S = 1.0
 Probe = Callable[[], Awaitable[Any]]
@@ -74,36 +67,30 @@ async def reach_kafka(kafka: settings.Kafka, tls: Any) -> None:
         raise ConnectionError(f"no broker at {', '.join(kafka.bootstrap)}")
 
 
+def probes(service: assembly.Service) -> dict[str, Probe]:
+    """Return how to ask the servers that a process needs, beside Redis, which all need."""
+    if service.config.tasks == {"api"}:
+        return {}
+    reach = functools.partial(reach_kafka, service.config.kafka, service.tls)
+    return {"postgres": service.postgres.schema.check, "kafka": reach}
+
+
 class Health:
     """Judges all parts at once.
 
     Args:
-        config: Settings.
-        model: Decides.
+        service: The parts.
         servers: Behind the parts.
-        supervisor: Of the eternal tasks.
-        kept: Decisions on their way to the stores.
-        consumed: None where this process consumes nothing.
-        labelled: None likewise.
     """
 
-    def __init__(
-        self,
-        config: settings.Settings,
-        model: scoring.Model,
-        servers: Servers,
-        supervisor: supervision.Supervisor,
-        kept: decision_log.DecisionLog,
-        consumed: consumer.Consumer | None,
-        labelled: label_consumer.LabelConsumer | None = None,
-    ) -> None:
-        self._config = config
-        self._model = model
+    def __init__(self, service: assembly.Service, servers: Servers) -> None:
+        self._config = service.config
+        self._model = service.model
         self._servers = servers
-        self._supervisor = supervisor
-        self._log = kept
-        self._consumer = consumed
-        self._labels = labelled
+        self._supervisor = service.supervisor
+        self._log = service.outbox
+        self._consumer = service.consumer if "consumer" in service.config.tasks else None
+        self._labels = service.label_consumer
 
     async def report(self, now_ms: int, longest_ms: int) -> tuple[bool, dict[str, Any]]:
         """Say whether this instance can serve, and how each part is. Deadline: 1 s."""
@@ -168,7 +155,7 @@ class Health:
                 found.append(f"{told['waiting']} decisions wait for {store}: {told['problem']}")
         if self._consumer is not None:
             found += self._consumer.problems.values()
-        if self._labels is not None and self._labels.problem is not None:
+        if self._labels.problem is not None:
             found.append(f"labels on the topic wait: {self._labels.problem}")
         return found
 

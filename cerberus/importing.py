@@ -272,29 +272,31 @@ def _fingerprint(kind: str, file: datafiles.File, plan: Plan) -> str:
     return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-async def load(config: settings.Settings, plan: Plan) -> dict[str, imports.Progress]:
+async def load(
+    config: settings.Settings, plan: Plan, postgres: stores.Stores, redis: Any
+) -> dict[str, imports.Progress]:
     """Import files, and return how far each came in all.
+
+    Args:
+        config: Settings.
+        plan: The files, and how they are read.
+        postgres: Takes what they hold.
+        redis: The shared pool; it learns that there are more credit scores.
 
     Raises:
         InvalidTransaction: A file has not the columns of its kind.
         StoreUnavailable: A store did not answer; start again.
         NeedsOperator: Another import is running.
     """
-    async with stores.connected(config) as postgres:
-        await postgres.schema.migrate()
-        async with postgres.locks.singleton("import") as held:
-            if held is None:
-                raise errors.NeedsOperator("another import is running: wait for its end")
-            importer = Importer(config, plan, postgres)
-            done = {kind: await importer.load(kind) for kind in FIELDS if kind in plan.files}
-            await importer.compute()
+    await postgres.schema.migrate()
+    async with postgres.locks.singleton("import") as held:
+        if held is None:
+            raise errors.NeedsOperator("another import is running: wait for its end")
+        importer = Importer(config, plan, postgres)
+        done = {kind: await importer.load(kind) for kind in FIELDS if kind in plan.files}
+        await importer.compute()
     if "credit_scores" in done and done["credit_scores"].added:
-        await _serve_scores(config)
-    return done
-
-
-async def _serve_scores(config: settings.Settings) -> None:
-    """Let the materializer load all scores, as after a loss: some lie before what it has loaded."""
-    async with pools.connect_redis(config) as client:
+        # As after a loss: some lie before what the materializer has loaded.
         for key in (online.MATERIALIZED, online.LOADING):
-            await pools.answers(client.delete(key))
+            await pools.answers(redis.delete(key))
+    return done

@@ -147,6 +147,15 @@ def connect_postgres(config: settings.Settings) -> asyncpg.Pool:
     )
 
 
+async def close_postgres(pool: asyncpg.Pool, within_s: float) -> None:
+    """Close the pool; a connection that does not end is cut."""
+    try:
+        async with asyncio.timeout(within_s):
+            await pool.close()
+    except TimeoutError:
+        pool.terminate()
+
+
 @contextlib.asynccontextmanager
 async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
     """Borrow a connection to Postgres.

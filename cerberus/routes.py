@@ -4,7 +4,7 @@ import asyncio
 import collections
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,28 +17,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from cerberus import (
-    claims,
-    clock,
-    consumer,
-    decision_log,
+    assembly,
     errors,
     health,
-    label_consumer,
     labels,
-    lookups,
     metrics,
-    online,
     openapi,
     parameters,
     pools,
     problems,
-    scoring,
     security,
     serving,
-    settings,
-    stores,
     supervision,
-    window,
 )
 
 log = logging.getLogger(__name__)
@@ -55,6 +45,7 @@ _OF_API = (
     "/openapi.json",
     "/docs",
 )
+_Probes = Mapping[str, health.Probe]
 _ROUTES = frozenset((*_OF_API, _ALIVE, _HEALTH, "/metrics"))
 
 
@@ -63,95 +54,33 @@ class Parts:
     """What answers requests.
 
     Attributes:
-        config: Settings.
-        spans: The window definition.
-        model: Decides.
+        service: The parts behind.
         guard: Knows who may call.
-        predictor: Answers `POST /predict`.
-        lookups: Answers `GET /decisions` and `GET /users`.
-        postgres: Takes `POST /labels` and answers `GET /accuracy`.
         health: Answers `GET /health`.
-        meter: Answers `GET /metrics`.
-        clock: The wall clock in ms since the Unix epoch.
         label_turns: Lets a few requests at a time write labels.
     """
 
-    config: settings.Settings
-    spans: window.Spans
-    model: scoring.Model
+    service: assembly.Service
     guard: security.Guard
-    predictor: serving.Predictor
-    lookups: lookups.Lookups
-    postgres: stores.Stores
     health: health.Health
-    meter: metrics.Metrics
-    clock: Callable[[], int]
     label_turns: pools.Turns
 
+    @classmethod
+    def of(cls, service: assembly.Service, probes: _Probes | None = None) -> "Parts":
+        """Put the HTTP side before a service.
 
-def assemble(
-    config: settings.Settings,
-    spans: window.Spans,
-    model: scoring.Model,
-    store: online.OnlineStore,
-    postgres: stores.Stores,
-    supervisor: supervision.Supervisor,
-    *,
-    claimed: claims.Claims,
-    kept: decision_log.DecisionLog,
-    probes: Mapping[str, health.Probe],
-    consumed: consumer.Consumer | None = None,
-    labelled: label_consumer.LabelConsumer | None = None,
-    clock: clock.Clock = clock.now_ms,
-) -> Parts:
-    """Put together what answers requests.
-
-    Args:
-        config: Settings.
-        spans: The window definition.
-        model: Decides.
-        store: Where features are read.
-        postgres: Where decisions are looked up and judged, and labels go.
-        supervisor: Of the eternal tasks.
-        claimed: Says which decision on a transaction was the first.
-        kept: Takes the decisions that are answered.
-        probes: Of the servers behind, beside Redis, which is always asked.
-        consumed: None where this process consumes nothing.
-        labelled: None likewise.
-        clock: The wall clock in ms since the Unix epoch.
-    """
-    meter = metrics.Metrics()
-    predictor = serving.Predictor(
-        config, spans, model, store, claimed, keep=kept.put, meter=meter, clock=clock
-    )
-
-    def snapshot() -> metrics.Snapshot:
-        tasks = supervisor.status()
-        return metrics.Snapshot(
-            in_flight=predictor.in_flight,
-            records=consumed.counts if consumed else {},
-            lag=consumed.lag() if consumed else {},
-            decisions={n: (r["waiting"], r["dropped"]) for n, r in kept.report().items()},
-            labels=postgres.labels.counts,
-            up={name: task.sound for name, task in tasks.items()},
-            restarts={name: task.restarts for name, task in tasks.items()},
+        Args:
+            service: The parts behind.
+            probes: Of the servers beside Redis, which is always asked; None asks what it needs.
+        """
+        asked = health.probes(service) if probes is None else probes
+        servers = health.Servers({"redis": service.online.states, **asked})
+        return cls(
+            service=service,
+            guard=security.Guard(service.config.serving.api_keys),
+            health=health.Health(service, servers),
+            label_turns=pools.Turns(2),
         )
-
-    meter.snapshot = snapshot
-    servers = health.Servers({"redis": store.states, **probes})
-    return Parts(
-        config=config,
-        spans=spans,
-        model=model,
-        guard=security.Guard(config.serving.api_keys),
-        predictor=predictor,
-        lookups=lookups.Lookups(config, spans, store, postgres.ledger, clock),
-        postgres=postgres,
-        health=health.Health(config, model, servers, supervisor, kept, consumed, labelled),
-        meter=meter,
-        clock=clock,
-        label_turns=pools.Turns(2),
-    )
 
 
 def build(lifespan: Lifespan[Starlette] | None = None) -> Starlette:
@@ -211,7 +140,7 @@ class _Gate:
         finally:
             if parts is not None:
                 route = path if path in _ROUTES else f"/{path.split('/')[1]}"
-                parts.meter.request(route if route in _ROUTES else "other", status)
+                parts.service.meter.request(route if route in _ROUTES else "other", status)
 
 
 def _admit(parts: Parts | None, scope: Scope) -> None:
@@ -221,7 +150,7 @@ def _admit(parts: Parts | None, scope: Scope) -> None:
     if parts is None:
         raise problems.Refusal("starting", "The process does not serve yet; try again in a second.")
     parts.guard.check(scope)
-    if path.startswith(_OF_API) and "api" not in parts.config.tasks:
+    if path.startswith(_OF_API) and "api" not in parts.service.config.tasks:
         raise problems.Refusal(
             "api_disabled", "CERBERUS_TASKS of this process does not name api; ask another."
         )
@@ -236,8 +165,8 @@ async def predict(request: Request) -> Response:
     began_s = time.perf_counter()
     parts: Parts = request.app.state.parts
     asked = await _document(request, '{"user_id": 1005}')
-    parsed = parts.predictor.parse(asked, request.headers.get("traceparent", ""))
-    prediction = await parts.predictor.predict(parsed)
+    parsed = parts.service.predictor.parse(asked, request.headers.get("traceparent", ""))
+    prediction = await parts.service.predictor.predict(parsed)
     total_ms = (time.perf_counter() - began_s) * 1000
     return _json(serving.public(prediction, total_ms))
 
@@ -246,31 +175,31 @@ async def decision(request: Request) -> Response:
     """Answer `GET /decisions/{decision_id}`."""
     parts: Parts = request.app.state.parts
     asked = parameters.decision_id(request.path_params["decision_id"])
-    return _json(await parts.lookups.decision(asked))
+    return _json(await parts.service.lookups.decision(asked))
 
 
 async def decisions_of(request: Request) -> Response:
     """Answer `GET /decisions?transaction_id=…` and `GET /decisions?user_id=…`."""
     parts: Parts = request.app.state.parts
-    return _json(await parts.lookups.decisions(parameters.decisions(_query(request))))
+    return _json(await parts.service.lookups.decisions(parameters.decisions(_query(request))))
 
 
 async def user(request: Request) -> Response:
     """Answer `GET /users/{user_id}`."""
     parts: Parts = request.app.state.parts
     user_id = parameters.user_id(request.path_params["user_id"])
-    return _json(await parts.lookups.user(user_id))
+    return _json(await parts.service.lookups.user(user_id))
 
 
 async def take_labels(request: Request) -> Response:
     """Answer `POST /labels`."""
     parts: Parts = request.app.state.parts
     asked = await _document(request, '{"labels": […]}', MAX_LABELS_BYTES)
-    now_ms = parts.clock()
-    told = labels.parse_request(asked, now_ms + parts.config.windows.max_future_skew_ms)
+    now_ms = parts.service.clock()
+    told = labels.parse_request(asked, now_ms + parts.service.config.windows.max_future_skew_ms)
     try:
         valid = [item for item in told if isinstance(item, labels.Label)]
-        write = parts.postgres.labels.write
+        write = parts.service.postgres.labels.write
         new = await parts.label_turns.call(pools.QUERY_S, write, valid, now_ms)
     except (TimeoutError, errors.StoreUnavailable, errors.ConfigError) as error:
         log.warning("labels were refused: %r", error)
@@ -278,7 +207,7 @@ async def take_labels(request: Request) -> Response:
             "labels_unavailable",
             "Postgres takes no labels now; send all of the request again in a second.",
         ) from error
-    parts.postgres.labels.counts["invalid"] += len(told) - len(valid)
+    parts.service.postgres.labels.counts["invalid"] += len(told) - len(valid)
     return _json(_became(told, new))
 
 
@@ -299,7 +228,7 @@ async def judge(request: Request) -> Response:
     """Answer `GET /accuracy`."""
     parts: Parts = request.app.state.parts
     asked = parameters.accuracy(_query(request))
-    return _json(await parts.postgres.judged.report(parts.clock(), asked))
+    return _json(await parts.service.postgres.judged.report(parts.service.clock(), asked))
 
 
 def _query(request: Request) -> dict[str, str]:
@@ -344,7 +273,7 @@ async def report(request: Request) -> Response:
     parts: Parts | None = request.app.state.parts
     if parts is None:
         return _json({"status": "starting", "reasons": ["the process does not serve yet"]}, 503)
-    able, told = await parts.health.report(parts.clock(), parts.spans.longest_ms)
+    able, told = await parts.health.report(parts.service.clock(), parts.service.spans.longest_ms)
     return _json(told, 200 if able else 503)
 
 
@@ -356,18 +285,18 @@ async def live(request: Request) -> Response:
 async def scrape(request: Request) -> Response:
     """Answer `GET /metrics`."""
     parts: Parts = request.app.state.parts
-    return Response(parts.meter.render(), headers={"Content-Type": metrics.CONTENT_TYPE})
+    return Response(parts.service.meter.render(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
 async def document(request: Request) -> Response:
     """Answer `GET /openapi.json`."""
     parts: Parts = request.app.state.parts
-    return _json(openapi.document(parts.spans.names, parts.config.currency))
+    return _json(openapi.document(parts.service.spans.names, parts.service.config.currency))
 
 
 async def page(request: Request) -> Response:
     """Answer `GET /docs`."""
     parts: Parts = request.app.state.parts
-    shown = openapi.page(openapi.document(parts.spans.names, parts.config.currency))
+    shown = openapi.page(openapi.document(parts.service.spans.names, parts.service.config.currency))
     policy = {"Content-Security-Policy": openapi.PAGE_POLICY}
     return Response(shown, media_type="text/html", headers=policy)

@@ -20,6 +20,7 @@ from types import FrameType
 import orjson
 
 from cerberus import (
+    assembly,
     errors,
     feast_layout,
     materializer,
@@ -27,7 +28,6 @@ from cerberus import (
     pools,
     settings,
     stack,
-    stores,
     window,
 )
 from cerberus.stack import ports, process
@@ -120,7 +120,7 @@ def start(
     told = settings.load(_ADDRESSES | given)
     if told.kafka.on_loopback:
         environ = {**environ, **_SOON, **given}
-    wanted = _spans(told)
+    wanted = window.Spans.of(told.windows)
     if "CERBERUS_MODEL" not in given and wanted != window.Spans():
         # The committed model and plan are for the default windows, and stay.
         environ["CERBERUS_MODEL"] = str(directory.resolve() / "model" / settings.MODEL_PATH.name)
@@ -191,19 +191,15 @@ def _prepare_stores(site: process.Site, servers: stack.Stack, config: settings.S
         stamp.write_text(current)
     try:
         plan = feast_layout.Plan.load(config.model.plan_path)
-        online.OnlineStore(pools.connect_redis(config), plan, _spans(config), "")
+        online.OnlineStore(pools.connect_redis(config), plan, window.Spans.of(config.windows), "")
     except errors.ModelMismatch:
         config.model.plan_path.parent.mkdir(exist_ok=True)
         _step(site, "features", "the feature plan is compiled", "compile")
 
 
-def _spans(config: settings.Settings) -> window.Spans:
-    return window.Spans.of(config.windows)
-
-
 async def _seed(config: settings.Settings) -> None:
-    async with stores.connected(config) as postgres:
-        await materializer.seed_credit_scores(config, postgres)
+    async with assembly.for_command(config) as service:
+        await materializer.seed_credit_scores(config, service.postgres)
 
 
 def _definitions(config: settings.Settings) -> str:

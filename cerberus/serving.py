@@ -78,15 +78,30 @@ class _Waiting:
     since_s: float
 
 
-class Predictor:
-    """Answers requests in batches.
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What predictions are made from.
 
-    Args:
+    Attributes:
         config: Settings: currency, skew, staleness, deadline and bound.
         spans: The window definition.
         model: Decides.
         store: Where features are read.
         claimed: Says which decision on a transaction was the first.
+    """
+
+    config: settings.Settings
+    spans: window.Spans
+    model: scoring.Model
+    store: online.OnlineStore
+    claimed: claims.Claims
+
+
+class Predictor:
+    """Answers requests in batches.
+
+    Args:
+        sources: What predictions are made from.
         keep: Takes each decision that is answered, and never waits.
         meter: Counts what is answered, and how long its stages took.
         clock: The wall clock in ms since the Unix epoch.
@@ -94,22 +109,18 @@ class Predictor:
 
     def __init__(
         self,
-        config: settings.Settings,
-        spans: window.Spans,
-        model: scoring.Model,
-        store: online.OnlineStore,
-        claimed: claims.Claims,
+        sources: Sources,
         *,
         keep: Callable[[decisions.Record], None],
         meter: metrics.Metrics,
         clock: clock.Clock = clock.now_ms,
     ) -> None:
-        self._config = config
-        self._spans = spans
-        self._rules = features.Rules(spans, config.windows.max_staleness_ms)
-        self._model = model
-        self._store = store
-        self._claims = claimed
+        self._config = config = sources.config
+        self._spans = sources.spans
+        self._rules = features.Rules(sources.spans, config.windows.max_staleness_ms)
+        self._model = sources.model
+        self._store = sources.store
+        self._claims = sources.claimed
         self._keep = keep
         self._meter = meter
         self._clock = clock

@@ -1,7 +1,6 @@
 """Everything that is kept in Postgres, by what it says."""
 
-import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import asyncpg
@@ -18,9 +17,7 @@ from cerberus import (
     lives,
     locks,
     persons,
-    pools,
     schema,
-    settings,
 )
 
 
@@ -76,14 +73,3 @@ def on(pool: asyncpg.Pool, spans: Sequence[str], label_rules: labels.Rules | Non
         expiry=expiry.Expiry(pool),
         persons=persons.Persons(pool),
     )
-
-
-@contextlib.asynccontextmanager
-async def connected(config: settings.Settings) -> AsyncIterator[Stores]:
-    """Open a pool of its own for a command, and close it.
-
-    Raises:
-        ConfigError: Postgres refuses it.
-    """
-    async with pools.connect_postgres(config) as pool:
-        yield on(pool, config.windows.spans)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import tqdm
 
-from cerberus import decisions, ledger, parameters, scoring, settings, stores
+from cerberus import assembly, decisions, ledger, parameters, scoring, settings
 
 _SHOWN = 20
 _DIFFER, _UNKNOWN = 1, 3
@@ -107,7 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _verify(config: settings.Settings, since_ms: int) -> Verified:
-    async with stores.connected(config) as postgres:
-        total = await postgres.ledger.count(since_ms)
+    async with assembly.for_command(config) as service:
+        ledger = service.postgres.ledger
+        total = await ledger.count(since_ms)
         with tqdm.tqdm(total=total, unit=" decisions", disable=None) as bar:
-            return await verify(postgres.ledger, since_ms, bar.update)
+            return await verify(ledger, since_ms, bar.update)

@@ -15,6 +15,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import NewPartitions
 
 from cerberus import (
+    assembly,
     declared,
     feast_layout,
     feature_store,
@@ -23,7 +24,6 @@ from cerberus import (
     pools,
     settings,
     stack,
-    stores,
     training,
     window,
 )
@@ -216,16 +216,17 @@ async def opened(
     environ = {**environ, **SETTINGS, **more}
     config = settings.load(environ)
     spans = window.Spans.of(config.windows)
-    plan = pin_model(config, spans)
+    pin_model(config, spans)
     site = process.Site(directory, environ, lambda line: None)
     redis = pools.connect_redis(config)
     async with pools.connect_postgres(config) as pool, redis:
-        postgres = stores.on(pool, config.windows.spans)
-        await postgres.schema.migrate()
+        # Not `assembly.open`: an onlooker must not be the one that recognises a restarted Redis.
+        parts = assembly.Service(config, redis, pool)
+        await parts.postgres.schema.migrate()
         await kafka.create_topics(config)
         if credit:
             scores = [(user_id, credit_score(user_id)) for user_id in users]
-            await postgres.credit_scores.seed(scores, datetime.datetime.now(datetime.UTC))
+            await parts.postgres.credit_scores.seed(scores, datetime.datetime.now(datetime.UTC))
             await asyncio.to_thread(_apply, config, directory)
         cluster = Cluster(
             servers=servers,
@@ -234,7 +235,7 @@ async def opened(
             instances=[
                 service.Instance(f"service-{i}", site, environ, app) for i in range(instances)
             ],
-            online=online.OnlineStore(redis, plan, spans, config.kafka.topic(kafka.TRANSACTIONS)),
+            online=parts.online,
             redis=redis,
             pool=pool,
             credit=credit,

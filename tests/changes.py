@@ -15,3 +15,10 @@ def changed(config, **values):
         other = dataclasses.replace(getattr(config, group), **{name: value})
         config = dataclasses.replace(config, **{group: other})
     return config
+
+
+def rebuilt(service, parts=None, **fields):
+    """Return a service on the same pools with these parts and fields; it makes its other parts."""
+    other = dataclasses.replace(service, **fields)
+    vars(other).update(parts or {})
+    return other

@@ -3,32 +3,24 @@
 import asyncio
 import collections
 import contextlib
-import dataclasses
 import time
-from typing import Any
 
 import oracle
 import orjson
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from changes import changed
+from changes import changed, rebuilt
 
 from cerberus import (
-    claims,
+    assembly,
     clock,
-    consumer,
-    decision_log,
     declared,
     feast_layout,
     features,
     kafka,
     metrics,
-    online,
-    pools,
     routes,
-    scoring,
     serving,
     settings,
-    stores,
     supervision,
     training,
     transactions,
@@ -51,62 +43,44 @@ def payment(i, user_id, at_ms, amount=10.0, **more):
     )
 
 
-@dataclasses.dataclass
 class World:
     """The stores of one test, shared by any number of consumers."""
 
-    config: settings.Settings
-    spans: window.Spans
-    model: scoring.Model
-    online: online.OnlineStore
-    postgres: stores.Stores
-    redis: Any
-    pool: Any
-    kafka: AIOKafkaProducer
+    def __init__(self, service, producer):
+        self.service = service
+        self.config = service.config
+        self.spans = service.spans
+        self.model = service.model
+        self.online = service.online
+        self.postgres = service.postgres
+        self.redis = service.redis
+        self.pool = service.pool
+        self.kafka = producer
+
+    def another(self, config=None, clock=clock.now_ms, **parts):
+        """Return the parts of one more process on these stores, with some settings or parts."""
+        shared = {"model": self.model, "online": self.online, "postgres": self.postgres}
+        fields = {"config": config or self.config, "clock": clock}
+        return rebuilt(self.service, shared | parts, **fields)
 
     def claims(self, config):
-        return claims.Claims(config, self.redis, self.postgres.ledger, lambda: self.online.spoken)
+        return self.another(config).claims
 
     def consumer(self):
-        claimed = self.claims(self.config)
-        return consumer.Consumer(
-            self.config, self.spans, self.model, self.online, self.postgres, claimed
-        )
+        return self.another().consumer
 
     def predictor(self, keep):
-        claimed = self.claims(self.config)
-        return serving.Predictor(
-            self.config,
-            self.spans,
-            self.model,
-            self.online,
-            claimed,
-            keep=keep,
-            meter=metrics.Metrics(),
-        )
+        return serving.Predictor(self.another().sources, keep=keep, meter=metrics.Metrics())
 
     def decision_log(self, **changes):
         """Build the log of decisions on requests, with some settings changed."""
-        config = changed(self.config, **changes)
-        claimed = self.claims(config)
-        return decision_log.DecisionLog(config, self.model, self.postgres, claimed)
+        return self.another(changed(self.config, **changes)).outbox
 
     def app(self, kept, probes=None, consumed=None, clock=clock.now_ms):
         """Build the routes on these stores; `kept` takes the decisions."""
         built = routes.build()
-        built.state.parts = routes.assemble(
-            self.config,
-            self.spans,
-            self.model,
-            self.online,
-            self.postgres,
-            supervision.Supervisor(lambda reason: None),
-            claimed=self.claims(self.config),
-            kept=kept,
-            probes=probes or {},
-            consumed=consumed,
-            clock=clock,
-        )
+        parts = {"outbox": kept} | ({"consumer": consumed} if consumed else {})
+        built.state.parts = routes.Parts.of(self.another(clock=clock, **parts), probes or {})
         return built
 
     async def publish(self, records, partition=None):
@@ -197,25 +171,17 @@ def trained(environ, directory, spans):
 async def world(environ):
     """Open pools and a producer of the test's own."""
     config = settings.load(environ)
-    spans = window.Spans.of(config.windows)
-    plan = feast_layout.Plan.load(config.model.plan_path)
-    model = scoring.Model.load(config.model.path, config.windows.spans)
     await kafka.create_topics(config)
-    redis = pools.connect_redis(config, claims.recognise(config))
     producer = AIOKafkaProducer(
         bootstrap_servers=config.kafka.bootstrap, enable_idempotence=True, linger_ms=2
     )
     await producer.start()
     try:
-        async with pools.connect_postgres(config) as pool:
-            postgres = stores.on(pool, config.windows.spans)
-            await postgres.schema.migrate()
-            topic = config.kafka.topic(kafka.TRANSACTIONS)
-            rows = online.OnlineStore(redis, plan, spans, topic)
-            yield World(config, spans, model, rows, postgres, redis, pool, producer)
+        async with assembly.open(config) as service:
+            await service.postgres.schema.migrate()
+            yield World(service, producer)
     finally:
         await producer.stop()
-        await redis.aclose()
 
 
 @contextlib.asynccontextmanager

@@ -6,11 +6,11 @@ import functools
 from typing import Any
 
 import redis
-from changes import changed
+from changes import changed, rebuilt
 
 from cerberus import (
+    assembly,
     claims,
-    decision_log,
     declared,
     feast_layout,
     features,
@@ -21,7 +21,6 @@ from cerberus import (
     scoring,
     serving,
     settings,
-    stores,
     supervision,
     transactions,
     window,
@@ -48,52 +47,43 @@ class Served:
 
     def __init__(self, environ, **changes):
         self.config = changed(settings.load(environ), **changes)
-        self.spans = window.Spans()
-        self.model = model(self.config.model.path, self.config.windows.spans)
-        plan = feast_layout.Plan.load(self.config.model.path.with_name("feature_plan.json"))
         self.client: Any = pools.connect_redis(self.config)
-        self.store = online.OnlineStore(self.client, plan, self.spans, "transactions")
+        self.pool = pools.connect_postgres(self.config)
+        self.service = assembly.Service(self.config, self.client, self.pool, self.clock)
+        self.spans = self.service.spans
+        self.model = model(self.config.model.path, self.spans.names)
+        self.store = self.service.online
+        self.postgres = self.service.postgres
+        self.claimed = self.service.claims
+        self.supervisor = supervision.Supervisor(lambda reason: None)
         self.windows = window.PartitionWindows(self.spans)
         self.offset = 0
         self.now_ms = NOW_MS
-        self.supervisor = supervision.Supervisor(lambda reason: None)
         self.meter = metrics.Metrics()
         self.kept = []
-        self.pool = pools.connect_postgres(self.config)
-        self.postgres = stores.on(self.pool, self.spans.names)
-        self.claimed = claims.Claims(
-            self.config, self.client, self.postgres.ledger, lambda: self.store.spoken
-        )
         self.predictor = serving.Predictor(
-            self.config,
-            self.spans,
-            self.model,
-            self.store,
-            self.claimed,
+            rebuilt(self.service, self.shared()).sources,
             keep=self.kept.append,
             meter=self.meter,
             clock=self.clock,
         )
 
+    def shared(self):
+        """Return the parts that what a test asks directly and what it asks by HTTP share."""
+        return {
+            "model": self.model,
+            "online": self.store,
+            "postgres": self.postgres,
+            "claims": self.claimed,
+            "supervisor": self.supervisor,
+        }
+
     def clock(self):
         return self.now_ms
 
-    def app(self, probes=None, consumed=None, labelled=None):
+    def app(self, probes=None):
         built = routes.build()
-        built.state.parts = routes.assemble(
-            self.config,
-            self.spans,
-            self.model,
-            self.store,
-            self.postgres,
-            self.supervisor,
-            claimed=self.claimed,
-            kept=decision_log.DecisionLog(self.config, self.model, self.postgres, self.claimed),
-            probes=probes or {},
-            consumed=consumed,
-            labelled=labelled,
-            clock=self.clock,
-        )
+        built.state.parts = routes.Parts.of(rebuilt(self.service, self.shared()), probes or {})
         return built
 
     async def live(self, **changes):

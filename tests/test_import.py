@@ -19,6 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from cerberus import (
+    command_import,
     errors,
     facts,
     feature_store,
@@ -100,7 +101,7 @@ def plan(path, kind="transactions", again=False, rejects=None, label_values=(), 
 
 async def load(config, *arguments, **how):
     asked = plan(*arguments, **how)
-    [progress] = (await importing.load(config, asked)).values()
+    [progress] = (await command_import.load(config, asked)).values()
     return progress
 
 
@@ -397,7 +398,7 @@ def test_feast_joins_imported_history_point_in_time(environ, tmp_path):
     }
     asked = importing.Plan(files, dict.fromkeys(files, layouts.Layout()))
     with feast_rig.opened(environ, tmp_path) as rig:
-        asyncio.run(importing.load(rig.config, asked))
+        asyncio.run(command_import.load(rig.config, asked))
         wanted = told(rows)
         table = feast_rig.frame(
             [

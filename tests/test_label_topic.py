@@ -145,12 +145,12 @@ async def test_cut_off_anywhere_the_task_loses_no_label_and_first_seen_stays(her
 
 
 async def test_health_says_what_keeps_labels_waiting(environ):
-    served = Served(environ)
-    away = settings.load(environ | {"KAFKA_BROKER": "127.0.0.1:1"})
+    served = Served(environ | {"KAFKA_BROKER": "127.0.0.1:1"})
     try:
         await served.migrated()
-        one = label_consumer.LabelConsumer(away, served.postgres)
-        async with client(served.app(labelled=one)) as http:
+        app = served.app()
+        one = app.state.parts.service.label_consumer
+        async with client(app) as http:
             assert "labels" not in str((await http.get("/health")).json()["reasons"])
             async with running(one):
                 await until(lambda: one.problem, "the trouble is said")

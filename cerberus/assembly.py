@@ -1,0 +1,238 @@
+"""The parts of one process, and how they are put together: here and nowhere else."""
+
+import contextlib
+import dataclasses
+import functools
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cerberus import (
+    claims,
+    clock,
+    consumer,
+    decision_log,
+    feast_layout,
+    kafka,
+    label_consumer,
+    labels,
+    lookups,
+    materializer,
+    metrics,
+    online,
+    pools,
+    producer,
+    retention,
+    scoring,
+    serving,
+    settings,
+    stores,
+    supervision,
+    window,
+)
+
+Run = Callable[[supervision.Progress], Awaitable[None]]
+_CLOSE_S = 2.0
+
+
+def _nobody(reason: str) -> None:
+    """Take no notice of a task that was given up."""
+
+
+@dataclass(frozen=True, eq=False)  # without slots, so that it keeps the parts that it made
+class Service:
+    """The parts of a process; each is made when it is first asked for, and makes what it needs.
+
+    No part speaks to a server before it is used, so a command that needs one part makes no other.
+
+    Attributes:
+        config: Settings.
+        redis: The shared pool.
+        pool: The shared pool of Postgres.
+        clock: The wall clock in ms since the Unix epoch, of every part.
+        give_up: Called with the reason when a task cannot be kept alive.
+    """
+
+    config: settings.Settings
+    redis: Any
+    pool: Any
+    clock: Callable[[], int] = clock.now_ms
+    give_up: Callable[[str], None] = _nobody
+
+    def check(self) -> None:
+        """Make what the settings or the files in `models/` can be wrong for.
+
+        Raises:
+            ConfigError: A certificate cannot be read.
+            ModelMismatch: The model, its policy or the feature plan is not one for these settings.
+        """
+        _ = self.tls, self.model, self.online
+
+    @functools.cached_property
+    def spans(self) -> window.Spans:
+        """The window definition."""
+        return window.Spans.of(self.config.windows)
+
+    @functools.cached_property
+    def tls(self) -> ssl.SSLContext | None:
+        """How to trust the brokers; None without TLS."""
+        context: ssl.SSLContext | None = kafka.client_options(self.config.kafka).get("ssl_context")
+        return context
+
+    @functools.cached_property
+    def model(self) -> scoring.Model:
+        """What decides, with its policy."""
+        model = self.config.model
+        return scoring.Model.load(model.path, self.spans.names, model.policy_path)
+
+    @functools.cached_property
+    def online(self) -> online.OnlineStore:
+        """The rows that decisions are made from, in Redis."""
+        plan = feast_layout.Plan.load(self.config.model.plan_path)
+        topic = self.config.kafka.topic(kafka.TRANSACTIONS)
+        return online.OnlineStore(self.redis, plan, self.spans, topic)
+
+    @functools.cached_property
+    def postgres(self) -> stores.Stores:
+        """Facts, history, decisions and labels, in Postgres."""
+        rules = labels.Rules(
+            self.config.labels.maturity_ms, self.config.labels.friendly_fraud_is_fraud
+        )
+        # Who answers for the rules of labels says what they are.
+        answers = "api" in self.config.tasks
+        return stores.on(self.pool, self.spans.names, rules if answers else None)
+
+    @functools.cached_property
+    def claims(self) -> claims.Claims:
+        """Which decision on a transaction was the first."""
+        return claims.Claims(
+            self.config,
+            self.redis,
+            self.postgres.ledger,
+            lambda: self.online.spoken,
+            self.clock,
+        )
+
+    @functools.cached_property
+    def outbox(self) -> decision_log.DecisionLog:
+        """Decisions on requests, on their way to the stores; close it before the pools."""
+        return decision_log.DecisionLog(self.config, self.model, self.postgres, self.claims)
+
+    @functools.cached_property
+    def sources(self) -> serving.Sources:
+        """What predictions are made from."""
+        return serving.Sources(self.config, self.spans, self.model, self.online, self.claims)
+
+    @functools.cached_property
+    def predictor(self) -> serving.Predictor:
+        """What answers requests."""
+        return serving.Predictor(
+            self.sources, keep=self.outbox.put, meter=self.meter, clock=self.clock
+        )
+
+    @functools.cached_property
+    def lookups(self) -> lookups.Lookups:
+        """What answers questions about decisions and users."""
+        ledger = self.postgres.ledger
+        return lookups.Lookups(self.config, self.spans, self.online, ledger, self.clock)
+
+    @functools.cached_property
+    def consumer(self) -> consumer.Consumer:
+        """The windowing task."""
+        return consumer.Consumer(
+            self.config,
+            self.spans,
+            self.model,
+            self.online,
+            self.postgres,
+            self.claims,
+            self.clock,
+        )
+
+    @functools.cached_property
+    def label_consumer(self) -> label_consumer.LabelConsumer:
+        """The task that reads labels from their topic."""
+        return label_consumer.LabelConsumer(self.config, self.postgres, self.clock)
+
+    @functools.cached_property
+    def producer(self) -> producer.Producer:
+        """The synthetic population's task."""
+        return producer.Producer(self.config, self.postgres, self.clock)
+
+    @functools.cached_property
+    def materializer(self) -> materializer.Materializer:
+        """The task that refreshes the batch views."""
+        return materializer.Materializer(self.config, self.online, self.postgres)
+
+    @functools.cached_property
+    def retention(self) -> retention.Retention:
+        """The task that keeps the tables in order."""
+        return retention.Retention(self.config, self.postgres)
+
+    @functools.cached_property
+    def supervisor(self) -> supervision.Supervisor:
+        """What keeps the tasks alive."""
+        return supervision.Supervisor(self.give_up)
+
+    @functools.cached_property
+    def meter(self) -> metrics.Metrics:
+        """The counters, and what is measured when they are asked for."""
+        meter = metrics.Metrics()
+        meter.snapshot = self._snapshot
+        return meter
+
+    def tasks(self) -> dict[str, Run]:
+        """Return the tasks that the settings name, by the names that they are supervised under."""
+        named: dict[str, Callable[[], tuple[str, Run]]] = {
+            "labels": lambda: ("labels", self.label_consumer.run),
+            "api": lambda: ("decisions", self.outbox.run),
+            "consumer": lambda: ("consumer", self.consumer.run),
+            "producer": lambda: ("producer", self.producer.run),
+            "materializer": lambda: ("materializer", self.materializer.run),
+            "retention": lambda: ("retention", self.retention.run),
+        }
+        return dict(make() for name, make in named.items() if name in self.config.tasks)
+
+    def _snapshot(self) -> metrics.Snapshot:
+        consumes = "consumer" in self.config.tasks
+        tasks = self.supervisor.status()
+        return metrics.Snapshot(
+            in_flight=self.predictor.in_flight,
+            records=self.consumer.counts if consumes else {},
+            lag=self.consumer.lag() if consumes else {},
+            decisions={n: (r["waiting"], r["dropped"]) for n, r in self.outbox.report().items()},
+            labels=self.postgres.labels.counts,
+            up={name: task.sound for name, task in tasks.items()},
+            restarts={name: task.restarts for name, task in tasks.items()},
+        )
+
+
+def for_command(config: settings.Settings) -> contextlib.AbstractAsyncContextManager[Service]:
+    """Open the parts for a command, which runs no task and so leaves the rules of labels alone."""
+    return open(dataclasses.replace(config, tasks=frozenset()))
+
+
+@contextlib.asynccontextmanager
+async def open(
+    config: settings.Settings,
+    *,
+    clock: clock.Clock = clock.now_ms,
+    give_up: Callable[[str], None] = _nobody,
+) -> AsyncIterator[Service]:
+    """Open the pools and yield the parts on them; at the end the pools are closed, within bounds.
+
+    Args:
+        config: Settings.
+        clock: The wall clock in ms since the Unix epoch, of every part.
+        give_up: Called with the reason when a task cannot be kept alive.
+
+    Raises:
+        ConfigError: The address of Redis has a parameter that no client knows.
+    """
+    redis = pools.connect_redis(config, claims.recognise(config, clock))
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(redis.aclose)
+        pool = await pools.connect_postgres(config)
+        stack.push_async_callback(pools.close_postgres, pool, _CLOSE_S)
+        yield Service(config, redis, pool, clock, give_up)
