@@ -192,6 +192,19 @@ class Cluster:
         return all(p in states and states[p].offset >= end for p, end in ends.items())
 
 
+def environment(
+    environ: Mapping[str, str], directory: pathlib.Path, *, credit: bool
+) -> dict[str, str]:
+    """Return what instances are started with."""
+    return {
+        **environ,
+        **SETTINGS,
+        "CERBERUS_MODEL": str(directory / "fraud_model.json"),
+        "CERBERUS_POLICY": str(settings.POLICY_PATH),
+        "CERBERUS_TASKS": "api,consumer,materializer" if credit else "api,consumer",
+    }
+
+
 @contextlib.asynccontextmanager
 async def opened(
     servers: stack.Stack,
@@ -202,18 +215,14 @@ async def opened(
     instances: int = 3,
     app: str = APP,
     credit: bool = True,
+    prepared: bool = True,
 ) -> AsyncIterator[Cluster]:
     """Prepare topics, tables, model and scores, and yield the cluster with nothing running.
 
-    At the end every instance that still runs is killed.
+    Where it is not `prepared`, the first instance makes topics and tables. At the end every
+    instance that still runs is killed.
     """
-    tasks = "api,consumer,materializer" if credit else "api,consumer"
-    more = {
-        "CERBERUS_MODEL": str(directory / "fraud_model.json"),
-        "CERBERUS_POLICY": str(settings.POLICY_PATH),
-        "CERBERUS_TASKS": tasks,
-    }
-    environ = {**environ, **SETTINGS, **more}
+    environ = environment(environ, directory, credit=credit)
     config = settings.load(environ)
     spans = window.Spans.of(config.windows)
     pin_model(config, spans)
@@ -222,8 +231,9 @@ async def opened(
     async with pools.connect_postgres(config) as pool, redis:
         # Not `assembly.open`: an onlooker must not be the one that recognises a restarted Redis.
         parts = assembly.Service(config, redis, pool)
-        await parts.postgres.schema.migrate()
-        await kafka.create_topics(config)
+        if prepared:
+            await parts.postgres.schema.migrate()
+            await kafka.create_topics(config)
         if credit:
             scores = [(user_id, credit_score(user_id)) for user_id in users]
             await parts.postgres.credit_scores.seed(scores, datetime.datetime.now(datetime.UTC))

@@ -92,23 +92,31 @@ class Asker:
                 for instance in self._target.instances:
                     next_s = max(next_s + 1 / self._rate, time.monotonic() - 1)
                     await asyncio.sleep(next_s - time.monotonic())
-                    group.create_task(self._ask(client, instance))
+                    group.create_task(self.ask(client, instance, *self._question()))
 
-    async def _ask(self, client: httpx.AsyncClient, instance: service.Instance) -> None:
-        question, payment = self._question()
+    async def ask(
+        self,
+        client: httpx.AsyncClient,
+        instance: service.Instance,
+        question: dict[str, Any],
+        payment: traffic.Payment | None,
+    ) -> Answer:
+        """Ask one instance once; the answer is among `answers`, too."""
         if payment is not None:
             self.asked.add(payment)
         url = f"http://127.0.0.1:{instance.port}/predict"
         sent_s, status, body = time.time(), 0, {}
         try:
-            answer = await client.post(url, json=question)
-            status, body = answer.status_code, answer.json()
+            response = await client.post(url, json=question)
+            status, body = response.status_code, response.json()
         except httpx.TimeoutException:
             status = -1
         except httpx.TransportError:
             pass
         user_id = question["user_id"]
-        self.answers.append(Answer(instance, sent_s, time.time(), user_id, payment, status, body))
+        answer = Answer(instance, sent_s, time.time(), user_id, payment, status, body)
+        self.answers.append(answer)
+        return answer
 
     def _question(self) -> tuple[dict[str, Any], traffic.Payment | None]:
         rng, draw, now = self._rng, self._rng.random(), traffic.now_ms()
@@ -183,12 +191,12 @@ def _exact(
     possible = begun[max(0, known - 1) :]
     if fence is not None:
         possible = [life for life in possible if fence["epoch"] <= life.epoch][:1]
-    held = [_held(answer, life) for life in possible] or [("an older life of the topic", None)]
-    expected, got = next((pair for pair in held if pair[0] == pair[1]), held[-1])
+    pairs = [held(answer, life) for life in possible] or [("an older life of the topic", None)]
+    expected, got = next((pair for pair in pairs if pair[0] == pair[1]), pairs[-1])
     found.equal("answer", what, expected, got)
 
 
-def _held(answer: Answer, life: Life) -> tuple[Any, Any]:
+def held(answer: Answer, life: Life) -> tuple[Any, Any]:
     """Return what an answer had to be by one life of the topic, and what it was."""
     body, fence, payment = answer.body, answer.body["fence"], answer.payment
     until_ms = oracle.to_ms(body["as_of"])

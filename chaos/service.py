@@ -17,13 +17,22 @@ class Instance:
 
     Attributes:
         name: Of its log and pid file.
+        tree: The checkout whose code it runs.
         port: Where it answers.
         up: Whether it was started and neither killed, stopped nor paused since.
         killed_s: When it was killed, wall clock.
     """
 
-    def __init__(self, name: str, site: process.Site, environ: Mapping[str, str], app: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        site: process.Site,
+        environ: Mapping[str, str],
+        app: str,
+        tree: pathlib.Path = _ROOT,
+    ) -> None:
         self.name = name
+        self.tree = tree
         self.port = ports.assign({name: 0}, site.directory / f"{name}.ports.json")[name]
         self.up = self._started = False
         self.killed_s: list[float] = []
@@ -45,7 +54,7 @@ class Instance:
 
     def start(self) -> None:
         """Start it; it serves some seconds later."""
-        self._process.start(self._command, _ROOT, self._environ)
+        self._process.start(self._command, self.tree, self._environ)
         self.up = self._started = True
 
     def pause(self) -> None:

@@ -66,6 +66,7 @@ class Publisher:
         failed: How many were not acknowledged.
         acked_s: Wall time of each acknowledgement, by (partition, offset).
         recent: What was published last.
+        given: What to send before anything is drawn.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Publisher:
         self.total = total
         self.acked_s: dict[tuple[int, int], float] = {}
         self.recent: collections.deque[Payment] = collections.deque(maxlen=500)
+        self.given: collections.deque[Payment] = collections.deque()
         self._target = target
         self._users = users
         self._rng = rng
@@ -152,6 +154,9 @@ class Publisher:
 
     def _draw(self, now: int) -> tuple[int, bytes | None]:
         rng = self._rng
+        if self.given:
+            payment = self.given.popleft()
+            return payment.user_id, json.dumps(payment.document()).encode()
         user_id = rng.choice(self._users)
         payment = Payment(user_id, f"{self._name}{self.sent}", now, rng.randrange(1, 1_000_000))
         if time.monotonic() < self._unlike_s:
