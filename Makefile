@@ -6,10 +6,11 @@ LOCK := --quiet --universal --generate-hashes --no-emit-index-url --no-annotate 
 
 # Tests wait more than they work, so there are more at a time than cores; each has servers of its own.
 WORKERS ?= 3
+ROLLING := $(OLD:%=--old %) $(EVENTS:%=--events %) $(SEED:%=--seed %)
 CHAOS := $(EVENTS:%=--events %) $(KILLS:%=--kills %) $(SEED:%=--seed %)
 
 .DEFAULT_GOAL := help
-.PHONY: help run check quick test chaos bench train lock fmt clean
+.PHONY: help run check quick test chaos rolling bench train lock fmt clean
 
 help: ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -38,6 +39,9 @@ test: check ## Everything that must hold, within ten minutes; WORKERS=1
 
 chaos: .venv/.installed ## Exactness under fire, about five minutes; EVENTS=1000000 KILLS=30 SEED=7
 	$(BIN)/python -m chaos $(CHAOS)
+
+rolling: .venv/.installed ## A rolling update from an older commit, and back; OLD=5bac5f3 EVENTS=20000 SEED=7
+	$(BIN)/python -m chaos.rolling $(ROLLING)
 
 bench: .venv/.installed ## Requests, look-ups, replay, backlog and memory, as ratios within one run
 	$(BIN)/python benchmarks/predict.py

@@ -13,6 +13,14 @@ from chaos import cluster, oracle
 RULES = oracle.Rules()
 Log = Mapping[int, oracle.Partition]
 _WINDOW = declared.of_window("20s")
+_JSON = ("features", "latency_ms")
+_PUBLISHED = """
+SELECT decision_id::text, as_of_ms, user_id, transaction_id, amount_minor, currency, merchant_id,
+    door, features, degraded, approximate, score, probability, prediction, decision, model_sha256,
+    policy_sha256, fence_epoch, fence_offset, fence_partition, latency_ms, trace_id,
+    (extract(epoch FROM decided_at) * 1000)::bigint
+FROM decisions
+"""
 
 
 @dataclass(slots=True)
@@ -236,3 +244,44 @@ async def _aggregates(target: cluster.Cluster, user_id: int) -> tuple[Any, int]:
     values: Iterator[Any] = map(feast_layout.decode, await target.redis.hmget(key, names))
     count, total = values
     return count, round(float(total) * 100)
+
+
+async def agree(target: cluster.Cluster) -> Findings:
+    """Hold table `decisions` against the topic, field by field, both ways."""
+    found = Findings()
+    published: dict[str, set[str]] = collections.defaultdict(set)
+    for some in (await target.log("decisions")).values():
+        for record in some:
+            shown = json.loads(record.value)
+            published[shown["decision_id"]].add(json.dumps(_columns(shown), sort_keys=True))
+    for row in await target.pool.fetch(_PUBLISHED):
+        name, *values = (json.loads(v) if k in _JSON else v for k, v in row.items())
+        stored = json.dumps([name, *values], sort_keys=True)
+        found.equal("decision on topic and table", name, {stored}, published.pop(name, None))
+    for name in published:
+        found.equal("decision on topic and table", name, None, "on the topic alone")
+    return found
+
+
+def _columns(shown: Mapping[str, Any]) -> list[Any]:
+    amount, fence = (
+        shown["amount"],
+        shown["fence"] or dict.fromkeys(("epoch", "offset", "partition")),
+    )
+    same = ("user_id", "transaction_id")
+    return [
+        shown["decision_id"],
+        oracle.to_ms(shown["as_of"]),
+        *(shown[name] for name in same),
+        None if amount is None else round(amount * 100),
+        shown["currency"],
+        shown["merchant_id"],
+        *(shown[name] for name in ("door", "features", "degraded", "approximate", "score")),
+        *(shown[name] for name in ("probability", "prediction", "decision")),
+        shown["model_version"],
+        shown["policy_version"],
+        *(fence[name] for name in ("epoch", "offset", "partition")),
+        shown["latency_ms"],
+        shown["trace_id"],
+        oracle.to_ms(shown["decided_at"]),
+    ]
