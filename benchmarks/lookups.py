@@ -29,16 +29,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import predict  # noqa: E402
 
-from cerberus import (  # noqa: E402
-    assembly,
-    clock,
-    judged,
-    months,
-    pools,
-    settings,
-    stack,
-    transactions,
-)
+from cerberus import assembly, clock, settings, stack, transactions  # noqa: E402
+from cerberus.postgres import judged, months  # noqa: E402
+from cerberus.postgres import pool as postgres_pool  # noqa: E402
 
 MONTHS, USERS, LABELLED, WARM, DEADLINE_S = 12, 10_000, 20, 50, 1_800.0
 FILL = """
@@ -69,7 +62,7 @@ async def fill(pool, count, now):
     """Write decisions of the last months up to now, and labels."""
     begins = {months.start_of(now - datetime.timedelta(days=30 * n)) for n in range(MONTHS)}
     low_ms, high_ms = months.to_ms(min(begins)), months.to_ms(now)
-    async with pools.connection(pool) as connection:
+    async with postgres_pool.connection(pool) as connection:
         await months.add(connection, "decisions", sorted(begins))
         began_s = time.perf_counter()
         of_users = (predict.FIRST_USER, USERS)
@@ -88,7 +81,7 @@ async def fill(pool, count, now):
 
 async def select(pool):
     """Ask Postgres for nothing."""
-    async with pools.connection(pool) as connection:
+    async with postgres_pool.connection(pool) as connection:
         await connection.fetchval("SELECT 1")
 
 
@@ -108,7 +101,7 @@ def questions(pool, asked, row):
 
 async def measure(pool, asked, rounds):
     """Ask for everything in turns, and return how long each took, ms."""
-    async with pools.connection(pool) as connection:
+    async with postgres_pool.connection(pool) as connection:
         drawn = await connection.fetch(DRAW, WARM + rounds, timeout=DEADLINE_S)
     took = collections.defaultdict(list)
     for number, row in enumerate(drawn):

@@ -16,7 +16,8 @@ import psutil
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from cerberus import features, transactions, window
+from cerberus import transactions, window
+from cerberus.features import evaluation
 
 START_MS = 1_790_000_000_000
 SHAPES = {"all of one user": 1, "1,000 users": 1_000, "each of another user": None}
@@ -34,9 +35,9 @@ def measure(events, users):
         user_id = i % (users or events)
         windows.observe(transactions.Transaction(f"t{i}", user_id, 1_250, "USD", "m", at_ms))
     grown = process.memory_info().rss - before
-    fence = features.Fence(1, events, windows.frontier_ms)
+    fence = evaluation.Fence(1, events, windows.frontier_ms)
     user = windows.user(0) or window.UserWindow()
-    packed = features.pack(user, fence, 0, windows.lower_ms, spans)
+    packed = evaluation.pack(user, fence, 0, windows.lower_ms, spans)
     [stats] = windows.stats(0, windows.frontier_ms)
     return grown, len(packed), stats.count
 

@@ -148,7 +148,9 @@ def _wait_for(port, process):
 
 async def rows(environ):
     """Write some events of each user, as the consumer does."""
-    from cerberus import assembly, clock, features, online, settings, transactions, window
+    from cerberus import assembly, clock, settings, transactions, window
+    from cerberus.features import evaluation
+    from cerberus.online import user_rows
 
     config = settings.load(environ)
     spans = window.Spans.of(config.windows)
@@ -159,11 +161,11 @@ async def rows(environ):
         windows.observe(
             transactions.Transaction(f"t{i}", users[i % USERS], 1_250, "USD", "m", event_ms)
         )
-    fence = features.Fence(1, 3 * USERS, windows.frontier_ms)
+    fence = evaluation.Fence(1, 3 * USERS, windows.frontier_ms)
     packed = [
-        online.StreamRow(
+        user_rows.StreamRow(
             user_id,
-            features.pack(user, fence, 0, windows.lower_ms, spans),
+            evaluation.pack(user, fence, 0, windows.lower_ms, spans),
             windows.stats(user_id, fence.as_of_ms),
             fence,
             0,
@@ -172,7 +174,7 @@ async def rows(environ):
         if (user := windows.user(user_id))
     ]
     # Caught up an hour ahead: nobody refreshes it while this runs.
-    state = features.PartitionState(1, 3 * USERS, "live", now_ms + 3_600_000)
+    state = evaluation.PartitionState(1, 3 * USERS, "live", now_ms + 3_600_000)
     async with assembly.open(config) as service:
         await service.online.write(packed)
         await service.online.write_states(1, {0: state}, create=True)
@@ -180,9 +182,10 @@ async def rows(environ):
 
 async def vouch(environ):
     """Let Redis vouch for claims, as it does a minute after it was new."""
-    from cerberus import pools, settings
+    from cerberus import settings
+    from cerberus.online import pool as redis_pool
 
-    async with pools.connect_redis(settings.load(environ)) as client:
+    async with redis_pool.connect(settings.load(environ)) as client:
         await client.mset({f"cerberus:claim:{{{bucket}}}": 0 for bucket in range(64)})
 
 

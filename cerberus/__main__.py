@@ -5,21 +5,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from cerberus import (
-    command_accuracy,
-    command_clean,
-    command_features,
-    command_forget,
-    command_import,
-    command_inspect,
-    command_materialize,
-    command_migrate,
-    command_send,
-    command_settings,
-    command_train,
-    errors,
+from cerberus import errors
+from cerberus.commands import (
+    accuracy,
+    clean,
+    features,
+    forget,
+    inspect,
+    load,
+    materialize,
+    migrate,
+    replay,
     run,
-    verification,
+    send,
+    settings,
+    train,
 )
 
 FAILED_STATUS, USAGE_STATUS = 1, 2
@@ -39,18 +39,18 @@ class Command(Protocol):
 
 _COMMANDS: Mapping[str, tuple[str, Command]] = {
     "run": ("start what is missing and serve, on this machine", run),
-    "clean": ("remove what `run` has left behind", command_clean),
-    "settings": ("show all settings in Markdown", command_settings),
-    "migrate": ("bring tables and topics up to date", command_migrate),
-    "features": ("render, compile or apply the feature definitions", command_features),
-    "materialize": ("load the batch views from Postgres to Redis", command_materialize),
-    "inspect": ("show a user's window now, and the last decisions", command_inspect),
-    "replay": ("take stored decisions again and compare them, bit by bit", verification),
-    "accuracy": ("compare decisions with the truth, once that is known", command_accuracy),
-    "train": ("train the model on simulated traffic", command_train),
-    "import": ("load a bank's past from files", command_import),
-    "send": ("publish a file of transactions", command_send),
-    "forget": ("remove one person from every store", command_forget),
+    "clean": ("remove what `run` has left behind", clean),
+    "settings": ("show all settings in Markdown", settings),
+    "migrate": ("bring tables and topics up to date", migrate),
+    "features": ("render, compile or apply the feature definitions", features),
+    "materialize": ("load the batch views from Postgres to Redis", materialize),
+    "inspect": ("show a user's window now, and the last decisions", inspect),
+    "replay": ("take stored decisions again and compare them, bit by bit", replay),
+    "accuracy": ("compare decisions with the truth, once that is known", accuracy),
+    "train": ("train the model on simulated traffic", train),
+    "import": ("load a bank's past from files", load),
+    "send": ("publish a file of transactions", send),
+    "forget": ("remove one person from every store", forget),
 }
 _READ_FILES = ("train", "import", "send", "forget")
 """Here a wrong value may stand in a file, so it is no wrong usage."""

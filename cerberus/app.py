@@ -15,7 +15,9 @@ from typing import NoReturn
 import anyio
 from starlette.applications import Starlette
 
-from cerberus import assembly, errors, logs, routes, settings, shutdown, supervision
+from cerberus import assembly, errors, settings, shutdown, supervision
+from cerberus.api import routes
+from cerberus.telemetry import logs
 
 STOP_ORDER = ("producer", "retention", "materializer", "labels", "consumer", "decisions")
 _CONFIG_STATUS, _STARTUP_FAILURE = 78, 3

@@ -8,29 +8,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cerberus import (
-    claims,
-    clock,
-    consumer,
-    decision_log,
-    feast_layout,
-    kafka,
-    label_consumer,
-    labels,
-    lookups,
-    materializer,
-    metrics,
-    online,
-    pools,
-    producer,
-    retention,
-    scoring,
-    serving,
-    settings,
-    stores,
-    supervision,
-    window,
-)
+from cerberus import claims, clock, consumer, kafka, labels, producer, settings, supervision, window
+from cerberus.decisions import models
+from cerberus.jobs import materializer, retention
+from cerberus.online import layout, user_rows
+from cerberus.online import pool as redis_pool
+from cerberus.postgres import pool as postgres_pool
+from cerberus.postgres import stores
+from cerberus.serving import lookups
+from cerberus.serving import outbox as decision_outbox
+from cerberus.serving import predictor as serving_predictor
+from cerberus.stream import label_topic
+from cerberus.telemetry import metrics
 
 Run = Callable[[supervision.Progress], Awaitable[None]]
 _CLOSE_S = 2.0
@@ -81,17 +70,17 @@ class Service:
         return context
 
     @functools.cached_property
-    def model(self) -> scoring.Model:
+    def model(self) -> models.Model:
         """What decides, with its policy."""
         model = self.config.model
-        return scoring.Model.load(model.path, self.spans.names, model.policy_path)
+        return models.Model.load(model.path, self.spans.names, model.policy_path)
 
     @functools.cached_property
-    def online(self) -> online.OnlineStore:
+    def online(self) -> user_rows.OnlineStore:
         """The rows that decisions are made from, in Redis."""
-        plan = feast_layout.Plan.load(self.config.model.plan_path)
+        plan = layout.Plan.load(self.config.model.plan_path)
         topic = self.config.kafka.topic(kafka.TRANSACTIONS)
-        return online.OnlineStore(self.redis, plan, self.spans, topic)
+        return user_rows.OnlineStore(self.redis, plan, self.spans, topic)
 
     @functools.cached_property
     def postgres(self) -> stores.Stores:
@@ -115,19 +104,21 @@ class Service:
         )
 
     @functools.cached_property
-    def outbox(self) -> decision_log.DecisionLog:
+    def outbox(self) -> decision_outbox.DecisionLog:
         """Decisions on requests, on their way to the stores; close it before the pools."""
-        return decision_log.DecisionLog(self.config, self.model, self.postgres, self.claims)
+        return decision_outbox.DecisionLog(self.config, self.model, self.postgres, self.claims)
 
     @functools.cached_property
-    def sources(self) -> serving.Sources:
+    def sources(self) -> serving_predictor.Sources:
         """What predictions are made from."""
-        return serving.Sources(self.config, self.spans, self.model, self.online, self.claims)
+        return serving_predictor.Sources(
+            self.config, self.spans, self.model, self.online, self.claims
+        )
 
     @functools.cached_property
-    def predictor(self) -> serving.Predictor:
+    def predictor(self) -> serving_predictor.Predictor:
         """What answers requests."""
-        return serving.Predictor(
+        return serving_predictor.Predictor(
             self.sources, keep=self.outbox.put, meter=self.meter, clock=self.clock
         )
 
@@ -151,9 +142,9 @@ class Service:
         )
 
     @functools.cached_property
-    def label_consumer(self) -> label_consumer.LabelConsumer:
+    def label_consumer(self) -> label_topic.LabelConsumer:
         """The task that reads labels from their topic."""
-        return label_consumer.LabelConsumer(self.config, self.postgres, self.clock)
+        return label_topic.LabelConsumer(self.config, self.postgres, self.clock)
 
     @functools.cached_property
     def producer(self) -> producer.Producer:
@@ -230,9 +221,9 @@ async def open(
     Raises:
         ConfigError: The address of Redis has a parameter that no client knows.
     """
-    redis = pools.connect_redis(config, claims.recognise(config, clock))
+    redis = redis_pool.connect(config, claims.recognise(config, clock))
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(redis.aclose)
-        pool = await pools.connect_postgres(config)
-        stack.push_async_callback(pools.close_postgres, pool, _CLOSE_S)
+        pool = await postgres_pool.connect(config)
+        stack.push_async_callback(postgres_pool.close, pool, _CLOSE_S)
         yield Service(config, redis, pool, clock, give_up)

@@ -17,7 +17,10 @@ from typing import Any
 
 import redis.exceptions
 
-from cerberus import clock, decisions, errors, ledger, pools, settings, transactions
+from cerberus import clock, errors, settings, transactions
+from cerberus.decisions import records as decision_records
+from cerberus.online import pool as redis_pool
+from cerberus.postgres import ledger
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +86,7 @@ return 1
 """
 
 
-def recognise(config: settings.Settings, clock: clock.Clock = clock.now_ms) -> pools.Connected:
+def recognise(config: settings.Settings, clock: clock.Clock = clock.now_ms) -> redis_pool.Connected:
     """Return what looks, at each new connection, whether this server has begun anew.
 
     One that was restarted or has taken over may have lost the last claims, so it vouches only for
@@ -158,7 +161,7 @@ class Claims:
 
     async def look_up(
         self, wanted: Sequence[transactions.Transaction]
-    ) -> dict[uuid.UUID, decisions.Record]:
+    ) -> dict[uuid.UUID, decision_records.Record]:
         """Return what Postgres knows of transactions, by the decisions' names.
 
         Within a second after Redis has lost claims it waits for what was decided then.
@@ -178,7 +181,7 @@ class Claims:
             FeaturesUnavailable: Redis did not answer; say it again.
         """
         marks = [_mark(self._config, bucket) for bucket in range(_BUCKETS)]
-        await pools.evaluate(self._client, [(_DOUBT, [mark], [now_ms]) for mark in marks])
+        await redis_pool.evaluate(self._client, [(_DOUBT, [mark], [now_ms]) for mark in marks])
 
     async def witness(self) -> str:
         """Return what changes when a node of a Redis Cluster is emptied, begins anew or takes over.
@@ -194,7 +197,7 @@ class Claims:
             name = f"{_mark(self._config, bucket)}:run"
             pipe.set(name, b"%b#%b" % (run, token), nx=True)
             pipe.get(name)
-        _, *found = await pools.answers(pipe.execute())
+        _, *found = await redis_pool.answers(pipe.execute())
         runs: list[bytes] = found[::2]
         # Who was only emptied is no other server: claims need not be doubted twice.
         self._runs = [run.partition(b"#")[0] for run in runs]
@@ -202,13 +205,13 @@ class Claims:
 
     async def claim(
         self,
-        records: Sequence[decisions.Record],
+        records: Sequence[decision_records.Record],
         now_ms: int,
         looked_up: Collection[uuid.UUID],
-        timeout_s: float = pools.CALL_S,
+        timeout_s: float = redis_pool.CALL_S,
         *,
         brief: bool = False,
-    ) -> list[decisions.Record | None]:
+    ) -> list[decision_records.Record | None]:
         """Return for each record, of a transaction each, the decision that stands.
 
         In one round trip.
@@ -227,12 +230,12 @@ class Claims:
         Raises:
             FeaturesUnavailable: Redis did not answer in time; claim again.
         """
-        buckets: dict[int, list[decisions.Record]] = {}
+        buckets: dict[int, list[decision_records.Record]] = {}
         for record in records:
             buckets.setdefault(record.decision_id.int % _BUCKETS, []).append(record)
         calls = [self._call(n, some, now_ms, looked_up, brief) for n, some in buckets.items()]
-        answers = await pools.evaluate(self._client, calls, timeout_s)
-        standing: dict[uuid.UUID, decisions.Record | None] = {}
+        answers = await redis_pool.evaluate(self._client, calls, timeout_s)
+        standing: dict[uuid.UUID, decision_records.Record | None] = {}
         for some, found in zip(buckets.values(), answers, strict=True):
             for record, answer in zip(some, found, strict=True):
                 standing.setdefault(record.decision_id, self._standing(record, answer))
@@ -242,10 +245,10 @@ class Claims:
 
     async def settle(
         self,
-        records: Sequence[decisions.Record],
+        records: Sequence[decision_records.Record],
         now_ms: int,
         looked_up: Collection[uuid.UUID],
-    ) -> list[decisions.Record]:
+    ) -> list[decision_records.Record]:
         """Claim, looking up what Redis cannot vouch for, and return the decisions that stand.
 
         For whoever stores them at once: what was looked up is claimed briefly, or a backlog's
@@ -273,7 +276,7 @@ class Claims:
             ]
         return [stands for stands in found if stands is not None]
 
-    async def renew(self, records: Sequence[decisions.Record]) -> None:
+    async def renew(self, records: Sequence[decision_records.Record]) -> None:
         """Let the claims of answers that Postgres does not have yet live on, and stand again.
 
         Raises:
@@ -288,11 +291,11 @@ class Claims:
     def _call(
         self,
         bucket: int,
-        records: Sequence[decisions.Record],
+        records: Sequence[decision_records.Record],
         now_ms: int,
         looked_up: Collection[uuid.UUID],
         brief: bool,
-    ) -> pools.Call:
+    ) -> redis_pool.Call:
         keys = [_mark(self._config, bucket)]
         arguments: list[bytes | int | str] = [now_ms]
         for record in records:
@@ -305,10 +308,12 @@ class Claims:
             )
         return _CLAIM, keys, arguments
 
-    def _standing(self, record: decisions.Record, answer: bytes | int) -> decisions.Record | None:
+    def _standing(
+        self, record: decision_records.Record, answer: bytes | int
+    ) -> decision_records.Record | None:
         if isinstance(answer, bytes):
             try:
-                return decisions.unpack(answer)
+                return decision_records.unpack(answer)
             except ValueError as error:
                 # Not a reason to decide again: somebody may have been answered.
                 log.error("claim unreadable: %s", error, extra={"action": "claim_unreadable"})

@@ -15,25 +15,21 @@ import aiokafka
 from aiokafka.errors import KafkaConnectionError, KafkaError, OffsetOutOfRangeError
 
 from cerberus import (
-    assignment,
     claims,
     clock,
     errors,
-    features,
     kafka,
-    liveness,
-    online,
-    ownership,
     partition,
-    scoring,
     settings,
-    sink,
-    stores,
     supervision,
     transactions,
-    upstream,
     window,
 )
+from cerberus.decisions import models
+from cerberus.features import evaluation
+from cerberus.online import user_rows
+from cerberus.postgres import stores
+from cerberus.stream import assignment, liveness, ownership, sink, upstream
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +58,8 @@ class Consumer:
         self,
         config: settings.Settings,
         spans: window.Spans,
-        model: scoring.Model,
-        online_store: online.OnlineStore,
+        model: models.Model,
+        online_store: user_rows.OnlineStore,
         postgres: stores.Stores,
         claimed: claims.Claims,
         clock: clock.Clock = clock.now_ms,
@@ -88,7 +84,7 @@ class Consumer:
         self.problems: dict[str, str] = {}
         self.counts: collections.Counter[str] = collections.Counter()
 
-    def states(self) -> Mapping[int, features.PartitionState]:
+    def states(self) -> Mapping[int, evaluation.PartitionState]:
         """Return the state of each owned partition."""
         return liveness.states(self._parts)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from cerberus import errors, features, transactions, window
+from cerberus import errors, transactions, window
+from cerberus.features import evaluation
 
 
 class Record(Protocol):
@@ -40,9 +41,9 @@ class Observed:
 
     transaction: transactions.Transaction
     outcome: window.Outcome
-    fence: features.Fence
+    fence: evaluation.Fence
     rank: int
-    row: features.FeatureRow | None
+    row: evaluation.FeatureRow | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class Partition:
         self.imported_until_ms = start.imported_until_ms
         self.windows = window.PartitionWindows(spans)
         self.touched: set[int] = set()
-        self._origin = features.Fence(start.epoch, start.begin, start.seeded_until_ms or 0)
+        self._origin = evaluation.Fence(start.epoch, start.begin, start.seeded_until_ms or 0)
         self._strangers: set[int] = set()
         self._seeded: set[int] = set()
         self._imported: set[int] = set()
@@ -152,13 +153,13 @@ class Partition:
         return self.offset < self.commit
 
     @property
-    def fence(self) -> features.Fence:
+    def fence(self) -> evaluation.Fence:
         """Return the fence of the present prefix; an empty one is as of where the log begins."""
         as_of_ms = self.windows.frontier_ms or self.imported_until_ms or 0
-        return features.Fence(self.epoch, self.offset, as_of_ms)
+        return evaluation.Fence(self.epoch, self.offset, as_of_ms)
 
     @property
-    def origin(self) -> features.Fence:
+    def origin(self) -> evaluation.Fence:
         """Return the prefix where reading began; events from before it are seeded."""
         return self._origin
 
@@ -292,18 +293,18 @@ class Partition:
         """Read on from the present prefix, all effects of which are stored, up to the commit."""
         self.begin, self.commit = self.offset, commit
 
-    def _row(self, transaction: transactions.Transaction) -> features.FeatureRow:
+    def _row(self, transaction: transactions.Transaction) -> evaluation.FeatureRow:
         as_of_ms, user_id = transaction.event_ms, transaction.user_id
         after_ms = as_of_ms - self.windows.spans.longest_ms
-        degraded: tuple[features.Doubt, ...] = ()
+        degraded: tuple[evaluation.Doubt, ...] = ()
         known_from_ms = self.known_from_ms or 0
         if self.moved is not None:
             known_from_ms = self.state().known_from(user_id, self.number)
         if after_ms < known_from_ms:
-            degraded = (features.Doubt.WARMING,)
+            degraded = (evaluation.Doubt.WARMING,)
         elif after_ms < self.windows.lower_ms:
-            degraded = (features.Doubt.AS_OF_TOO_OLD,)
-        return features.FeatureRow(
+            degraded = (evaluation.Doubt.AS_OF_TOO_OLD,)
+        return evaluation.FeatureRow(
             user_id=user_id,
             as_of_ms=as_of_ms,
             stats=self.windows.stats(user_id, as_of_ms),
@@ -327,19 +328,19 @@ class Partition:
             if user_id in self._strangers:
                 continue
             if (user := windows.user(user_id)) is not None:
-                packed = features.pack(user, fence, self.number, lower_ms, windows.spans)
+                packed = evaluation.pack(user, fence, self.number, lower_ms, windows.spans)
                 yield user_id, packed, windows.stats(user_id, fence.as_of_ms)
 
-    def state(self) -> features.PartitionState:
+    def state(self) -> evaluation.PartitionState:
         """Return what those who read its rows must know of the prefix.
 
         While it replays, the offset is the commit: the rows of that prefix are stored.
         """
         done = self.offset - self.begin
-        state = features.LIVE
+        state = evaluation.LIVE
         if self.replaying:
-            state = features.Doubt.REPLAYING
-        return features.PartitionState(
+            state = evaluation.Doubt.REPLAYING
+        return evaluation.PartitionState(
             epoch=self.epoch,
             offset=max(self.offset, self.commit),
             state=state,
@@ -349,5 +350,5 @@ class Partition:
             moved_ms=self.moved.until_ms if self.moved else 0,
             former=(self.moved.former or 0) if self.moved else 0,
             count=self.count or 0,
-            version=features.SPOKEN,
+            version=evaluation.SPOKEN,
         )

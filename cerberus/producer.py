@@ -12,17 +12,8 @@ from typing import Any, NamedTuple
 
 from aiokafka.errors import KafkaError
 
-from cerberus import (
-    clock,
-    errors,
-    kafka,
-    labels,
-    settings,
-    stores,
-    supervision,
-    synthetic,
-    transactions,
-)
+from cerberus import clock, errors, kafka, labels, settings, supervision, synthetic, transactions
+from cerberus.postgres import stores
 
 log = logging.getLogger(__name__)
 

@@ -14,19 +14,13 @@ import httpx
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import NewPartitions
 
-from cerberus import (
-    assembly,
-    declared,
-    feast_layout,
-    feature_store,
-    kafka,
-    online,
-    pools,
-    settings,
-    stack,
-    training,
-    window,
-)
+from cerberus import assembly, kafka, settings, stack, window
+from cerberus.features import declared
+from cerberus.jobs import feast as feast_store
+from cerberus.learning import training
+from cerberus.online import layout, user_rows
+from cerberus.online import pool as redis_pool
+from cerberus.postgres import pool as postgres_pool
 from cerberus.stack import process
 from chaos import service
 
@@ -89,7 +83,7 @@ class Cluster:
     config: settings.Settings
     spans: window.Spans
     instances: Sequence[service.Instance]
-    online: online.OnlineStore
+    online: user_rows.OnlineStore
     redis: Any
     pool: Any
     credit: bool
@@ -227,8 +221,8 @@ async def opened(
     spans = window.Spans.of(config.windows)
     pin_model(config, spans)
     site = process.Site(directory, environ, lambda line: None)
-    redis = pools.connect_redis(config)
-    async with pools.connect_postgres(config) as pool, redis:
+    redis = redis_pool.connect(config)
+    async with postgres_pool.connect(config) as pool, redis:
         # Not `assembly.open`: an onlooker must not be the one that recognises a restarted Redis.
         parts = assembly.Service(config, redis, pool)
         if prepared:
@@ -256,13 +250,13 @@ async def opened(
             yield cluster
 
 
-def pin_model(config: settings.Settings, spans: window.Spans) -> feast_layout.Plan:
+def pin_model(config: settings.Settings, spans: window.Spans) -> layout.Plan:
     """Train a small model where the settings want one, and write the plan beside it."""
     training.train(
         training.Plan(spans=config.windows.spans, events=3_000), config.model.path, lambda _: None
     )
-    plan = feast_layout.Plan(
-        project=feast_layout.PROJECT,
+    plan = layout.Plan(
+        project=layout.PROJECT,
         ttl_ms={
             declared.WINDOW_VIEW: spans.keep_ms,
             declared.STATS_VIEW: spans.keep_ms,
@@ -282,7 +276,7 @@ def _apply(config: settings.Settings, directory: pathlib.Path) -> None:
     """Apply the feature definitions from a copy, so that the checkout's own is left alone."""
     repo = directory / "feature_repo"
     repo.mkdir(exist_ok=True)
-    shutil.copy(feature_store.REPO / "features.py", repo)
+    shutil.copy(feast_store.REPO / "features.py", repo)
     (directory / "cerberus").unlink(missing_ok=True)
-    (directory / "cerberus").symlink_to(pathlib.Path(feature_store.__file__).parent)
-    feature_store.apply(config, repo)
+    (directory / "cerberus").symlink_to(pathlib.Path(feast_store.__file__).parent.parent)
+    feast_store.apply(config, repo)

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cerberus import declared, feast_layout, features, kafka
+from cerberus import kafka
+from cerberus.features import declared, evaluation
+from cerberus.online import layout
 from chaos import cluster, oracle
 
 RULES = oracle.Rules()
@@ -224,7 +226,7 @@ async def _rows(target: cluster.Cluster, log: Log, found: Findings) -> None:
                 found.equal("online row", row.user_id, expected, (got, stats))
 
 
-def packed(part: oracle.Partition, user_id: int, recent: features.Recent) -> tuple[Any, Any]:
+def packed(part: oracle.Partition, user_id: int, recent: evaluation.Recent) -> tuple[Any, Any]:
     """Return what a row must hold at its fence, events and aggregates, and the events it holds."""
     end, as_of_ms = recent.fence.offset, part.frontier_ms(recent.fence.offset)
     events: list[tuple[int, int]] = []
@@ -239,9 +241,9 @@ def packed(part: oracle.Partition, user_id: int, recent: features.Recent) -> tup
 
 
 async def _aggregates(target: cluster.Cluster, user_id: int) -> tuple[Any, int]:
-    names = [feast_layout.field(each.view, each.name) for each in _WINDOW]
-    key = feast_layout.entity_key(user_id, feast_layout.PROJECT)
-    values: Iterator[Any] = map(feast_layout.decode, await target.redis.hmget(key, names))
+    names = [layout.field(each.view, each.name) for each in _WINDOW]
+    key = layout.entity_key(user_id, layout.PROJECT)
+    values: Iterator[Any] = map(layout.decode, await target.redis.hmget(key, names))
     count, total = values
     return count, round(float(total) * 100)
 

@@ -18,7 +18,8 @@ from feast.types import Bytes, Float64, Int64
 REPO = pathlib.Path(__file__).parent
 sys.path.append(str(REPO.parent))  # here, by hand, the package is not on the path
 
-from cerberus import declared, window  # noqa: E402
+from cerberus import window  # noqa: E402
+from cerberus.features import declared  # noqa: E402
 
 spans = window.Spans(**yaml.safe_load((REPO / "feature_store.yaml").read_text())["window"])
 stream_ttl = datetime.timedelta(milliseconds=spans.keep_ms)

@@ -5,7 +5,7 @@ import re
 import httpx
 import jsonschema
 
-from cerberus import openapi, routes
+from cerberus.api import openapi, routes
 
 LOCAL = "http://127.0.0.1:8000"
 

@@ -13,17 +13,13 @@ from typing import Any
 import psycopg
 import redis
 
-from cerberus import (
-    feast_layout,
-    feature_store,
-    features,
-    online,
-    pools,
-    settings,
-    stores,
-    transactions,
-    window,
-)
+from cerberus import settings, transactions, window
+from cerberus.features import evaluation
+from cerberus.jobs import feast as feast_store
+from cerberus.online import layout, user_rows
+from cerberus.online import pool as redis_pool
+from cerberus.postgres import pool as postgres_pool
+from cerberus.postgres import stores
 
 NOW_MS = 1_790_000_000_123
 SPANS = window.Spans()
@@ -55,7 +51,7 @@ def compiled(module):
     import feast
 
     services = objects(module, feast.FeatureService)
-    return feature_store.plan(objects(module, feast.FeatureView), services)
+    return feast_store.plan(objects(module, feast.FeatureView), services)
 
 
 def frame(rows):
@@ -75,11 +71,11 @@ def stream_rows(count, seed):
             event_ms = NOW_MS - rng.randrange(SPANS.keep_ms)
             amount_minor, merchant = rng.randrange(1, 10**6), rng.getrandbits(32)
             user.insert(window.Event(event_ms, amount_minor, rng.getrandbits(64), merchant))
-        fence = features.Fence(1, rng.randrange(10**9), NOW_MS)
+        fence = evaluation.Fence(1, rng.randrange(10**9), NOW_MS)
         partition = transactions.partition_of(user_id, 6)
-        recent = features.pack(user, fence, partition, NOW_MS - SPANS.keep_ms, SPANS)
+        recent = evaluation.pack(user, fence, partition, NOW_MS - SPANS.keep_ms, SPANS)
         stats = (user.stats(NOW_MS - SPANS.longest_ms, NOW_MS),)
-        rows.append(online.StreamRow(user_id, recent, stats, fence, partition))
+        rows.append(user_rows.StreamRow(user_id, recent, stats, fence, partition))
     return rows
 
 
@@ -88,7 +84,7 @@ class Rig:
     """Feast's store with the definitions applied, and ours, on the same servers."""
 
     config: settings.Settings
-    plan: feast_layout.Plan
+    plan: layout.Plan
     store: Any
     redis: redis.Redis
 
@@ -96,8 +92,8 @@ class Rig:
         """Call our online store."""
 
         async def run():
-            async with pools.connect_redis(self.config) as client:
-                return await call(online.OnlineStore(client, self.plan, SPANS, "transactions"))
+            async with redis_pool.connect(self.config) as client:
+                return await call(user_rows.OnlineStore(client, self.plan, SPANS, "transactions"))
 
         return asyncio.run(run())
 
@@ -128,9 +124,9 @@ def repo(environ, tmp_path):
     directory = tmp_path / "feature_repo"
     if not directory.exists():
         directory.mkdir()
-        shutil.copy(feature_store.REPO / "features.py", directory)
-        (tmp_path / "cerberus").symlink_to(pathlib.Path(feature_store.__file__).parent)
-    return feature_store.render(settings.load(environ), directory).parent
+        shutil.copy(feast_store.REPO / "features.py", directory)
+        (tmp_path / "cerberus").symlink_to(pathlib.Path(feast_store.__file__).parent.parent)
+    return feast_store.render(settings.load(environ), directory).parent
 
 
 @contextlib.contextmanager
@@ -141,12 +137,12 @@ def opened(environ, tmp_path):
     config = settings.load(environ)
 
     async def migrate():
-        async with pools.connect_postgres(config) as pool:
+        async with postgres_pool.connect(config) as pool:
             await stores.on(pool, config.windows.spans).schema.migrate()
 
     asyncio.run(migrate())
     module = load(repo(environ, tmp_path))
-    store: Any = feast.FeatureStore(config=feast.RepoConfig(**feature_store.repo_config(config)))
+    store: Any = feast.FeatureStore(config=feast.RepoConfig(**feast_store.repo_config(config)))
     store.apply([module.user, *objects(module, feast.FeatureView), module.fraud_model])
     try:
         with redis.Redis.from_url(config.redis.url) as client:

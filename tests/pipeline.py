@@ -10,22 +10,13 @@ import orjson
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from changes import changed, rebuilt
 
-from cerberus import (
-    assembly,
-    clock,
-    declared,
-    feast_layout,
-    features,
-    kafka,
-    metrics,
-    routes,
-    serving,
-    settings,
-    supervision,
-    training,
-    transactions,
-    window,
-)
+from cerberus import assembly, clock, kafka, settings, supervision, transactions, window
+from cerberus.api import routes
+from cerberus.features import declared, evaluation
+from cerberus.learning import training
+from cerberus.online import layout
+from cerberus.serving import predictor
+from cerberus.telemetry import metrics
 
 now_ms = clock.now_ms
 
@@ -70,7 +61,7 @@ class World:
         return self.another().consumer
 
     def predictor(self, keep):
-        return serving.Predictor(self.another().sources, keep=keep, meter=metrics.Metrics())
+        return predictor.Predictor(self.another().sources, keep=keep, meter=metrics.Metrics())
 
     def decision_log(self, **changes):
         """Build the log of decisions on requests, with some settings changed."""
@@ -97,12 +88,12 @@ class World:
     async def read(self, user_id, as_of_ms, in_hand=None):
         """Evaluate a user's row as a request does."""
         [row] = await self.online.read([user_id], now_ms(), 1.0)
-        return features.as_of(
+        return evaluation.as_of(
             row,
             as_of_ms,
             in_hand,
             now_ms=now_ms(),
-            rules=features.Rules(self.spans, self.config.windows.max_staleness_ms),
+            rules=evaluation.Rules(self.spans, self.config.windows.max_staleness_ms),
         )
 
     async def certain(self, user_id, as_of_ms):
@@ -162,7 +153,7 @@ def trained(environ, directory, spans):
     keep_ms = window.Spans(spans).keep_ms
     views = {"user_window": keep_ms, "user_transaction_stats": keep_ms, "user_credit": 0}
     schema = {declared.STATS_VIEW: dict.fromkeys(declared.names(declared.streamed(spans)), "")}
-    plan = feast_layout.Plan("cerberus", views, schema)
+    plan = layout.Plan("cerberus", views, schema)
     (directory / "feature_plan.json").write_bytes(plan.pack())
     return environ | {"CERBERUS_SPANS": ",".join(spans), "CERBERUS_MODEL": str(model_path)}
 

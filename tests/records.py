@@ -5,7 +5,10 @@ import uuid
 
 from hypothesis import strategies as st
 
-from cerberus import decisions, features, policy, scoring, transactions, window
+from cerberus import transactions, window
+from cerberus.decisions import models, policy
+from cerberus.decisions import records as decision_records
+from cerberus.features import evaluation
 
 SPANS = ("10m", "1h", "24h")
 YEAR_2200_MS = 7_258_118_400_000
@@ -14,7 +17,7 @@ hashes = st.binary(min_size=32, max_size=32).map(bytes.hex)
 floats = st.floats(allow_nan=False, allow_infinity=False)
 moments = st.integers(0, YEAR_2200_MS - 1)
 fences = st.builds(
-    features.Fence, st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(-1, 2**62)
+    evaluation.Fence, st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(-1, 2**62)
 )
 
 
@@ -23,7 +26,7 @@ def rows(draw, spans=SPANS, transaction=None):
     """Draw a feature row of a transaction in hand, or of a user alone."""
     stats = st.builds(window.WindowStats, st.integers(0, 10**6), st.integers(0, 10**15))
     doubts = st.sets(st.sampled_from(["stale", "warming", "split_user", "recent_unreadable"]))
-    return features.FeatureRow(
+    return evaluation.FeatureRow(
         user_id=transaction.user_id
         if transaction
         else draw(st.integers(0, transactions.MAX_USER_ID)),
@@ -56,23 +59,23 @@ def records(draw, decide=None, spans=SPANS):
     if decide is not None:
         [decision] = decide([row])
     else:
-        decision = scoring.Decision(
+        decision = models.Decision(
             row,
             draw(floats),
             draw(st.floats(0, 1)),
-            draw(st.sampled_from([scoring.FRAUD, scoring.LEGIT])),
+            draw(st.sampled_from([models.FRAUD, models.LEGIT])),
             draw(st.sampled_from([policy.APPROVE, policy.REVIEW, policy.DECLINE])),
             draw(hashes),
             draw(hashes),
         )
     stages = st.sampled_from(["wait", "features", "model"])
-    return decisions.Record(
-        decision_id=decisions.of_transaction(transaction)
+    return decision_records.Record(
+        decision_id=decision_records.of_transaction(transaction)
         if transaction
         else uuid.UUID(bytes=draw(st.binary(min_size=16, max_size=16)), version=4),
         decision=decision,
         transaction=transaction,
-        door=draw(st.sampled_from([decisions.HTTP, decisions.STREAM])),
+        door=draw(st.sampled_from([decision_records.HTTP, decision_records.STREAM])),
         partition=draw(st.none() | st.integers(0, 2**31 - 1)),
         decided_ms=draw(moments),
         spans=spans[: len(row.stats)] if row.stats else spans,
@@ -86,12 +89,14 @@ def bits(decision):
     return struct.pack(">dd", decision.score, decision.probability)
 
 
-def decided(name, at_ms, told_by="", amount_minor=1_000, door=decisions.HTTP):
+def decided(name, at_ms, told_by="", amount_minor=1_000, door=decision_records.HTTP):
     """Return one of many decisions that could be taken on a transaction."""
     paid = transactions.Transaction(str(name), 1, amount_minor, "USD", "", at_ms)
-    row = features.FeatureRow(1, at_ms, (window.WindowStats(1, amount_minor),), None, amount_minor)
-    decision = scoring.Decision(row, -1.0, 0.5, scoring.LEGIT, policy.APPROVE, "ab", "cd")
-    name = decisions.of_transaction(paid)
-    return decisions.Record(
+    row = evaluation.FeatureRow(
+        1, at_ms, (window.WindowStats(1, amount_minor),), None, amount_minor
+    )
+    decision = models.Decision(row, -1.0, 0.5, models.LEGIT, policy.APPROVE, "ab", "cd")
+    name = decision_records.of_transaction(paid)
+    return decision_records.Record(
         name, decision, paid, door, None, at_ms, ("10m",), trace_id=f"{told_by:0>32}"
     )

@@ -8,26 +8,18 @@ from typing import Any
 import redis
 from changes import changed, rebuilt
 
-from cerberus import (
-    assembly,
-    claims,
-    declared,
-    feast_layout,
-    features,
-    metrics,
-    online,
-    pools,
-    routes,
-    scoring,
-    serving,
-    settings,
-    supervision,
-    transactions,
-    window,
-)
+from cerberus import assembly, claims, settings, supervision, transactions, window
+from cerberus.api import routes
+from cerberus.decisions import models
+from cerberus.features import declared, evaluation
+from cerberus.online import layout, user_rows
+from cerberus.online import pool as redis_pool
+from cerberus.postgres import pool as postgres_pool
+from cerberus.serving import predictor
+from cerberus.telemetry import metrics
 
 NOW_MS = 1_790_000_000_000
-model = functools.cache(scoring.Model.load)
+model = functools.cache(models.Model.load)
 
 
 def transaction(name, user_id=1, amount_minor=1_000, at_ms=NOW_MS):
@@ -47,8 +39,8 @@ class Served:
 
     def __init__(self, environ, **changes):
         self.config = changed(settings.load(environ), **changes)
-        self.client: Any = pools.connect_redis(self.config)
-        self.pool = pools.connect_postgres(self.config)
+        self.client: Any = redis_pool.connect(self.config)
+        self.pool = postgres_pool.connect(self.config)
         self.service = assembly.Service(self.config, self.client, self.pool, self.clock)
         self.spans = self.service.spans
         self.model = model(self.config.model.path, self.spans.names)
@@ -61,7 +53,7 @@ class Served:
         self.now_ms = NOW_MS
         self.meter = metrics.Metrics()
         self.kept = []
-        self.predictor = serving.Predictor(
+        self.predictor = predictor.Predictor(
             rebuilt(self.service, self.shared()).sources,
             keep=self.kept.append,
             meter=self.meter,
@@ -90,7 +82,7 @@ class Served:
         """Let the owner say that it stands at the end of the log, and Redis know all claims."""
         for bucket in range(64):
             await self.client.set(claims._mark(self.config, bucket), 0, nx=True)
-        state = features.PartitionState(1, self.offset, "live", self.now_ms)
+        state = evaluation.PartitionState(1, self.offset, "live", self.now_ms)
         await self.store.write_states(1, {0: dataclasses.replace(state, **changes)}, create=True)
 
     async def forget(self):
@@ -103,14 +95,14 @@ class Served:
         for each in seen:
             self.windows.observe(each)
             self.offset += 1
-        fence = features.Fence(1, self.offset, self.windows.frontier_ms)
+        fence = evaluation.Fence(1, self.offset, self.windows.frontier_ms)
         rows = []
         for user_id in sorted({each.user_id for each in seen}):
             user = self.windows.user(user_id)
             assert user is not None
-            packed = features.pack(user, fence, 0, self.windows.lower_ms, self.spans)
+            packed = evaluation.pack(user, fence, 0, self.windows.lower_ms, self.spans)
             stats = self.windows.stats(user_id, fence.as_of_ms)
-            rows.append(online.StreamRow(user_id, packed, stats, fence, 0))
+            rows.append(user_rows.StreamRow(user_id, packed, stats, fence, 0))
         await self.store.write(rows)
         await self.live()
 
@@ -145,10 +137,10 @@ class Served:
         """Write a credit score as Feast's materialization does."""
         view = declared.CREDIT_VIEW
         await self.client.hset(
-            feast_layout.entity_key(user_id, feast_layout.PROJECT),
+            layout.entity_key(user_id, layout.PROJECT),
             mapping={
-                feast_layout.field(view, "credit_score"): feast_layout.encode_int64(score),
-                feast_layout.ts_field(view): feast_layout.encode_timestamp(at_ms * 1000),
+                layout.field(view, "credit_score"): layout.encode_int64(score),
+                layout.ts_field(view): layout.encode_timestamp(at_ms * 1000),
             },
         )
 

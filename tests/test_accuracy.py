@@ -17,17 +17,10 @@ from served import NOW_MS, Served
 from truth import DAY_MS, GOOD, Told, decided, label, matured, truth
 
 import cerberus.__main__
-from cerberus import (
-    command_accuracy,
-    errors,
-    judged,
-    labels,
-    openapi,
-    parameters,
-    settings,
-    stores,
-    transactions,
-)
+from cerberus import errors, labels, settings, transactions
+from cerberus.api import openapi, parameters
+from cerberus.commands import accuracy
+from cerberus.postgres import judged, stores
 
 pytestmark = pytest.mark.anyio
 MIDNIGHT_MS = NOW_MS // DAY_MS * DAY_MS
@@ -186,7 +179,7 @@ async def test_nothing_is_said_of_what_is_not_mature_whatever_is_labelled_alread
                 (3, 0) if known else (0, 3)
             )
             assert any(model["total"]["money"].values()) == known
-            shown = command_accuracy.describe(report)
+            shown = accuracy.describe(report)
             assert ("nothing can be judged yet" in shown) == (not known)
             assert ("66.67%" in shown) == known
 

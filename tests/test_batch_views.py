@@ -8,7 +8,10 @@ import psycopg
 import pytest
 from feast_rig import CREDIT_TTL_MS, NOW_MS, stream_rows, utc
 
-from cerberus import declared, errors, feast_layout, feature_store
+from cerberus import errors
+from cerberus.features import declared
+from cerberus.jobs import feast as feast_store
+from cerberus.online import layout
 
 DAY_MS = 86_400_000
 
@@ -47,16 +50,14 @@ def test_we_read_what_feast_loads_and_history_says_since_when(rig):
         (4, utc(NOW_MS + 1), 640),  # not yet
     )
     before = datetime.datetime.now(datetime.UTC)
-    loaded = feature_store.materialize(rig.config, NOW_MS)
-    assert loaded == feature_store.Loaded(full=True, new_rows=3)
+    loaded = feast_store.materialize(rig.config, NOW_MS)
+    assert loaded == feast_store.Loaded(full=True, new_rows=3)
     assert scores(rig, 1, 2, 3, 4) == {1: 611, 2: 620, 3: None, 4: None}
     assert rig.read(1).credit_score == 611
     assert rig.feast_reads([1, 2])["credit_score"] == [611, 620]
-    assert rig.redis.hgetall(feast_layout.entity_key(1, feast_layout.PROJECT)) == {
-        feast_layout.field(declared.CREDIT_VIEW, "credit_score"): feast_layout.encode_int64(611),
-        feast_layout.ts_field(declared.CREDIT_VIEW): feast_layout.encode_timestamp(
-            (NOW_MS - DAY_MS) * 1000
-        ),
+    assert rig.redis.hgetall(layout.entity_key(1, layout.PROJECT)) == {
+        layout.field(declared.CREDIT_VIEW, "credit_score"): layout.encode_int64(611),
+        layout.ts_field(declared.CREDIT_VIEW): layout.encode_timestamp((NOW_MS - DAY_MS) * 1000),
     }
     stamped = stamps(rig)
     assert stamped[630] is stamped[640] is None
@@ -66,28 +67,28 @@ def test_we_read_what_feast_loads_and_history_says_since_when(rig):
 
 def test_a_later_load_takes_what_is_new_wherever_it_lies(rig):
     add_scores(rig, (1, utc(NOW_MS - DAY_MS), 611), (4, utc(NOW_MS + 1), 640))
-    feature_store.materialize(rig.config, NOW_MS)
+    feast_store.materialize(rig.config, NOW_MS)
     first = stamps(rig)[611]
     # One that comes late, one that is late and superseded, and one whose time has come.
     add_scores(rig, (5, utc(NOW_MS - 20 * DAY_MS), 650), (1, utc(NOW_MS - 3 * DAY_MS), 612))
-    loaded = feature_store.materialize(rig.config, NOW_MS + 1)
-    assert loaded == feature_store.Loaded(full=False, new_rows=3)
+    loaded = feast_store.materialize(rig.config, NOW_MS + 1)
+    assert loaded == feast_store.Loaded(full=False, new_rows=3)
     assert scores(rig, 1, 4, 5) == {1: 611, 4: 640, 5: 650}
     assert stamps(rig)[611] == first < stamps(rig)[612]
-    again = feature_store.materialize(rig.config, NOW_MS + 2)
-    assert again == feature_store.Loaded(full=False, new_rows=0)
+    again = feast_store.materialize(rig.config, NOW_MS + 2)
+    assert again == feast_store.Loaded(full=False, new_rows=0)
     assert materialized_ms(rig) == NOW_MS + 2
 
 
 def test_what_redis_lost_is_loaded_again(rig):
     users = range(20)
     add_scores(rig, *((user_id, utc(NOW_MS - 1000), 600 + user_id) for user_id in users))
-    feature_store.materialize(rig.config, NOW_MS)
+    feast_store.materialize(rig.config, NOW_MS)
     rig.redis.flushdb()
     assert scores(rig, 7) == {7: None}
     assert materialized_ms(rig) is None
-    loaded = feature_store.materialize(rig.config, NOW_MS)
-    assert loaded == feature_store.Loaded(full=True, new_rows=0)
+    loaded = feast_store.materialize(rig.config, NOW_MS)
+    assert loaded == feast_store.Loaded(full=True, new_rows=0)
     assert scores(rig, *users) == {user_id: 600 + user_id for user_id in users}
 
 
@@ -99,7 +100,7 @@ def load_held_up_by(rig, lock):
         psycopg.connect(rig.config.postgres.url) as session,
     ):
         session.execute(f"LOCK TABLE credit_scores IN {lock} MODE")
-        load = threads.submit(feature_store.materialize, rig.config, NOW_MS)
+        load = threads.submit(feast_store.materialize, rig.config, NOW_MS)
         waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = %s"
         deadline = time.monotonic() + 30
         while not rig.sql(waiting, session.info.dbname):
@@ -118,7 +119,7 @@ def test_a_row_that_comes_during_the_load_stays_new(rig):
     assert stamps(rig)[610] is not None
     assert stamps(rig)[620] is None
     assert scores(rig, 2) == {2: None}
-    feature_store.materialize(rig.config, NOW_MS)
+    feast_store.materialize(rig.config, NOW_MS)
     assert scores(rig, 2) == {2: 620}
 
 
@@ -131,7 +132,7 @@ def test_a_load_during_which_redis_was_emptied_does_not_count(rig):
             load.result(timeout=30)
     assert stamps(rig) == {610: None}
     assert materialized_ms(rig) is None
-    assert feature_store.materialize(rig.config, NOW_MS).full
+    assert feast_store.materialize(rig.config, NOW_MS).full
 
 
 def test_loading_every_view_by_hand_leaves_the_streamed_rows_alone(rig):

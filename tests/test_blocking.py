@@ -8,7 +8,8 @@ import pytest
 from blockbuster import BlockingError, blockbuster_ctx
 from pipeline import live, now_ms, payment, running, until, world
 
-from cerberus import materializer, producer
+from cerberus import producer
+from cerberus.jobs import materializer
 
 pytestmark = pytest.mark.anyio
 

@@ -22,13 +22,13 @@ FAULTS = (
 # Each removes one rule of the service and nothing else.
 REMOVED = {
     "the epoch": """
-from cerberus import lives
+from cerberus.postgres import lives
 async def epoch(self, cluster, topic, partitions, *, ended=None):
     return 1
 lives.Lives.epoch = epoch
 """,
     "half of the replay": """
-from cerberus import assignment
+from cerberus.stream import assignment
 start = assignment.Resolver._start
 async def half(self, client, log):
     found = await start(self, client, log)
@@ -47,8 +47,8 @@ def shared(self, transaction):
 window.PartitionWindows.observe = shared
 """,
     "the fence": """
-from cerberus import online
-online._WRITE_ROW = "redis.call('HSET', KEYS[1], unpack(ARGV, 5)) return 1"
+from cerberus.online import user_rows
+user_rows._WRITE_ROW = "redis.call('HSET', KEYS[1], unpack(ARGV, 5)) return 1"
 """,
     "the time in an identity": """
 from cerberus import transactions, window
@@ -65,8 +65,8 @@ window.UserWindow.insert = alone
 # Whoever finds the file "sleep" next, with rows in hand, stops before they are sent.
 SLEEPS = """
 import os, pathlib, signal, time
-from cerberus import online
-write, sleep = online.OnlineStore.write, pathlib.Path(__file__).with_name("sleep")
+from cerberus.online import user_rows
+write, sleep = user_rows.OnlineStore.write, pathlib.Path(__file__).with_name("sleep")
 async def sleeper(self, rows, trail=None):
     if rows and sleep.exists():
         if len(rows) < 20:
@@ -75,7 +75,7 @@ async def sleeper(self, rows, trail=None):
             sleep.unlink()
             os.kill(os.getpid(), signal.SIGSTOP)
     return await write(self, rows, trail)
-online.OnlineStore.write = sleeper
+user_rows.OnlineStore.write = sleeper
 """
 
 

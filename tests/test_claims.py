@@ -22,18 +22,11 @@ from records import decided
 from served import NOW_MS, Served
 from service import free_port, service
 
-from cerberus import (
-    claims,
-    decisions,
-    errors,
-    ledger,
-    pools,
-    settings,
-    stack,
-    stores,
-    transactions,
-    window,
-)
+from cerberus import claims, errors, settings, stack, transactions, window
+from cerberus.decisions import records
+from cerberus.online import pool as redis_pool
+from cerberus.postgres import ledger, stores
+from cerberus.postgres import pool as postgres_pool
 
 pytestmark = pytest.mark.anyio
 
@@ -62,11 +55,11 @@ class Side:
 
 
 @contextlib.asynccontextmanager
-async def side(environ, *, version=decisions.VERSION, **changes):
+async def side(environ, *, version=records.VERSION, **changes):
     config = changed(settings.load(environ), **changes)
-    client = pools.connect_redis(config, claims.recognise(config))
+    client = redis_pool.connect(config, claims.recognise(config))
     try:
-        async with pools.connect_postgres(config) as pool:
+        async with postgres_pool.connect(config) as pool:
             kept = ledger.Ledger(pool)
             yield Side(config, client, kept, claims.Claims(config, client, kept, lambda: version))
     finally:
@@ -173,7 +166,7 @@ async def test_a_claim_of_a_later_version_is_neither_replaced_nor_overlooked(one
     assert await one.settle(second) == [first]
 
 
-@pytest.mark.parametrize("door", [decisions.HTTP, decisions.STREAM])
+@pytest.mark.parametrize("door", [records.HTTP, records.STREAM])
 async def test_what_was_decided_before_a_flush_is_found_in_postgres(one, other, door):
     await one.vouching()
     first = [decided(n, now_ms() - 1_000, "1", door=door) for n in range(20)]
@@ -277,7 +270,7 @@ WAIT_MS = 20_000
 
 
 @pytest.mark.parametrize("ahead_ms", [-5_000, 0, 50_000])
-@pytest.mark.parametrize("door", [decisions.HTTP, decisions.STREAM])
+@pytest.mark.parametrize("door", [records.HTTP, records.STREAM])
 async def test_while_anyone_may_take_a_transaction_for_young_its_claim_is_there(
     environ, one, ahead_ms, door
 ):
@@ -293,7 +286,7 @@ async def test_while_anyone_may_take_a_transaction_for_young_its_claim_is_there(
 
 async def test_a_claim_of_the_stream_lasts_while_its_write_is_tried_again(one):
     await one.vouching()
-    paid = decided("a", now_ms() - 3_600_000, "1", door=decisions.STREAM)
+    paid = decided("a", now_ms() - 3_600_000, "1", door=records.STREAM)
     for _ in range(3):
         standing = await one.claimed.settle([paid], now_ms(), {paid.decision_id})
         assert standing == [paid]
@@ -301,7 +294,7 @@ async def test_a_claim_of_the_stream_lasts_while_its_write_is_tried_again(one):
         left_ms = await one.redis.pttl(key)
         assert WAIT_MS < left_ms < one.config.decisions.claim_ms / 10
         await one.redis.pexpire(key, 500)  # as when a while has passed
-    later = dataclasses.replace(paid, door=decisions.HTTP, trace_id="2" * 32)
+    later = dataclasses.replace(paid, door=records.HTTP, trace_id="2" * 32)
     assert await one.claimed.settle([later], now_ms(), {paid.decision_id}) == [paid]
 
 
@@ -354,7 +347,7 @@ def answer(predictor, document):
     return predictor.predict(predictor.parse(document))
 
 
-@pytest.mark.parametrize("first", [decisions.HTTP, decisions.STREAM])
+@pytest.mark.parametrize("first", [records.HTTP, records.STREAM])
 async def test_a_transaction_at_both_doors_has_the_decision_of_the_first(environ, first):
     async with world(environ | {"CERBERUS_PARTITIONS": "2"}) as here:
         kept, users, at = [], range(1000, 1010), now_ms() - 1_000
@@ -371,7 +364,7 @@ async def test_a_transaction_at_both_doors_has_the_decision_of_the_first(environ
 
         async with running(one := here.consumer()):
             await until(lambda: live(one, partitions=2), "all is caught up")
-            early = await ask() if first == decisions.HTTP else []
+            early = await ask() if first == records.HTTP else []
             await here.publish([(u, payment(1, u, at + u), at + u) for u in users])
             standing = await until(stored, "the stream has decided")
             answers = early + await ask()
@@ -495,14 +488,14 @@ async def test_clients_of_two_processes_and_the_stream_at_once_get_one_decision_
             else:
                 assert {k: body[k] for k in TOLD} == {k: public[k] for k in TOLD}
                 first += not body["replayed"]
-        assert first == (record.door == decisions.HTTP)
+        assert first == (record.door == records.HTTP)
     assert min(doors.values()) > 10  # both doors came first at times
 
 
 async def test_a_decision_that_the_topic_has_shown_is_the_one_that_postgres_gets(
     environ, servers, monkeypatch
 ):
-    monkeypatch.setattr(pools, "QUERY_S", 1)
+    monkeypatch.setattr(postgres_pool, "QUERY_S", 1)
     monkeypatch.setattr(claims, "_MARGIN_MS", 300)  # an outage is longer than any claim
     async with world(environ | {"CERBERUS_PARTITIONS": "1"}) as here:
         at = now_ms() - 1_000

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from records import paid, texts
 
-from cerberus import datafiles, errors, importing, layouts, transactions
+from cerberus import errors, transactions
+from cerberus.files import datafiles, importing, layouts
 
 LAYOUT = layouts.Layout(columns={"merchant_id": "shop"}, timestamp_format="epoch_ms")
 FORMATS = ("csv", "jsonl", "parquet")

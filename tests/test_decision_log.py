@@ -15,7 +15,11 @@ from records import decided
 from served import Served
 from service import service
 
-from cerberus import claims, decision_log, decisions, pools, settings, stores
+from cerberus import claims, settings
+from cerberus.decisions import records as decision_records
+from cerberus.postgres import pool as postgres_pool
+from cerberus.postgres import stores
+from cerberus.serving import outbox
 
 pytestmark = pytest.mark.anyio
 QUIET = {"CERBERUS_RATE": "0", "CERBERUS_PARTITIONS": "1", "CERBERUS_SESSION_TIMEOUT_S": "6"}
@@ -144,7 +148,7 @@ async def test_while_postgres_is_away_decisions_wait_and_kafka_has_them(here, se
 
 async def test_while_postgres_is_away_the_claims_of_what_waits_do_not_run_out(here, servers):
     first, second = some(2)
-    records = [first, dataclasses.replace(second, door=decisions.STREAM)]
+    records = [first, dataclasses.replace(second, door=decision_records.STREAM)]
     names = [claims.key(here.config, record.decision_id) for record in records]
     await asyncio.to_thread(servers.postgres.stop)
     try:
@@ -158,7 +162,7 @@ async def test_while_postgres_is_away_the_claims_of_what_waits_do_not_run_out(he
 
                 await until(alive, "the claims have all their life")
                 for name, record in zip(names, records, strict=True):
-                    assert decisions.unpack(await here.redis.get(name)) == record
+                    assert decision_records.unpack(await here.redis.get(name)) == record
                     await here.redis.pexpire(name, 2_000)
     finally:
         await asyncio.to_thread(servers.postgres.start)
@@ -187,12 +191,12 @@ async def test_while_kafka_is_away_decisions_wait_and_postgres_has_them(here, se
 async def test_what_cannot_be_stored_at_the_end_is_told_within_bounds(environ, caplog):
     away = {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x"}
     async with world(environ | QUIET) as here, asyncio.timeout(20):
-        async with pools.connect_postgres(settings.load(environ | away)) as pool:
+        async with postgres_pool.connect(settings.load(environ | away)) as pool:
             postgres = stores.on(pool, here.config.windows.spans)
             claimed = claims.Claims(
                 here.config, here.redis, postgres.ledger, lambda: here.online.spoken
             )
-            log = decision_log.DecisionLog(here.config, here.model, postgres, claimed)
+            log = outbox.DecisionLog(here.config, here.model, postgres, claimed)
             for record in some(3):
                 log.put(record)
             await log.close()

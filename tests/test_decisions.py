@@ -10,9 +10,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from records import SPANS, bits, paid, records, rows
 
-from cerberus import decisions, pools, scoring, settings, stores
+from cerberus import settings
+from cerberus.decisions import models
+from cerberus.decisions import records as decision_records
+from cerberus.postgres import pool as postgres_pool
+from cerberus.postgres import stores
 
-MODEL = scoring.Model.load(settings.MODEL_PATH, ("10m",))
+MODEL = models.Model.load(settings.MODEL_PATH, ("10m",))
 one_window = records(decide=MODEL.decide, spans=("10m",))
 
 
@@ -22,15 +26,15 @@ def same(one, other):
 
 @given(records())
 def test_a_claim_s_bytes_read_back_as_the_same_record(record):
-    assert same(decisions.unpack(record.pack()), record)
+    assert same(decision_records.unpack(record.pack()), record)
 
 
 @given(records())
 def test_what_a_record_shows_names_it_and_holds_what_was_served(record):
     shown, row = record.public(), record.decision.row
     assert uuid.UUID(shown["decision_id"]) == record.decision_id
-    assert shown["features"] == decisions.show_features(row, record.spans)
-    spans, stats, credit_score = decisions.read_features(shown["features"])
+    assert shown["features"] == decision_records.show_features(row, record.spans)
+    spans, stats, credit_score = decision_records.read_features(shown["features"])
     assert (spans, stats, credit_score) == (record.spans, row.stats, row.credit_score)
     assert (shown["fence"] is None) == (row.fence is None)
     assert shown["degraded"] == row.degraded
@@ -41,10 +45,10 @@ def test_only_a_transaction_s_identity_names_its_decision(one, other):
     def identity(t):
         return (t.user_id, t.transaction_id, t.event_ms)
 
-    names = [decisions.of_transaction(t) for t in (one, other)]
+    names = [decision_records.of_transaction(t) for t in (one, other)]
     assert (names[0] == names[1]) == (identity(one) == identity(other))
     copied = dataclasses.replace(other, amount_minor=one.amount_minor, merchant_id="")
-    assert decisions.of_transaction(copied) == names[1]
+    assert decision_records.of_transaction(copied) == names[1]
     assert names[0].version == 8
 
 
@@ -74,7 +78,7 @@ def ledger(environ, _loop):
     """Give what calls a ledger, empty at each call."""
 
     async def opened():
-        pool = await pools.connect_postgres(settings.load(environ))
+        pool = await postgres_pool.connect(settings.load(environ))
         postgres = stores.on(pool, SPANS)
         await postgres.schema.migrate()
         return pool, postgres.ledger
@@ -126,10 +130,10 @@ def test_a_stored_decision_is_taken_again_with_the_same_bits(ledger, batch):
 @given(rows(spans=("10m",)))
 def test_a_claimed_decision_is_taken_again_with_the_same_bits(row):
     [decision] = MODEL.decide([row])
-    record = decisions.Record(
-        uuid.uuid4(), decision, None, decisions.HTTP, None, row.as_of_ms, ("10m",)
+    record = decision_records.Record(
+        uuid.uuid4(), decision, None, decision_records.HTTP, None, row.as_of_ms, ("10m",)
     )
-    [again] = MODEL.decide([decisions.unpack(record.pack()).decision.row])
+    [again] = MODEL.decide([decision_records.unpack(record.pack()).decision.row])
     assert (again, bits(again)) == (decision, bits(decision))
 
 

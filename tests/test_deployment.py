@@ -13,7 +13,8 @@ import pytest
 import yaml
 from starlette.routing import Route
 
-from cerberus import environment, routes, settings, shutdown
+from cerberus import environment, settings, shutdown
+from cerberus.api import routes
 
 ROOT = pathlib.Path(__file__).parent.parent
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
@@ -239,9 +240,10 @@ def test_what_is_ours_alone_stays_out_of_the_image(secret):
 
 def test_the_image_serves_without_root(image):
     program = (
-        "from cerberus import app, feature_store, scoring, settings;"
-        "scoring.Model.load(settings.MODEL_PATH, ('10m',));"
-        "print(app.__file__, feature_store.REPO, settings.MODEL_PATH)"
+        "from cerberus import app, settings; from cerberus.decisions import models;"
+        "from cerberus.jobs import feast;"
+        "models.Model.load(settings.MODEL_PATH, ('10m',));"
+        "print(app.__file__, feast.REPO, settings.MODEL_PATH)"
     )
     done = run([sys.executable, "-c", program], image, {"PATH": PATH})
     assert done.returncode == 0, done.stderr

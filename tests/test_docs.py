@@ -11,18 +11,11 @@ import pytest
 from starlette.routing import Route
 
 import cerberus.__main__
-from cerberus import (
-    app,
-    environment,
-    features,
-    metrics,
-    openapi,
-    partition,
-    scoring,
-    settings,
-    transactions,
-    window,
-)
+from cerberus import app, environment, partition, settings, transactions, window
+from cerberus.api import openapi
+from cerberus.decisions import models
+from cerberus.features import evaluation
+from cerberus.telemetry import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = sorted(
@@ -188,7 +181,7 @@ def test_requests_and_answers_that_are_shown_keep_the_contract():
 
 
 def test_the_decisions_in_the_readme_are_the_committed_model_s():
-    model = scoring.Model.load(settings.MODEL_PATH, ("10m",))
+    model = models.Model.load(settings.MODEL_PATH, ("10m",))
     answers = [answer for answer in ANSWERS if "prediction" in answer]
     assert len(answers) > 1
     for answer in answers:
@@ -196,7 +189,7 @@ def test_the_decisions_in_the_readme_are_the_committed_model_s():
         seen = answer["features"]
         stats = window.WindowStats(seen["txn_count_10m"], round(seen["total_amount_10m"] * 100))
         in_hand = transactions.parse_amount(asked) if "amount" in asked else None
-        row = features.FeatureRow(1005, 0, (stats,), seen["credit_score"], in_hand)
+        row = evaluation.FeatureRow(1005, 0, (stats,), seen["credit_score"], in_hand)
         [decision] = model.decide([row])
         assert decision.probability == pytest.approx(answer["probability"], rel=1e-6)
         assert decision.prediction == answer["prediction"]
@@ -206,7 +199,7 @@ def test_the_decisions_in_the_readme_are_the_committed_model_s():
 
 
 def test_the_figures_of_the_model_are_its_manifest_s():
-    path = scoring.manifest_path(settings.MODEL_PATH)
+    path = models.manifest_path(settings.MODEL_PATH)
     manifest = orjson.loads(path.read_bytes())
     assert [name for name, _ in table(MODEL, "field", "content")] == list(manifest)
     assert f"threshold is {manifest['threshold']}" in MODEL
@@ -266,20 +259,20 @@ class Timeline:
 
     def row(self, offset):
         user, spans = self.windows.user(7), self.windows.spans
-        fence = features.Fence(1, offset + 1, self.windows.frontier_ms)
+        fence = evaluation.Fence(1, offset + 1, self.windows.frontier_ms)
         assert user is not None
-        packed = features.pack(user, fence, 0, self.windows.lower_ms, spans)
-        return features.unpack(packed, spans)
+        packed = evaluation.pack(user, fence, 0, self.windows.lower_ms, spans)
+        return evaluation.unpack(packed, spans)
 
     def read(self, after, as_of, in_hand):
         now_ms = at_ms(as_of)
-        state = features.PartitionState(1, int(after) + 1, "live", caught_up_ms=now_ms)
-        row = features.as_of(
-            features.OnlineRow(7, self.rows[int(after)], None, 0, state),
+        state = evaluation.PartitionState(1, int(after) + 1, "live", caught_up_ms=now_ms)
+        row = evaluation.as_of(
+            evaluation.OnlineRow(7, self.rows[int(after)], None, 0, state),
             now_ms,
             self.paid[in_hand, as_of] if in_hand else None,
             now_ms=now_ms,
-            rules=features.Rules(self.windows.spans, 60_000),
+            rules=evaluation.Rules(self.windows.spans, 60_000),
         )
         assert row.stats is not None
         [stats] = row.stats
@@ -300,6 +293,6 @@ def test_the_worked_timeline_is_what_the_code_computes():
 
 def test_every_reason_of_doubt_is_explained():
     told = [name for name, _ in table(WINDOWING, "reason", "meaning")]
-    assert told == list(features.Doubt)
+    assert told == list(evaluation.Doubt)
     schemas = openapi.document(("10m",), "USD")["components"]["schemas"]
     assert schemas["Prediction"]["properties"]["degraded"]["items"]["enum"] == told

@@ -7,7 +7,8 @@ import pytest
 from asking import client
 from pipeline import live, now_ms, payment, running, until, world
 
-from cerberus import decisions, transactions
+from cerberus import transactions
+from cerberus.decisions import records
 
 pytestmark = pytest.mark.anyio
 AMOUNT, TIMES, MONTH_MS = 6_400.0, 10, 31 * 86_400_000
@@ -35,7 +36,7 @@ async def found_by_every_look_up(http, user, name):
     return found
 
 
-@pytest.mark.parametrize("first", [decisions.HTTP, decisions.STREAM])
+@pytest.mark.parametrize("first", [records.HTTP, records.STREAM])
 async def test_both_doors_ten_times_give_one_decision_that_is_found_and_judged(environ, first):
     async with world(environ | {"CERBERUS_PARTITIONS": "2"}) as here:
         service, at, users = Service(here), now_ms() - 1_000, (1000, 1001)
@@ -74,12 +75,12 @@ async def test_both_doors_ten_times_give_one_decision_that_is_found_and_judged(e
                 return sorted(map(tuple, rows)) == [(user, first) for user in users]
 
             answers = []
-            for door in (ask, stream, ask) if first == decisions.HTTP else (stream, ask, ask):
+            for door in (ask, stream, ask) if first == records.HTTP else (stream, ask, ask):
                 await door()
                 await until(stored, "each is stored once, from the first door")
             for user in users:
                 given = [a for a in answers if a["user_id"] == user]
-                assert sum(not a["replayed"] for a in given) == (first == decisions.HTTP)
+                assert sum(not a["replayed"] for a in given) == (first == records.HTTP)
                 assert len({str(a | {"replayed": 0, "latency_stats": 0}) for a in given}) == 1
                 names = {a["decision_id"] for a in given}
                 assert await found_by_every_look_up(http, user, f"order-{user}") == names

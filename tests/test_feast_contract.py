@@ -10,7 +10,8 @@ from feast_rig import CREDIT_TTL_MS, NOW_MS, SPANS, frame, stream_rows, utc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerberus import declared, feast_layout, features
+from cerberus.features import declared, evaluation
+from cerberus.online import layout
 
 int64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -31,19 +32,19 @@ def test_scalars_are_written_and_read_as_feast_does(whole, real, raw):
     from feast.protos.feast.types.Value_pb2 import Value
 
     for theirs, ours in (
-        (Value(int64_val=whole), feast_layout.encode_int64(whole)),
-        (Value(double_val=real), feast_layout.encode_double(real)),
-        (Value(bytes_val=raw), feast_layout.encode_bytes(raw)),
+        (Value(int64_val=whole), layout.encode_int64(whole)),
+        (Value(double_val=real), layout.encode_double(real)),
+        (Value(bytes_val=raw), layout.encode_bytes(raw)),
     ):
         assert theirs.SerializeToString() == ours
         kind = theirs.WhichOneof("val")
         assert kind is not None
-        value, wanted = feast_layout.decode(ours), getattr(theirs, kind)
+        value, wanted = layout.decode(ours), getattr(theirs, kind)
         assert type(value) is type(wanted)
         if isinstance(value, float):
             value, wanted = struct.pack("<d", value), struct.pack("<d", wanted)
         assert value == wanted
-    assert Value().SerializeToString() == feast_layout.encode_int64(None)
+    assert Value().SerializeToString() == layout.encode_int64(None)
 
 
 @given(st.integers(-(10**15), 10**16))
@@ -52,8 +53,8 @@ def test_timestamps_are_written_and_read_as_feast_does(us):
 
     stamp = Timestamp()
     stamp.FromMicroseconds(us)
-    assert stamp.SerializeToString() == feast_layout.encode_timestamp(us)
-    assert feast_layout.decode_timestamp(stamp.SerializeToString()) == us
+    assert stamp.SerializeToString() == layout.encode_timestamp(us)
+    assert layout.decode_timestamp(stamp.SerializeToString()) == us
 
 
 @given(int64, st.from_regex(r"[a-zA-Z][a-zA-Z0-9_]{0,20}", fullmatch=True))
@@ -63,14 +64,14 @@ def test_keys_are_written_as_feast_does(user_id, project):
     from feast.protos.feast.types.Value_pb2 import Value
 
     key = EntityKey(join_keys=["user_id"], entity_values=[Value(int64_val=user_id)])
-    assert feast_layout.entity_key(user_id, project) == _redis_key(project, key)
+    assert layout.entity_key(user_id, project) == _redis_key(project, key)
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_fields_are_hashed_as_feast_does(view, feature):
     from feast.infra.online_stores.helpers import _mmh3
 
-    assert feast_layout.field(view, feature) == _mmh3(f"{view}:{feature}")
+    assert layout.field(view, feature) == _mmh3(f"{view}:{feature}")
 
 
 def stream_frames(rows):
@@ -111,16 +112,16 @@ def test_we_read_what_feast_is_pushed(rig):
     frames = stream_frames(rows)
     rig.store.push("user_window_stream", frames[declared.WINDOW_VIEW])
     rig.store.push("user_transaction_stats_stream", frames[declared.STATS_VIEW])
-    count = feast_layout.field(declared.STATS_VIEW, "transaction_count_10m")
+    count = layout.field(declared.STATS_VIEW, "transaction_count_10m")
     for row in rows:
-        recent, wanted = rig.read(row.user_id).recent, features.unpack(row.recent, SPANS)
+        recent, wanted = rig.read(row.user_id).recent, evaluation.unpack(row.recent, SPANS)
         assert recent.fence == row.fence
         assert (recent.partition, recent.complete) == (row.partition, wanted.complete)
         assert (recent.lower_ms, recent.tile_ms) == (wanted.lower_ms, wanted.tile_ms)
         assert recent.events.tobytes() == wanted.events.tobytes()
         assert recent.tiles.tobytes() == wanted.tiles.tobytes()
-        key = feast_layout.entity_key(row.user_id, feast_layout.PROJECT)
-        assert feast_layout.decode(rig.redis.hget(key, count)) == row.stats[0].count
+        key = layout.entity_key(row.user_id, layout.PROJECT)
+        assert layout.decode(rig.redis.hget(key, count)) == row.stats[0].count
 
 
 def test_our_hashes_equal_feasts_to_the_byte(rig):

@@ -7,7 +7,11 @@ import sys
 import feast_rig
 import pytest
 
-from cerberus import declared, errors, feast_layout, feature_store, pools, settings, window
+from cerberus import errors, settings, window
+from cerberus.features import declared
+from cerberus.jobs import feast as feast_store
+from cerberus.online import layout
+from cerberus.online import pool as redis_pool
 
 LOOPBACK = {
     "KAFKA_BROKER": "127.0.0.1:9092",
@@ -24,10 +28,10 @@ COMMITTED = settings.load(LOOPBACK).model.plan_path
 
 def test_the_module_alone_imports_neither_feast_nor_its_drivers():
     program = (
-        "import sys, cerberus.feature_store;"
+        "import sys, cerberus.jobs.feast;"
         "print([m for m in ('feast', 'pandas', 'sqlalchemy', 'psycopg') if m in sys.modules])"
     )
-    root = feature_store.REPO.parent
+    root = feast_store.REPO.parent
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60
     )
@@ -37,7 +41,7 @@ def test_the_module_alone_imports_neither_feast_nor_its_drivers():
 def test_the_committed_plan_is_what_the_definitions_compile_to(tmp_path):
     plan = feast_rig.compiled(feast_rig.load(feast_rig.repo(LOOPBACK, tmp_path)))
     assert COMMITTED.read_bytes() == plan.pack()
-    assert feast_layout.Plan.load(COMMITTED) == plan
+    assert layout.Plan.load(COMMITTED) == plan
 
 
 @pytest.mark.parametrize("spans", ["10m", "5s,1h,24h"])
@@ -48,8 +52,8 @@ def test_the_definitions_follow_the_window_definition(tmp_path, spans):
     kept = window.Spans(tuple(spans.split(",")), 7_000, 60_000)
     streamed = declared.names(declared.streamed(kept.names))
     types = {name: "Int64" if "count" in name else "Float64" for name in streamed}
-    assert plan == feast_layout.Plan(
-        project=feast_layout.PROJECT,
+    assert plan == layout.Plan(
+        project=layout.PROJECT,
         ttl_ms={
             declared.STATS_VIEW: kept.keep_ms,
             declared.WINDOW_VIEW: kept.keep_ms,
@@ -68,7 +72,7 @@ def test_the_definitions_follow_the_window_definition(tmp_path, spans):
 def colliding_names(view):
     seen = {}
     for number in range(2**20):
-        other = seen.setdefault(feast_layout.field(view, f"f{number}"), number)
+        other = seen.setdefault(layout.field(view, f"f{number}"), number)
         if other != number:
             return f"f{other}", f"f{number}"
     raise AssertionError("no two names collide")
@@ -93,17 +97,17 @@ def test_what_the_fast_path_cannot_serve_is_refused(tmp_path):
             source=credit.batch_source,
         )
         with pytest.raises(errors.ModelMismatch) as refused:
-            feature_store.plan([*streamed, view], [])
+            feast_store.plan([*streamed, view], [])
         return str(refused.value)
 
     def service_refusal(projection):
         service = feast.FeatureService(name="s", features=[projection])
         with pytest.raises(errors.ModelMismatch) as refused:
-            feature_store.plan([*streamed, credit], [service])
+            feast_store.plan([*streamed, credit], [service])
         return str(refused.value)
 
     with pytest.raises(errors.ModelMismatch, match="user_credit is not in the registry"):
-        feature_store.plan(streamed, [])
+        feast_store.plan(streamed, [])
     assert "score is String" in refusal([module.user], user_id=Int64, score=String)
     assert "score is Array(Int64)" in refusal([module.user], user_id=Int64, score=Array(Int64))
     assert "key must be" in refusal([text_user], user_id=String, score=Int64)
@@ -133,10 +137,10 @@ def test_the_settings_render_to_what_feast_connects_with(tmp_path, environ):
     loaded = load_repo_config(directory, path)
     config = settings.load(environ)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert loaded.project == feast_layout.PROJECT
+    assert loaded.project == layout.PROJECT
     assert loaded.entity_key_serialization_version == 3
 
-    ours = pools.connect_redis(config).connection_pool.connection_kwargs
+    ours = redis_pool.connect(config).connection_pool.connection_kwargs
     nodes, options = RedisOnlineStore._parse_connection_string(
         loaded.online_store.connection_string
     )
@@ -160,7 +164,7 @@ def test_tls_and_sockets_reach_feast():
         "REDIS_TLS_VERIFY": "0",
         "DATABASE_URL": "postgres://me:pw@/db?host=/run/pg&sslmode=verify-full&sslrootcert=/ca",
     }
-    rendered = feature_store.repo_config(settings.load(environ))
+    rendered = feast_store.repo_config(settings.load(environ))
     address, *pairs = rendered["online_store"]["connection_string"].split(",")
     options = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in pairs)}
     assert address == "cache:6380"
@@ -191,7 +195,7 @@ def test_tls_and_sockets_reach_feast():
 def test_an_address_that_feast_cannot_be_told_is_named(variable, value):
     config = settings.load(LOOPBACK | {variable: value})
     with pytest.raises(errors.ConfigError, match=variable) as refused:
-        feature_store.repo_config(config)
+        feast_store.repo_config(config)
     assert "50%" not in str(refused.value)
 
 
@@ -200,12 +204,12 @@ def test_feast_apply_works_by_hand_and_again_after_the_windows_changed(environ, 
     command: list[str | pathlib.Path] = [pathlib.Path(sys.executable).with_name("feast"), "apply"]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    plan = feature_store.compile_plan(settings.load(environ))
-    assert plan == feast_layout.Plan.load(COMMITTED)
+    plan = feast_store.compile_plan(settings.load(environ))
+    assert plan == layout.Plan.load(COMMITTED)
 
     config = settings.load(environ | {"CERBERUS_SPANS": "10m,1h"})
-    assert "user_window" in feature_store.apply(config, directory)
-    plan = feature_store.compile_plan(config)
+    assert "user_window" in feast_store.apply(config, directory)
+    plan = feast_store.compile_plan(config)
     assert "total_amount_1h" in plan.schema[declared.STATS_VIEW]
     assert plan.ttl_ms[declared.WINDOW_VIEW] == 3_600_000 + feast_rig.SPANS.slack_ms
 
@@ -214,11 +218,11 @@ def test_a_store_that_does_not_answer_is_said_in_one_line(tmp_path):
     environ = LOOPBACK | {"DATABASE_URL": "postgresql://me@127.0.0.1:1/none"}
     directory, config = feast_rig.repo(environ, tmp_path), settings.load(environ)
     for call in (
-        lambda: feature_store.apply(config, directory),
-        lambda: feature_store.compile_plan(config),
-        lambda: feature_store.materialize(config, feast_rig.NOW_MS),
+        lambda: feast_store.apply(config, directory),
+        lambda: feast_store.compile_plan(config),
+        lambda: feast_store.materialize(config, feast_rig.NOW_MS),
     ):
         with pytest.raises(errors.StoreUnavailable, match=r"^[^\n]*refused[^\n]*$"):
             call()
     with pytest.raises(errors.StoreUnavailable, match=r"did not end in 0\.05 s"):
-        feature_store.apply(config, directory, deadline_s=0.05)
+        feast_store.apply(config, directory, deadline_s=0.05)

@@ -9,18 +9,13 @@ import pytest
 from pipeline import live, now_ms, payment, running, until, world
 from service import ROOT
 
-from cerberus import (
-    clock,
-    command_forget,
-    decisions,
-    feast_layout,
-    imports,
-    kafka,
-    labels,
-    pools,
-    settings,
-    transactions,
-)
+from cerberus import clock, kafka, labels, settings, transactions
+from cerberus.commands import forget
+from cerberus.decisions import records
+from cerberus.online import layout
+from cerberus.online import pool as redis_pool
+from cerberus.postgres import imports
+from cerberus.postgres import pool as postgres_pool
 
 pytestmark = pytest.mark.anyio
 GONE, STAYS = 1005, 1006
@@ -91,7 +86,7 @@ async def fill(environ):
         [record] = await here.postgres.ledger.of_user(GONE, 1)
         asked = dataclasses.replace(record.transaction, transaction_id="by-http")
         claimed = dataclasses.replace(
-            record, decision_id=decisions.of_transaction(asked), transaction=asked
+            record, decision_id=records.of_transaction(asked), transaction=asked
         )
         await here.postgres.ledger.write([claimed])
         judge = here.claims(here.config)
@@ -100,13 +95,13 @@ async def fill(environ):
 
 
 def key(user_id):
-    return feast_layout.entity_key(user_id, feast_layout.PROJECT)
+    return layout.entity_key(user_id, layout.PROJECT)
 
 
 async def traces(environ):
     """Return all rows of Postgres, and all of Redis but for what is no user's."""
     config = settings.load(environ)
-    async with pools.connect_postgres(config) as pool, pools.connect_redis(config) as redis:
+    async with postgres_pool.connect(config) as pool, redis_pool.connect(config) as redis:
         rows = {
             table: sorted(map(repr, await pool.fetch(f"SELECT * FROM {table}"))) for table in TABLES
         }
@@ -117,7 +112,7 @@ async def traces(environ):
             if name in map(key, (GONE, STAYS))
         }
         told = {
-            name: decisions.unpack(await redis.get(name)).decision.row.user_id
+            name: records.unpack(await redis.get(name)).decision.row.user_id
             for name in names
             if name.startswith(b"cerberus:claim:") and len(name.rpartition(b":")[2]) == 32
         }
@@ -172,12 +167,12 @@ async def test_nothing_goes_before_it_is_agreed_to(quiet):
 async def test_what_the_log_still_holds_is_said_topic_by_topic(quiet):
     config = settings.load(quiet)
     at_ms = clock.now_ms()
-    assert await command_forget.held_by_the_log(config, at_ms) == [
+    assert await forget.held_by_the_log(config, at_ms) == [
         f"topic {config.kafka.topic(name)}: the broker does not show how long it keeps records"
-        for name in command_forget.TOPICS
+        for name in forget.TOPICS
     ]
     await kafka.create_topics(config)
-    told = await command_forget.held_by_the_log(config, at_ms)
+    told = await forget.held_by_the_log(config, at_ms)
     assert len(told) == 5
     for sentence in told:
         assert "retention.ms" in sentence
@@ -195,4 +190,4 @@ async def test_what_the_log_still_holds_is_said_topic_by_topic(quiet):
     ],
 )
 def test_how_long_a_topic_holds_records(found, said):
-    assert said in command_forget.held(found, 0)
+    assert said in forget.held(found, 0)

@@ -12,20 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import records
 
-from cerberus import (
-    decisions,
-    feast_layout,
-    features,
-    partition,
-    scoring,
-    settings,
-    starts,
-    window,
-)
+from cerberus import partition, settings, window
+from cerberus.decisions import models
+from cerberus.decisions import records as decision_records
+from cerberus.features import evaluation
+from cerberus.online import layout
+from cerberus.stream import starts
 
 FORMATS = pathlib.Path(__file__).parent / "formats"
 CLUSTER = "kXk9VQ0"
-PAID = decisions.unpack((FORMATS / "claim-0.json").read_bytes())
+PAID = decision_records.unpack((FORMATS / "claim-0.json").read_bytes())
 COMMITS = st.builds(
     starts.Commit,
     offset=st.just(143),
@@ -58,7 +54,7 @@ def test_a_claim_of_version_0_is_read():
 
 
 def test_a_claim_without_a_transaction_is_read():
-    alone = decisions.unpack((FORMATS / "claim-0-user-alone.json").read_bytes())
+    alone = decision_records.unpack((FORMATS / "claim-0-user-alone.json").read_bytes())
     assert alone.decision_id == uuid.UUID("fe981caf-4a09-4ae8-86b2-1d3accf026b9")
     assert (alone.transaction, alone.partition, alone.trace_id) == (None, None, "")
     row = alone.decision.row
@@ -69,19 +65,19 @@ def test_a_claim_without_a_transaction_is_read():
 def test_version_0_of_a_claim_is_written_as_it_was():
     for name in ("claim-0.json", "claim-0-user-alone.json"):
         written = (FORMATS / name).read_bytes()
-        assert decisions.unpack(written).pack(version=0) == written
+        assert decision_records.unpack(written).pack(version=0) == written
 
 
 @given(records(), st.sampled_from([0, 1]))
 def test_a_claim_is_read_back_in_every_version(record, version):
-    assert decisions.unpack(record.pack(version)) == record
+    assert decision_records.unpack(record.pack(version)) == record
 
 
 @given(records())
 def test_a_claim_says_its_version_and_what_is_not_known_in_it_is_ignored(record):
     told = json.loads(record.pack())
     assert told["version"] == 1
-    assert decisions.unpack(json.dumps({"kind": "refund", **told}).encode()) == record
+    assert decision_records.unpack(json.dumps({"kind": "refund", **told}).encode()) == record
 
 
 @pytest.mark.parametrize(
@@ -100,7 +96,7 @@ def test_a_claim_says_its_version_and_what_is_not_known_in_it_is_ignored(record)
 )
 def test_bytes_that_are_no_claim_of_a_known_version_are_refused(damage):
     with pytest.raises(ValueError, match=r"^decision: "):
-        decisions.unpack(damage)
+        decision_records.unpack(damage)
 
 
 def test_the_metadata_of_a_commit_of_version_0_are_read():
@@ -147,8 +143,8 @@ def test_of_a_commit_s_fields_the_unknown_are_ignored_and_a_missing_one_leaves_t
 
 
 def test_a_partition_state_without_a_version_is_read_as_version_0():
-    state = features.PartitionState.unpack((FORMATS / "partition-state-0.json").read_bytes())
-    assert state == features.PartitionState(
+    state = evaluation.PartitionState.unpack((FORMATS / "partition-state-0.json").read_bytes())
+    assert state == evaluation.PartitionState(
         epoch=1795581211,
         offset=143,
         state="live",
@@ -163,15 +159,15 @@ def test_a_partition_state_without_a_version_is_read_as_version_0():
 
 
 def test_a_partition_state_of_a_later_release_is_read():
-    told = json.loads(features.PartitionState(1, 2, "live", 3, version=9).pack())
-    state = features.PartitionState.unpack(json.dumps({"outcomes": 1, **told}).encode())
-    assert state == features.PartitionState(1, 2, "live", 3, version=9)
+    told = json.loads(evaluation.PartitionState(1, 2, "live", 3, version=9).pack())
+    state = evaluation.PartitionState.unpack(json.dumps({"outcomes": 1, **told}).encode())
+    assert state == evaluation.PartitionState(1, 2, "live", 3, version=9)
 
 
 def test_a_packed_window_of_version_1_is_read():
     spans = window.Spans(("10m", "1h"))
     packed = bytes.fromhex((FORMATS / "recent-1.hex").read_text())
-    recent = features.unpack(packed, spans)
+    recent = evaluation.unpack(packed, spans)
     assert recent.fence == (1795581211, 143, 1795581299000)
     assert (recent.partition, recent.complete) == (2, True)
     assert recent.lower_ms == 1795581299000 - spans.keep_ms
@@ -183,13 +179,13 @@ def test_a_packed_window_of_version_1_is_read():
 
 def test_a_plan_and_a_manifest_of_a_later_release_are_read(tmp_path):
     plan_path = settings.MODEL_PATH.with_name("feature_plan.json")
-    plan = feast_layout.Plan.load(plan_path)
+    plan = layout.Plan.load(plan_path)
     later = tmp_path / "feature_plan.json"
     later.write_text(json.dumps({"views": 1, **json.loads(plan_path.read_text())}))
-    assert feast_layout.Plan.load(later) == plan
-    manifest = json.loads(scoring.manifest_path(settings.MODEL_PATH).read_text())
+    assert layout.Plan.load(later) == plan
+    manifest = json.loads(models.manifest_path(settings.MODEL_PATH).read_text())
     more = json.dumps({"role": "champion", **manifest}).encode()
-    assert scoring.read_manifest(more) == scoring.read_manifest(json.dumps(manifest).encode())
+    assert models.read_manifest(more) == models.read_manifest(json.dumps(manifest).encode())
     del manifest["threshold"]
     with pytest.raises(TypeError, match="threshold"):
-        scoring.read_manifest(json.dumps(manifest).encode())
+        models.read_manifest(json.dumps(manifest).encode())

@@ -7,7 +7,8 @@ import pytest
 from asking import client, validate
 from served import NOW_MS, Served, redis_only, transaction
 
-from cerberus import openapi, supervision
+from cerberus import supervision
+from cerberus.api import openapi
 
 pytestmark = pytest.mark.anyio
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from served import NOW_MS, Served, redis_only, transaction
 from starlette.routing import Route
 
-from cerberus import errors, metrics, openapi, routes, transactions
+from cerberus import errors, transactions
+from cerberus.api import openapi, routes
+from cerberus.telemetry import metrics
 
 pytestmark = pytest.mark.anyio
 OF_API = ("/predict", "/decisions?user_id=1", "/decisions/1", "/users/1", "/openapi.json", "/docs")

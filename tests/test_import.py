@@ -18,21 +18,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from cerberus import (
-    command_import,
-    errors,
-    facts,
-    feature_store,
-    features,
-    importing,
-    layouts,
-    online,
-    pools,
-    settings,
-    stores,
-    transactions,
-    window,
-)
+from cerberus import errors, settings, transactions, window
+from cerberus.commands import load as load_command
+from cerberus.features import evaluation
+from cerberus.files import importing, layouts
+from cerberus.jobs import feast as feast_store
+from cerberus.online import pool as redis_pool
+from cerberus.online import user_rows
+from cerberus.postgres import facts, stores
+from cerberus.postgres import pool as postgres_pool
 
 pytestmark = pytest.mark.anyio
 ROOT = pathlib.Path(__file__).parent.parent
@@ -88,7 +82,7 @@ def config(environ):
 
 @pytest.fixture
 async def pool(config):
-    async with pools.connect_postgres(config) as pool:
+    async with postgres_pool.connect(config) as pool:
         await stores.on(pool, config.windows.spans).schema.migrate()
         yield pool
 
@@ -101,7 +95,7 @@ def plan(path, kind="transactions", again=False, rejects=None, label_values=(), 
 
 async def load(config, *arguments, **how):
     asked = plan(*arguments, **how)
-    [progress] = (await command_import.load(config, asked)).values()
+    [progress] = (await load_command.load(config, asked)).values()
     return progress
 
 
@@ -209,7 +203,7 @@ async def test_what_the_log_says_stands(config, pool, tmp_path):
     postgres = stores.on(pool, config.windows.spans)
     known = transactions.Transaction("t1", 1, 100, "USD", "m", BEGIN_MS)
     stats = (window.WindowStats(7, 700),) * len(SPANS)
-    fence = features.Fence(9, 5, BEGIN_MS)
+    fence = evaluation.Fence(9, 5, BEGIN_MS)
 
     async def write_by_the_log(offset=4):
         fact = facts.TransactionFact(known, 9, 0, offset)
@@ -358,8 +352,8 @@ async def test_months_of_the_past_get_partitions(config, pool, tmp_path):
 
 
 async def test_scores_hold_from_their_own_time_and_are_loaded_anew(config, pool, tmp_path):
-    async with pools.connect_redis(config) as redis:
-        await redis.set(online.MATERIALIZED, 1)
+    async with redis_pool.connect(config) as redis:
+        await redis.set(user_rows.MATERIALIZED, 1)
         rows = [
             {"user_id": 1, "credit_score": 700, "timestamp": moment(BEGIN_MS)},
             {"user_id": 1, "credit_score": 710, "timestamp": moment(BEGIN_MS + 1)},
@@ -372,7 +366,7 @@ async def test_scores_hold_from_their_own_time_and_are_loaded_anew(config, pool,
         assert [(row["event_timestamp"], row["credit_score"]) for row in found] == [
             (row["created_timestamp"], score) for row, score in zip(found, (700, 710), strict=True)
         ]
-        assert await redis.get(online.MATERIALIZED) is None
+        assert await redis.get(user_rows.MATERIALIZED) is None
 
 
 async def test_what_is_not_kept_is_not_imported(environ, pool, tmp_path):
@@ -398,7 +392,7 @@ def test_feast_joins_imported_history_point_in_time(environ, tmp_path):
     }
     asked = importing.Plan(files, dict.fromkeys(files, layouts.Layout()))
     with feast_rig.opened(environ, tmp_path) as rig:
-        asyncio.run(command_import.load(rig.config, asked))
+        asyncio.run(load_command.load(rig.config, asked))
         wanted = told(rows)
         table = feast_rig.frame(
             [
@@ -417,7 +411,7 @@ def test_feast_joins_imported_history_point_in_time(environ, tmp_path):
             later = at_us >= (BEGIN_MS + 450_000) * 1000
             assert row.credit_score == 600 + user * 10 + later
         # They are served, too, though they were known for long.
-        loaded = feature_store.materialize(rig.config, last_ms)
+        loaded = feast_store.materialize(rig.config, last_ms)
         assert loaded.full
         assert rig.feast_reads([3])["credit_score"] == [631]
 

@@ -11,15 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import live, now_ms, payment, running, trained, until, world
 
-from cerberus import (
-    facts,
-    features,
-    imports,
-    liveness,
-    partition,
-    transactions,
-    window,
-)
+from cerberus import partition, transactions, window
+from cerberus.features import evaluation
+from cerberus.postgres import facts, imports
+from cerberus.stream import liveness
 
 SPANS = ("1m", "20m")
 SHORT, LONG = window.Spans(SPANS).spans_ms
@@ -80,7 +75,7 @@ def test_a_row_holds_nothing_that_was_imported_of_a_time_far_ahead():
     taken(part, paid(1_000, 1, 5_000, 3))
     [(_, packed, stats)] = part.rows([1])
     assert stats == (window.WindowStats(1, 3),)
-    recent = features.unpack(packed, spans)
+    recent = evaluation.unpack(packed, spans)
     assert (len(recent.events), len(recent.tiles)) == (1, 0)
 
 

@@ -17,7 +17,8 @@ from served import Served
 from service import service
 from truth import GOOD, POSITIVE, kept, key, label
 
-from cerberus import kafka, label_consumer, labels, producer, settings, transactions
+from cerberus import kafka, labels, producer, settings, transactions
+from cerberus.stream import label_topic
 
 pytestmark = pytest.mark.anyio
 
@@ -34,7 +35,7 @@ async def publish(here, values):
 
 
 def consumer(here):
-    return label_consumer.LabelConsumer(here.config, here.postgres)
+    return label_topic.LabelConsumer(here.config, here.postgres)
 
 
 async def commits(here):

@@ -32,15 +32,9 @@ from truth import (
     truth,
 )
 
-from cerberus import (
-    errors,
-    labels,
-    openapi,
-    routes,
-    stores,
-    synthetic,
-    transactions,
-)
+from cerberus import errors, labels, synthetic, transactions
+from cerberus.api import openapi, routes
+from cerberus.postgres import stores
 
 pytestmark = pytest.mark.anyio
 ROOT = pathlib.Path(__file__).parent.parent
@@ -337,7 +331,7 @@ async def test_the_views_follow_the_settings_of_the_last_migration(database):
 
 
 async def test_decisions_that_were_there_before_labels_can_be_judged(database):
-    ours = ROOT / "cerberus" / "migrations"
+    ours = ROOT / "cerberus" / "postgres" / "migrations"
     async with asyncpg.create_pool(database, min_size=0, max_size=2) as pool:
         await pool.execute(
             "CREATE TABLE schema_migrations (name text PRIMARY KEY, "

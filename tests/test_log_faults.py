@@ -26,7 +26,9 @@ from faults import (
 from pipeline import live, now_ms, payment, running, until, world
 from service import service
 
-from cerberus import features, kafka, settings, starts, transactions, window
+from cerberus import kafka, settings, transactions, window
+from cerberus.features import evaluation
+from cerberus.stream import starts
 from chaos import cluster
 
 pytestmark = pytest.mark.anyio
@@ -66,8 +68,8 @@ async def test_a_partition_that_is_added_is_read_at_once_and_leaves_no_short_win
         later = now_ms() + 670_000
         for user in USERS:
             [found] = await here.online.read([user], now_ms(), 1.0)
-            row = features.as_of(
-                found, later, None, now_ms=now_ms(), rules=features.Rules(here.spans, 60_000)
+            row = evaluation.as_of(
+                found, later, None, now_ms=now_ms(), rules=evaluation.Rules(here.spans, 60_000)
             )
             assert row.degraded == ()
 
@@ -130,7 +132,7 @@ async def test_events_outside_the_home_are_doubted_whichever_came_first(here):
 
 async def test_an_owner_of_fewer_partitions_says_nothing_of_how_many_there_are(here):
     def state(epoch):
-        return features.PartitionState(epoch, 5, "live", now_ms())
+        return evaluation.PartitionState(epoch, 5, "live", now_ms())
 
     await here.online.write_states(4, {0: state(2), 3: state(2)}, create=True)
     await here.online.write_states(3, {0: state(1)}, create=True)
@@ -141,7 +143,7 @@ async def test_an_owner_of_fewer_partitions_says_nothing_of_how_many_there_are(h
 
 async def test_an_owner_that_is_behind_says_nothing_of_its_partition(here):
     for offset, state in ((5, "live"), (4, "replaying")):
-        told = features.PartitionState(1, offset, state, now_ms())
+        told = evaluation.PartitionState(1, offset, state, now_ms())
         await here.online.write_states(1, {0: told}, create=True)
     assert (await here.online.states())[0].state == "live"
 
@@ -194,7 +196,7 @@ async def test_commits_are_written_in_the_version_that_all_owners_read(here):
             await drained(here, one)
             if version == 0:  # what an owner of an earlier release tells, behind any of ours
                 key, number = here.online._partitions_key, f"{PARTITIONS - 1}"
-                told = features.PartitionState.unpack(await here.redis.hget(key, number))
+                told = evaluation.PartitionState.unpack(await here.redis.hget(key, number))
                 early = dataclasses.replace(told, epoch=told.epoch + 1, version=0)
                 await here.redis.hset(key, number, early.pack())
                 await until(lambda: here.online.spoken == 0, "an owner is known to read less")

@@ -10,17 +10,11 @@ from aiokafka.admin import NewPartitions, RecordsToDelete
 from faults import admin_of, remake_topic
 from pipeline import live, now_ms, payment, running, trained, until, world
 
-from cerberus import (
-    assignment,
-    facts,
-    features,
-    kafka,
-    liveness,
-    partition,
-    pools,
-    starts,
-    transactions,
-)
+from cerberus import kafka, partition, transactions
+from cerberus.features import evaluation
+from cerberus.postgres import facts
+from cerberus.postgres import pool as postgres_pool
+from cerberus.stream import assignment, liveness, starts
 
 pytestmark = pytest.mark.anyio
 SPANS = ("1m", "20m")
@@ -103,11 +97,11 @@ async def test_a_seed_is_of_one_life_of_one_partition(here):
     pages = [
         page
         async for page in here.postgres.facts.seed(
-            facts.Prefix("a", 0, features.Fence(2, 9, 0), 2), 0
+            facts.Prefix("a", 0, evaluation.Fence(2, 9, 0), 2), 0
         )
     ]
     assert [[t.transaction_id for t in page] for page in pages] == [["t0"]]
-    both = here.postgres.facts.seed(facts.Prefix("a", 0, features.Fence(2, 9, 0), 1), 0)
+    both = here.postgres.facts.seed(facts.Prefix("a", 0, evaluation.Fence(2, 9, 0), 1), 0)
     assert {t.transaction_id async for page in both for t in page} == {"t0", "t1"}
 
 
@@ -158,7 +152,9 @@ async def test_records_are_read_on_while_the_past_of_all_users_is_fetched(here, 
 
 
 async def assert_nothing_is_left_open_by_who_loses_a_partition(here, two, monkeypatch):
-    monkeypatch.setattr(pools, "NO_IDLING", "SELECT 1")  # or Postgres would end it by itself
+    monkeypatch.setattr(
+        postgres_pool, "NO_IDLING", "SELECT 1"
+    )  # or Postgres would end it by itself
     opened = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
         "AND state = 'idle in transaction'"

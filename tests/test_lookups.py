@@ -18,7 +18,11 @@ from served import NOW_MS, Served, transaction
 from service import service
 from truth import GOOD
 
-from cerberus import decisions, ledger, lookups, openapi, transactions
+from cerberus import transactions
+from cerberus.api import openapi
+from cerberus.decisions import records
+from cerberus.postgres import ledger
+from cerberus.serving import lookups
 
 pytestmark = pytest.mark.anyio
 PATHS = (
@@ -35,7 +39,7 @@ def of_user(record, user_id):
     row = dataclasses.replace(record.decision.row, user_id=user_id)
     return dataclasses.replace(
         record,
-        decision_id=decisions.of_transaction(paid),
+        decision_id=records.of_transaction(paid),
         transaction=paid,
         decision=dataclasses.replace(record.decision, row=row),
     )

@@ -10,21 +10,11 @@ import asyncpg
 import pytest
 from pipeline import until
 
-from cerberus import (
-    decisions,
-    errors,
-    facts,
-    features,
-    months,
-    policy,
-    pools,
-    schema,
-    scoring,
-    settings,
-    stores,
-    transactions,
-    window,
-)
+from cerberus import errors, settings, transactions, window
+from cerberus.decisions import models, policy, records
+from cerberus.features import evaluation
+from cerberus.postgres import facts, months, schema, stores
+from cerberus.postgres import pool as postgres_pool
 
 pytestmark = pytest.mark.anyio
 NOW_MS = 1_790_000_000_000
@@ -33,7 +23,7 @@ TOPIC = "transactions"
 
 @pytest.fixture
 async def pool(environ):
-    async with pools.connect_postgres(settings.load(environ)) as pool:
+    async with postgres_pool.connect(settings.load(environ)) as pool:
         yield pool
 
 
@@ -57,24 +47,24 @@ def stats(count, offset, epoch=1, user_id=1, at=NOW_MS):
         user_id,
         at * 1000,
         (window.WindowStats(count, count * 150),),
-        features.Fence(epoch, offset, at),
+        evaluation.Fence(epoch, offset, at),
     )
 
 
 def decision(i, probability=0.5):
     txn = transaction(i, amount=1250, at=NOW_MS + i)
-    row = features.FeatureRow(
+    row = evaluation.FeatureRow(
         user_id=1,
         as_of_ms=txn.event_ms,
         stats=(window.WindowStats(2, 1999),),
         credit_score=None,
         amount_minor=1250,
-        fence=features.Fence(1, i, NOW_MS),
+        fence=evaluation.Fence(1, i, NOW_MS),
         degraded=("warming", "stale"),
     )
-    decided = scoring.Decision(row, -1.5, probability, scoring.LEGIT, policy.APPROVE, "ab", "cd")
-    name = decisions.of_transaction(txn)
-    return decisions.Record(name, decided, txn, decisions.STREAM, 3, NOW_MS, ("10m",))
+    decided = models.Decision(row, -1.5, probability, models.LEGIT, policy.APPROVE, "ab", "cd")
+    name = records.of_transaction(txn)
+    return records.Record(name, decided, txn, records.STREAM, 3, NOW_MS, ("10m",))
 
 
 async def test_migrations_apply_once_however_many_start_together(pool):
@@ -259,7 +249,7 @@ async def test_stored_effects_are_known_by_epoch_and_partition(postgres):
 async def test_a_seed_holds_only_the_log_before_the_fence_in_pages(postgres, monkeypatch):
     written = [fact(transaction(i, user_id=i % 2, at=NOW_MS + i), i) for i in range(10)]
     await postgres.facts.write(TOPIC, written, [], [])
-    before = facts.Prefix(TOPIC, 0, features.Fence(1, 7, 0), 1)
+    before = facts.Prefix(TOPIC, 0, evaluation.Fence(1, 7, 0), 1)
     [past] = [page async for page in postgres.facts.seed(before, NOW_MS + 1, {1})]
     assert sorted(t.transaction_id for t in past) == ["t3", "t5"]
     monkeypatch.setattr(facts, "_PAGE", 2)
@@ -291,7 +281,7 @@ async def test_a_seed_has_a_deadline_for_each_page_and_none_for_all(environ, pos
     written = [fact(transaction(i, at=NOW_MS + i), i) for i in range(40)]
     await postgres.facts.write(TOPIC, written, [], [])
     monkeypatch.setattr(facts, "_PAGE", 4)
-    before = facts.Prefix(TOPIC, 0, features.Fence(1, 99, 0), 1)
+    before = facts.Prefix(TOPIC, 0, evaluation.Fence(1, 99, 0), 1)
     # A tenth of a second a row.
     monkeypatch.setattr(facts, "_SEED", facts._SEED + "AND pg_sleep(0.1)::text = ''")
     hurried = functools.partial(asyncpg.create_pool, environ["DATABASE_URL"])
@@ -331,12 +321,12 @@ async def test_one_holds_a_singleton_until_it_lets_go_or_its_connection_dies(poo
 
 async def test_an_unreachable_store_says_so_and_a_refusing_one_names_the_setting(environ):
     away = settings.load(environ | {"DATABASE_URL": "postgresql://x@127.0.0.1:1/x"})
-    async with pools.connect_postgres(away) as pool:
+    async with postgres_pool.connect(away) as pool:
         with pytest.raises(errors.StoreUnavailable):
             await stores.on(pool, ("10m",)).schema.check()
     base = environ["DATABASE_URL"].rpartition("/")[0]
     wrong = settings.load(environ | {"DATABASE_URL": f"{base}/no_such_database"})
-    async with pools.connect_postgres(wrong) as pool:
+    async with postgres_pool.connect(wrong) as pool:
         with pytest.raises(errors.ConfigError, match="DATABASE_URL"):
             await stores.on(pool, ("10m",)).schema.check()
 

@@ -6,7 +6,9 @@ from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cerberus import errors, features, policy, scoring, settings, transactions, window
+from cerberus import errors, settings, transactions, window
+from cerberus.decisions import models, policy
+from cerberus.features import evaluation
 
 RANK = {policy.APPROVE: 0, policy.REVIEW: 1, policy.DECLINE: 2}
 CONTENT = {"review_at": 0.3, "decline_at": 0.7, "approve_degraded_up_to": 99.99}
@@ -119,9 +121,9 @@ def test_any_other_content_is_another_version():
     assert (one.review_at, one.approve_degraded_minor) == (0.3, 9_999)
 
 
-MODEL = scoring.Model.load(settings.MODEL_PATH, ("10m",))
+MODEL = models.Model.load(settings.MODEL_PATH, ("10m",))
 rows = st.builds(
-    features.FeatureRow,
+    evaluation.FeatureRow,
     user_id=st.just(1),
     as_of_ms=st.just(0),
     stats=st.none() | st.integers(0, 20).map(lambda n: (window.WindowStats(n, n * 40_000),)),

@@ -15,7 +15,9 @@ import redis.asyncio
 from pipeline import live, now_ms, payment, running, until, world
 from service import free_port
 
-from cerberus import claims, errors, feature_store, materializer, settings, stack, transactions
+from cerberus import claims, errors, settings, stack, transactions
+from cerberus.jobs import feast as feast_store
+from cerberus.jobs import materializer
 
 pytestmark = [
     pytest.mark.anyio,
@@ -104,14 +106,14 @@ async def assert_rows_equal_the_log(here):
 
 
 async def load(here):
-    return await asyncio.to_thread(feature_store.materialize, here.config, now_ms())
+    return await asyncio.to_thread(feast_store.materialize, here.config, now_ms())
 
 
 async def test_rows_and_credit_scores_are_right_and_come_back_after_a_flush(environ, cluster):
     rng = random.Random(1)
     async with world(environ | cluster.settings | SMALL) as here:
         await materializer.seed_credit_scores(here.config, here.postgres)
-        feature_store.apply(here.config)
+        feast_store.apply(here.config)
         assert (await load(here)).full
         for i in range(300):
             user, at = rng.choice(USERS), now_ms() - rng.randrange(60_000)
@@ -178,7 +180,7 @@ async def wrong_and_certain(here, count):
 async def test_what_one_node_has_lost_is_doubted_and_comes_back(environ, cluster, loss, owners):
     async with world(environ | cluster.settings | SMALL) as here, contextlib.AsyncExitStack() as on:
         await materializer.seed_credit_scores(here.config, here.postgres)
-        feature_store.apply(here.config)
+        feast_store.apply(here.config)
         await load(here)
         consumers = [here.consumer() for _ in range(owners)]
         for one in consumers:

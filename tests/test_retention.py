@@ -8,23 +8,12 @@ import time
 import pytest
 from pipeline import running, until
 
-from cerberus import (
-    decisions,
-    expiry,
-    facts,
-    features,
-    imports,
-    labels,
-    months,
-    pools,
-    retention,
-    scoring,
-    settings,
-    stores,
-    supervision,
-    transactions,
-    window,
-)
+from cerberus import labels, settings, supervision, transactions, window
+from cerberus.decisions import models, records
+from cerberus.features import evaluation
+from cerberus.jobs import retention
+from cerberus.postgres import expiry, facts, imports, months, stores
+from cerberus.postgres import pool as postgres_pool
 
 pytestmark = pytest.mark.anyio
 NOW = datetime.datetime(2026, 11, 24, 12, tzinfo=datetime.UTC)
@@ -40,7 +29,7 @@ async def config(environ):
 
 @pytest.fixture
 async def pool(config):
-    async with pools.connect_postgres(config) as pool:
+    async with postgres_pool.connect(config) as pool:
         yield pool
 
 
@@ -56,12 +45,12 @@ async def postgres(pool):
 
 
 def decision(paid):
-    row = features.FeatureRow(paid.user_id, paid.event_ms, None, None, paid.amount_minor)
-    return decisions.Record(
-        decision_id=decisions.of_transaction(paid),
-        decision=scoring.Decision(row, 0.0, 0.5, scoring.LEGIT, "approve", "m", "p"),
+    row = evaluation.FeatureRow(paid.user_id, paid.event_ms, None, None, paid.amount_minor)
+    return records.Record(
+        decision_id=records.of_transaction(paid),
+        decision=models.Decision(row, 0.0, 0.5, models.LEGIT, "approve", "m", "p"),
         transaction=paid,
-        door=decisions.STREAM,
+        door=records.STREAM,
         partition=0,
         decided_ms=paid.event_ms,
         spans=("10m",),
@@ -71,7 +60,7 @@ def decision(paid):
 async def write(postgres, i, at_ms):
     """Leave in every table what a transaction of this moment leaves."""
     paid = transactions.Transaction(f"t{i}", i, 100, "USD", "", at_ms)
-    fence = features.Fence(1, i, at_ms)
+    fence = evaluation.Fence(1, i, at_ms)
     await postgres.facts.write(
         "transactions",
         [facts.TransactionFact(paid, 1, 0, i)],

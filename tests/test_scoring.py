@@ -14,23 +14,14 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cerberus import (
-    decisions,
-    declared,
-    errors,
-    features,
-    partition,
-    scoring,
-    settings,
-    synthetic,
-    training,
-    transactions,
-    window,
-)
+from cerberus import errors, partition, settings, synthetic, transactions, window
+from cerberus.decisions import models, records
+from cerberus.features import declared, evaluation
+from cerberus.learning import training
 
 SPANS = window.Spans()
 BASE_RATE = synthetic.FRAUD_SHARE
-MODEL = scoring.Model.load(settings.MODEL_PATH, SPANS.names)
+MODEL = models.Model.load(settings.MODEL_PATH, SPANS.names)
 BOOSTER = xgboost.Booster({"nthread": 1}, model_file=settings.MODEL_PATH)
 
 stats = st.builds(
@@ -39,7 +30,7 @@ stats = st.builds(
     st.integers(0, 10**6),
 )
 rows = st.builds(
-    features.FeatureRow,
+    evaluation.FeatureRow,
     user_id=st.just(1),
     as_of_ms=st.just(0),
     stats=st.none() | stats,
@@ -81,8 +72,8 @@ def test_what_is_missing_reaches_the_model_as_missing(batch):
 def test_each_value_stands_under_its_own_name():
     spans = ("10m", "1h")
     stats = (window.WindowStats(1, 250), window.WindowStats(3, 1_050))
-    row = features.FeatureRow(1, 0, stats, 700, 1_225)
-    [values] = features.matrix([row], spans).tolist()
+    row = evaluation.FeatureRow(1, 0, stats, 700, 1_225)
+    [values] = evaluation.matrix([row], spans).tolist()
     assert dict(zip(declared.names(declared.inputs(spans)), values, strict=True)) == {
         "transaction_count_10m": 1,
         "total_amount_10m": 2.5,
@@ -91,7 +82,7 @@ def test_each_value_stands_under_its_own_name():
         "credit_score": 700,
         "amount": 12.25,
     }
-    assert decisions.show_features(row, spans) == {
+    assert records.show_features(row, spans) == {
         "txn_count_10m": 1,
         "total_amount_10m": 2.5,
         "txn_count_1h": 3,
@@ -103,7 +94,7 @@ def test_each_value_stands_under_its_own_name():
 def test_an_amount_that_is_missing_is_not_an_amount_of_zero():
     after_fraud = (window.WindowStats(1, 700_000),)
     alone, zero = MODEL.decide(
-        [features.FeatureRow(1, 0, after_fraud, 700, amount) for amount in (None, 0)]
+        [evaluation.FeatureRow(1, 0, after_fraud, 700, amount) for amount in (None, 0)]
     )
     assert alone.probability > 0.5 > zero.probability
 
@@ -126,14 +117,14 @@ def test_platt_finds_the_calibration_that_the_truth_was_drawn_with(slope, interc
     rng = np.random.default_rng(seed)
     margin = rng.normal(0, 2, 20_000)
     fraud = rng.random(20_000) < 1 / (1 + np.exp(-(slope * margin + intercept)))
-    assert scoring.platt(fraud, margin) == pytest.approx((slope, intercept), abs=0.25)
+    assert models.platt(fraud, margin) == pytest.approx((slope, intercept), abs=0.25)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1, 7, 100])
 def test_platt_stays_finite_where_the_margin_separates(scale):
     fraud = np.arange(1000) >= 950
-    slope, intercept = scoring.platt(fraud, np.where(fraud, scale, -scale))
-    probability = scoring.calibrate(np.array([-scale, scale]), slope, intercept)
+    slope, intercept = models.platt(fraud, np.where(fraud, scale, -scale))
+    probability = models.calibrate(np.array([-scale, scale]), slope, intercept)
     assert probability == pytest.approx([1 / 952, 51 / 52], abs=1e-4)
 
 
@@ -164,13 +155,13 @@ def _written(path, content, **changes):
         "sha256": hashlib.sha256(content).hexdigest(),
     } | changes
     path.write_bytes(content)
-    scoring.manifest_path(path).write_bytes(orjson.dumps(manifest))
+    models.manifest_path(path).write_bytes(orjson.dumps(manifest))
     return path
 
 
 def _refusal(path, spans=("10m",)):
     with pytest.raises(errors.ModelMismatch) as caught:
-        scoring.Model.load(path, spans)
+        models.Model.load(path, spans)
     message = str(caught.value)
     assert "python models/train_model.py" in message
     assert "CERBERUS_MODEL" in message
@@ -179,7 +170,7 @@ def _refusal(path, spans=("10m",)):
 
 def test_a_model_that_fits_its_manifest_loads(tmp_path):
     path = _small_model(tmp_path / "model.json")
-    model = scoring.Model.load(path, ("10m",))
+    model = models.Model.load(path, ("10m",))
     assert model.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -232,7 +223,7 @@ def test_a_model_for_other_windows_than_the_deployments_is_refused(tmp_path):
 @pytest.mark.parametrize("manifest", [b"[]", b"{", b"{}", b"7"])
 def test_a_broken_manifest_is_refused(tmp_path, manifest):
     path = _small_model(tmp_path / "model.json")
-    scoring.manifest_path(path).write_bytes(manifest)
+    models.manifest_path(path).write_bytes(manifest)
     assert "model.manifest.json is not a manifest of this version" in _refusal(path)
 
 
@@ -274,10 +265,10 @@ def _population_alone(rates, seed):
     known = [(user_id, synthetic.credit_score(user_id, 7)) for user_id in people.user_ids]
     unknown = [(user_id, None) for user_id in range(900_000, 900_050)]
     return [
-        features.as_of(
-            features.OnlineRow(
+        evaluation.as_of(
+            evaluation.OnlineRow(
                 user_id,
-                features.unpack(packed[user_id], SPANS) if user_id in packed else None,
+                evaluation.unpack(packed[user_id], SPANS) if user_id in packed else None,
                 credit_score,
                 0,
                 state,
@@ -285,7 +276,7 @@ def _population_alone(rates, seed):
             start_ms,
             None,
             now_ms=start_ms,
-            rules=features.Rules(SPANS, 60_000),
+            rules=evaluation.Rules(SPANS, 60_000),
         )
         for user_id, credit_score in known + unknown
     ]
@@ -302,22 +293,22 @@ def test_users_alone_have_the_base_rate_on_average_whatever_the_traffic(rates, s
 
 def test_users_alone_of_whom_nothing_is_known_have_the_base_rate():
     unknown = [
-        features.FeatureRow(1, 0, streamed, credit_score)
+        evaluation.FeatureRow(1, 0, streamed, credit_score)
         for streamed in (None, (window.EMPTY,))
         for credit_score in (None, 350, 500, 650, 720, 800)
     ]
     for decision in MODEL.decide(unknown):
         assert BASE_RATE / 2 <= decision.probability <= BASE_RATE * 2
-        assert decision.prediction == scoring.LEGIT
+        assert decision.prediction == models.LEGIT
 
 
 @pytest.mark.parametrize("rates", [(0.1,), (2,), (50,)])
 @pytest.mark.parametrize(
-    ("amount_minor", "prediction"), [(700_000, scoring.FRAUD), (4_000, scoring.LEGIT)]
+    ("amount_minor", "prediction"), [(700_000, models.FRAUD), (4_000, models.LEGIT)]
 )
 def test_the_amount_in_hand_decides_whatever_the_user_did_before(rates, amount_minor, prediction):
     in_hand = [
-        features.FeatureRow(
+        evaluation.FeatureRow(
             row.user_id,
             row.as_of_ms,
             (window.WindowStats(s.count + 1, s.total_minor + amount_minor),),

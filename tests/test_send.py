@@ -14,7 +14,8 @@ from aiokafka import AIOKafkaConsumer
 from pipeline import now_ms, payment, until, world
 from service import ROOT
 
-from cerberus import kafka, layouts, sending, transactions
+from cerberus import kafka, transactions
+from cerberus.files import layouts, sending
 
 pytestmark = pytest.mark.anyio
 

@@ -8,7 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import NOW_MS, Served, redis_only, transaction
 
-from cerberus import errors, features, serving, transactions
+from cerberus import errors, transactions
+from cerberus.features import evaluation
+from cerberus.serving import predictor
 
 pytestmark = pytest.mark.anyio
 SPAN_MS = 600_000
@@ -154,7 +156,7 @@ async def test_requests_during_a_round_trip_share_the_next(served):
 
 async def test_a_batch_is_bounded(served):
     await served.live()
-    await asyncio.gather(*(served.ask(user_id=i) for i in range(serving.MAX_BATCH + 1)))
+    await asyncio.gather(*(served.ask(user_id=i) for i in range(predictor.MAX_BATCH + 1)))
     assert served.batches() == 2
 
 
@@ -189,7 +191,7 @@ async def test_a_request_that_waited_too_long_is_refused_without_another_wait(en
     await served.client.execute_command("CLIENT", "PAUSE", "500")
     first = asyncio.create_task(served.ask(user_id=0))
     await asyncio.sleep(0.001)
-    many = serving.MAX_BATCH + 1
+    many = predictor.MAX_BATCH + 1
     rest = await asyncio.gather(
         *(served.ask(user_id=i) for i in range(many)), return_exceptions=True
     )
@@ -311,7 +313,7 @@ async def test_an_amount_without_an_id_is_told_why_it_is_refused(served):
 async def test_null_is_absent_and_later_fields_are_ignored(served):
     document = {"user_id": 1, "amount": None, "transaction_id": None, "device": {"os": "x"}}
     parsed = served.predictor.parse(document)
-    assert parsed == serving.Request(1, NOW_MS, trace_id=parsed.trace_id)
+    assert parsed == predictor.Request(1, NOW_MS, trace_id=parsed.trace_id)
 
 
 async def test_a_transaction_in_hand_without_a_time_happens_now(served):
@@ -324,7 +326,7 @@ async def test_the_fence_of_a_prediction_is_the_row_s(served):
     await served.stream(transaction("a"), transaction("b"))
     found = await served.ask(user_id=1)
     assert (found.record.decision.row.fence, found.record.partition) == (
-        features.Fence(1, 2, NOW_MS),
+        evaluation.Fence(1, 2, NOW_MS),
         0,
     )
     unknown = await served.ask(user_id=2)

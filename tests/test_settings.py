@@ -1,6 +1,7 @@
 import pytest
 
-from cerberus import environment, errors, kafka, pools, settings
+from cerberus import environment, errors, kafka, settings
+from cerberus.online import pool as redis_pool
 
 BASE = {
     "KAFKA_BROKER": "127.0.0.1:9092",
@@ -83,7 +84,7 @@ def test_a_secret_in_a_wrong_address_is_not_repeated(name, address):
 def test_a_parameter_that_redis_does_not_know_is_a_setting_s_fault(parameter):
     config = settings.load(BASE | {"REDIS_URL": f"redis://h?{parameter}"})
     with pytest.raises(errors.ConfigError, match="REDIS_URL"):
-        pools.connect_redis(config)
+        redis_pool.connect(config)
 
 
 def test_a_platform_s_addresses_are_understood():

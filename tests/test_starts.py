@@ -6,7 +6,8 @@ import dataclasses
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from cerberus import partition, starts, transactions, window
+from cerberus import partition, transactions, window
+from cerberus.stream import starts
 
 SPANS = window.Spans(("1s", "3s"), 700, 500)
 BEGIN_MS = 1_000_000

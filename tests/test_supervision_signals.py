@@ -23,7 +23,8 @@ import anyio
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
-from cerberus import errors, logs, shutdown, supervision
+from cerberus import errors, shutdown, supervision
+from cerberus.telemetry import logs
 
 TOLD = json.loads(os.environ["TOLD"])
 log = logging.getLogger("tiny")

@@ -18,7 +18,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import cerberus.__main__
-from cerberus import declared, scoring, settings, synthetic, training, transactions
+from cerberus import settings, synthetic, transactions
+from cerberus.decisions import models
+from cerberus.features import declared
+from cerberus.learning import training
 
 SMALL = training.Plan(events=20_000)
 SPAN_MS = 600_000
@@ -206,7 +209,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(traine
     training.train(SMALL, again, lambda line: None)
     training.train(training.Plan(events=20_000, seed=8), other, lambda line: None)
     assert again.read_bytes() == path.read_bytes()
-    assert scoring.manifest_path(again).read_bytes() == scoring.manifest_path(path).read_bytes()
+    assert models.manifest_path(again).read_bytes() == models.manifest_path(path).read_bytes()
     assert other.read_bytes() != path.read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "again.json",
@@ -218,7 +221,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(traine
 
 def test_what_is_trained_loads_and_its_manifest_says_where_it_comes_from(trained):
     path, manifest, _ = trained
-    assert scoring.Model.load(path, ("10m",)).manifest == manifest
+    assert models.Model.load(path, ("10m",)).manifest == manifest
     assert manifest.features == declared.names(declared.inputs(("10m",)))
     assert manifest.seed == SMALL.seed
     first, last = map(datetime.datetime.fromisoformat, manifest.data_range)
@@ -228,7 +231,7 @@ def test_what_is_trained_loads_and_its_manifest_says_where_it_comes_from(trained
 def test_more_windows_are_one_argument_more(tmp_path):
     path, spans = tmp_path / "model.json", ("10m", "1h")
     training.train(training.Plan(spans=spans, events=10_000), path, lambda line: None)
-    model = scoring.Model.load(path, spans)
+    model = models.Model.load(path, spans)
     assert model.manifest.features == declared.names(declared.inputs(spans))
 
 
@@ -254,7 +257,7 @@ def test_the_script_run_from_anywhere_gives_the_committed_model(tmp_path):
         [sys.executable, SCRIPT, "--out", path], cwd=tmp_path, env=environ, check=True, timeout=100
     )
     new, old = (
-        orjson.loads(scoring.manifest_path(p).read_bytes()) for p in (path, settings.MODEL_PATH)
+        orjson.loads(models.manifest_path(p).read_bytes()) for p in (path, settings.MODEL_PATH)
     )
     # Another build of XGBoost may differ in the last bits, so not the bytes.
     for inexact in ("sha256", "xgboost_version", "calibrator", "threshold", "metrics"):
@@ -262,7 +265,7 @@ def test_the_script_run_from_anywhere_gives_the_committed_model(tmp_path):
     assert new == old
     rows = [example.row for example in itertools.chain(*training.examples(SMALL))]
     decisions = [
-        [d.probability for d in scoring.Model.load(p, ("10m",)).decide(rows)]
+        [d.probability for d in models.Model.load(p, ("10m",)).decide(rows)]
         for p in (path, settings.MODEL_PATH)
     ]
     assert decisions[0] == pytest.approx(decisions[1], abs=0.02)

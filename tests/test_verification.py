@@ -12,7 +12,10 @@ import pytest
 from served import NOW_MS, Served
 from service import ROOT
 
-from cerberus import decisions, features, transactions, verification, window
+from cerberus import transactions, window
+from cerberus.commands import replay
+from cerberus.decisions import records
+from cerberus.features import evaluation
 
 pytestmark = pytest.mark.anyio
 
@@ -41,7 +44,7 @@ async def cerberus(environ, *arguments):
 def taken(served, count):
     """Return what the model decides on many rows, one a minute."""
     rows = [
-        features.FeatureRow(
+        evaluation.FeatureRow(
             user_id=i,
             as_of_ms=NOW_MS + i * 60_000,
             stats=None if i % 5 == 0 else (window.WindowStats(i % 30, i * 1_237),),
@@ -52,14 +55,14 @@ def taken(served, count):
         for i in range(count)
     ]
     return [
-        decisions.Record(uuid.uuid4(), decision, None, decisions.HTTP, None, NOW_MS, ("10m",))
+        records.Record(uuid.uuid4(), decision, None, records.HTTP, None, NOW_MS, ("10m",))
         for decision in served.model.decide(rows)
     ]
 
 
 async def verified(served, since_ms=0):
     pages = []
-    found = await verification.verify(served.postgres.ledger, since_ms, pages.append)
+    found = await replay.verify(served.postgres.ledger, since_ms, pages.append)
     assert sum(pages) == found.repeated + found.unknown
     return found
 

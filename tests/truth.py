@@ -5,7 +5,9 @@ import uuid
 
 from served import NOW_MS
 
-from cerberus import decisions, features, labels, scoring, transactions, window
+from cerberus import labels, transactions, window
+from cerberus.decisions import models, records
+from cerberus.features import evaluation
 
 DAY_MS = 86_400_000
 POSITIVE = {"fraud", "chargeback", "account_takeover"}
@@ -25,13 +27,13 @@ def decided(
     transaction_id, at_ms, *, user_id=1, action="approve", minor=1000, model="ab", late_ms=0
 ):
     """Return a decision on a transaction; without a `transaction_id`, on a user alone."""
-    row = features.FeatureRow(user_id, at_ms, (window.WindowStats(2, 1999),), 700, minor)
+    row = evaluation.FeatureRow(user_id, at_ms, (window.WindowStats(2, 1999),), 700, minor)
     paid = transactions.Transaction(transaction_id or "", user_id, minor, "USD", "m", at_ms)
-    return decisions.Record(
-        decision_id=decisions.of_transaction(paid) if transaction_id else uuid.uuid4(),
-        decision=scoring.Decision(row, -1.0, 0.5, scoring.LEGIT, action, model, "cd"),
+    return records.Record(
+        decision_id=records.of_transaction(paid) if transaction_id else uuid.uuid4(),
+        decision=models.Decision(row, -1.0, 0.5, models.LEGIT, action, model, "cd"),
         transaction=paid if transaction_id else None,
-        door=decisions.STREAM,
+        door=records.STREAM,
         partition=None,
         decided_ms=at_ms + late_ms,
         spans=("10m",),

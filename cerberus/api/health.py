@@ -1,0 +1,196 @@
+"""How the service is: ready, degraded and why, or failed.
+
+A load balancer takes an instance away on 503, so that is kept for what another instance would do
+better: nothing to predict from, or a task that was given up. All else is `degraded`: predictions
+go on, and say so themselves.
+"""
+
+import asyncio
+import functools
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from cerberus import assembly, settings
+from cerberus.features import evaluation
+
+_PROBE_S = 1.0
+Probe = Callable[[], Awaitable[Any]]
+
+
+class Servers:
+    """Whether the servers behind answer, asked at most once a second, each within a second.
+
+    Args:
+        probes: By name; any answer is a good one. `redis` answers with the partitions' states.
+    """
+
+    def __init__(self, probes: Mapping[str, Probe]) -> None:
+        self._probes = probes
+        self._asking = asyncio.Lock()
+        self._asked_s = -_PROBE_S
+        self._answers: dict[str, Any] = {}
+
+    async def ask(self) -> Mapping[str, Any]:
+        """Return each server's answer, or the exception that came instead."""
+        async with self._asking:
+            if time.monotonic() - self._asked_s >= _PROBE_S:
+                answers = await asyncio.gather(
+                    *map(_in_time, self._probes.values()), return_exceptions=True
+                )
+                self._answers = dict(zip(self._probes, answers, strict=True))
+                self._asked_s = time.monotonic()
+        return self._answers
+
+
+async def _in_time(probe: Probe) -> Any:
+    async with asyncio.timeout(_PROBE_S):
+        return await probe()
+
+
+async def reach_kafka(kafka: settings.Kafka, tls: Any) -> None:
+    """Connect to any broker; over TLS with a whole handshake, or its log calls us an attacker.
+
+    Deadline: 1 s.
+
+    Raises:
+        ConnectionError: No broker took the connection.
+    """
+
+    async def connect(address: str) -> None:
+        host, _, port = address.rpartition(":")
+        async with asyncio.timeout(_PROBE_S * 0.9):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=tls)
+        writer.close()
+
+    tried = await asyncio.gather(*map(connect, kafka.bootstrap), return_exceptions=True)
+    if all(isinstance(result, Exception) for result in tried):
+        raise ConnectionError(f"no broker at {', '.join(kafka.bootstrap)}")
+
+
+def probes(service: assembly.Service) -> dict[str, Probe]:
+    """Return how to ask the servers that a process needs, beside Redis, which all need."""
+    if service.config.tasks == {"api"}:
+        return {}
+    reach = functools.partial(reach_kafka, service.config.kafka, service.tls)
+    return {"postgres": service.postgres.schema.check, "kafka": reach}
+
+
+class Health:
+    """Judges all parts at once.
+
+    Args:
+        service: The parts.
+        servers: Behind the parts.
+    """
+
+    def __init__(self, service: assembly.Service, servers: Servers) -> None:
+        self._config = service.config
+        self._model = service.model
+        self._servers = servers
+        self._supervisor = service.supervisor
+        self._log = service.outbox
+        self._consumer = service.consumer if "consumer" in service.config.tasks else None
+        self._labels = service.label_consumer
+
+    async def report(self, now_ms: int, longest_ms: int) -> tuple[bool, dict[str, Any]]:
+        """Say whether this instance can serve, and how each part is. Deadline: 1 s."""
+        answers = await self._servers.ask()
+        down = {
+            name: f"{type(answer).__name__}: {answer}" if isinstance(answer, Exception) else None
+            for name, answer in answers.items()
+        }
+        failed = self._failures(down)
+        doubts = self._doubts(down)
+        if isinstance(states := answers.get("redis"), Mapping):
+            doubts += _partition_doubts(states, now_ms, longest_ms)
+        report: dict[str, Any] = {
+            "status": "failed" if failed else "degraded" if doubts else "ready",
+            "reasons": failed + doubts,
+            "tasks": {
+                name: {
+                    "state": task.state,
+                    "since_s": round(task.since_s, 1),
+                    "restarts": task.restarts,
+                    "last_error": task.last_error,
+                }
+                for name, task in self._supervisor.status().items()
+            },
+            "model": {
+                "sha256": self._model.sha256,
+                "threshold": self._model.manifest.threshold,
+                "policy": self._model.policy.sha256,
+            },
+            "decisions": self._log.report(),
+            "servers": down,
+            "partitions": self._partitions(),
+        }
+        if "producer" in self._config.tasks:
+            report["producer"] = {
+                "rate": self._config.rate,
+                "reason": self._config.rate_reason,
+            }
+        return not failed, report
+
+    def _failures(self, down: Mapping[str, str | None]) -> list[str]:
+        found = []
+        if self._supervisor.gave_up is not None:
+            found.append(f"gave up: {self._supervisor.gave_up}")
+        if "api" in self._config.tasks and down.get("redis"):
+            found.append("no prediction can be had: features are unreachable")
+        return found
+
+    def _doubts(self, down: Mapping[str, str | None]) -> list[str]:
+        found = [
+            f"task {name} is {task.state}" + (f": {task.last_error}" if task.last_error else "")
+            for name, task in self._supervisor.status().items()
+            if not task.sound
+        ]
+        found += [f"{name} does not answer: {why}" for name, why in down.items() if why]
+        for store, told in self._log.report().items():
+            if told["dropped"]:
+                found.append(
+                    f"{told['dropped']} decisions were not kept: {store} was away too long"
+                )
+            elif told["problem"]:
+                found.append(f"{told['waiting']} decisions wait for {store}: {told['problem']}")
+        if self._consumer is not None:
+            found += self._consumer.problems.values()
+        if self._labels.problem is not None:
+            found.append(f"labels on the topic wait: {self._labels.problem}")
+        return found
+
+    def _partitions(self) -> dict[str, Any]:
+        if self._consumer is None:
+            return {}
+        lag, remaining_s = self._consumer.lag(), self._consumer.remaining_s()
+        return {
+            str(number): {
+                "state": state.state,
+                "progress": round(state.progress, 3),
+                "remaining_s": round(remaining_s.get(number, 0.0), 1),
+                "lag": lag.get(number),
+                "epoch": state.epoch,
+                "offset": state.offset,
+            }
+            for number, state in sorted(self._consumer.states().items())
+        }
+
+
+def _partition_doubts(
+    states: Mapping[int, evaluation.PartitionState], now_ms: int, longest_ms: int
+) -> list[str]:
+    if not states:
+        return ["no consumer has said where it stands: streamed values are null"]
+    doubted: dict[str, list[str]] = {}
+    for number, state in sorted(states.items()):
+        if state.state != evaluation.LIVE:
+            done = (
+                f", {state.progress:.0%} done" if state.state == evaluation.Doubt.REPLAYING else ""
+            )
+            doubted.setdefault(f"is {state.state}{done}", []).append(str(number))
+        if now_ms - state.caught_up_ms > evaluation.STALE_MS:
+            doubted.setdefault("is stale: behind the end of its log", []).append(str(number))
+        if state.known_from_ms > now_ms - longest_ms:
+            doubted.setdefault("is warming: its log begins too late", []).append(str(number))
+    return [f"partition {', '.join(found)} {why}" for why, found in doubted.items()]

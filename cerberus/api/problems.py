@@ -1,0 +1,115 @@
+"""How the HTTP side tells errors: each is a problem of RFC 9457, by its code in `openapi`."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ExceptionHandler
+
+from cerberus import errors
+from cerberus.api import access, openapi
+
+log = logging.getLogger(__name__)
+
+_CODES: Mapping[type[Exception], str] = {
+    errors.InvalidTransaction: "invalid",
+    errors.Unauthorized: "unauthorized",
+    access.Forbidden: "forbidden",
+    errors.Overloaded: "overloaded",
+    errors.FeaturesUnavailable: "features_unavailable",
+    errors.DecisionsUnavailable: "decisions_unavailable",
+    errors.StoreUnavailable: "decisions_unavailable",
+    errors.NeedsOperator: "decisions_unavailable",
+    errors.ConfigError: "decisions_unavailable",
+    errors.Conflict: "conflict",
+    errors.UnknownDecision: "unknown_decision",
+}
+_POSTGRES_AWAY = errors.DecisionsUnavailable(
+    "Postgres does not answer; ask again in a second. The log of this process has the cause."
+)
+_HIDDEN: Mapping[type[Exception], Exception] = {
+    # What the servers said is for the log and for /health.
+    errors.FeaturesUnavailable: errors.FeaturesUnavailable(),
+    errors.StoreUnavailable: _POSTGRES_AWAY,
+    errors.NeedsOperator: _POSTGRES_AWAY,
+    errors.ConfigError: errors.DecisionsUnavailable(
+        "Postgres refuses this process; ask again when its DATABASE_URL has been corrected."
+    ),
+}
+_AGAIN = (
+    "overloaded",
+    "features_unavailable",
+    "decisions_unavailable",
+    "labels_unavailable",
+    "starting",
+)
+_HEADERS = {
+    "unauthorized": {"WWW-Authenticate": "Bearer"},
+    **{code: {"Retry-After": "1"} for code in _AGAIN},
+}
+
+
+class Refusal(errors.CerberusError):
+    """A request that the HTTP side itself refuses, by the code of the problem."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+def _problem(code: str, detail: str, field: str | None = None) -> Response:
+    return Response(
+        orjson.dumps(openapi.problem(code, detail, field)),
+        status_code=openapi.PROBLEMS[code].status,
+        headers=_HEADERS.get(code),
+        media_type=openapi.PROBLEM_TYPE,
+    )
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    """Tell an error by its code.
+
+    Raises:
+        Exception: `error`, where it has no code: the cause is for the log.
+    """
+    if isinstance(error, Refusal):
+        return _problem(error.code, str(error))
+    if isinstance(error, errors.InvalidTransaction):
+        return _problem("invalid", error.reason, error.field)
+    if (code := _CODES.get(type(error))) is None:
+        raise error
+    field = error.field if isinstance(error, errors.Conflict) else None
+    if isinstance(error, errors.StoreUnavailable | errors.ConfigError):
+        log.warning("%s was refused: %s", request.url.path, error)
+    return _problem(code, str(_HIDDEN.get(type(error), error)), field)
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    known = {404: "not_found", 405: "method_not_allowed"}
+    if not isinstance(error, HTTPException) or error.status_code not in known:
+        raise error
+    detail = f"{request.method} {request.url.path} is not served here."
+    response = _problem(known[error.status_code], detail)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _refuse_rest(request: Request, error: Exception) -> Response:
+    return _problem("not_json", "The connection ended before the body was complete.")
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return _problem("internal", "Something failed here; the log of this process has the cause.")
+
+
+HANDLERS: Mapping[Any, ExceptionHandler] = {
+    errors.CerberusError: refuse,
+    HTTPException: _refuse_route,
+    ClientDisconnect: _refuse_rest,
+    Exception: _fault,
+}
+"""For Starlette: what answers which exception."""

@@ -1,0 +1,48 @@
+"""`cerberus inspect`: a user's window now, and the last decisions."""
+
+import argparse
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from cerberus import assembly, settings
+from cerberus.api import parameters
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the argument."""
+    parser.add_argument("user", help="a user id")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print how the user stands; return 0."""
+    config = settings.load(os.environ)
+    print(describe(asyncio.run(_look_up(config, parameters.user_id(arguments.user)))))
+    return 0
+
+
+async def _look_up(config: settings.Settings, user_id: int) -> dict[str, Any]:
+    async with assembly.for_command(config) as service:
+        return await service.lookups.user(user_id)
+
+
+def describe(told: Mapping[str, Any]) -> str:
+    """Lay out what `Lookups.user` returns for a person to read."""
+    fence, doubts = told["fence"], ", ".join(told["degraded"])
+    prefix = f"epoch {fence['epoch']}, offset {fence['offset']}" if fence else "no row"
+    lines = [
+        f"user {told['user_id']} as of {told['as_of']}",
+        f"partition {told['partition']}, {prefix}",
+        "values    " + (f"in doubt: {doubts}" if doubts else "exact"),
+    ]
+    lines += [f"  {name:<24}{value}" for name, value in told["features"].items()]
+    lines.append(f"events in the window, newest first ({len(told['events'])} shown)")
+    lines += [f"  {event['at']}{event['amount']:>14,.2f}" for event in told["events"]]
+    lines.append(f"last decisions ({len(told['decisions'])} shown)")
+    lines += [
+        f"  {each['as_of']}  {each['decision']:<8}{each['probability']:>8.4f}  "
+        f"{each['door']:<7}{each['decision_id']}  {each['transaction_id'] or ''}"
+        for each in told["decisions"]
+    ]
+    return "\n".join(lines)

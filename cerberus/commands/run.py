@@ -1,0 +1,388 @@
+"""`make run`: the servers that are missing, what must be there before the first request, serving.
+
+Each part prints one line. SIGINT, SIGTERM or SIGHUP stops all that was started, in reverse.
+"""
+
+import argparse
+import asyncio
+import concurrent.futures
+import contextlib
+import hashlib
+import http.client
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+
+import orjson
+
+from cerberus import assembly, errors, settings, stack, window
+from cerberus.jobs import materializer
+from cerberus.online import layout, user_rows
+from cerberus.online import pool as redis_pool
+from cerberus.stack import ports, process
+
+PORT = 8000
+_APP = "cerberus.app:app"
+_HEALTHY_S, _STOP_S, _STEP_S, _TRAINING_S = 60.0, 25.0, 180.0, 900.0
+# Until then, a service that can answer is given time to become ready.
+_PATIENCE_S = 10.0
+_CURL = "curl -s localhost:{port}/predict{key} -H 'content-type: application/json' -d '{body}'"
+_CALM = ("DEBUG", "INFO")
+_SOURCE = pathlib.Path(__file__).parent.parent
+_REPO = _SOURCE.parent / "feature_repo"
+# What `feature_repo` is made of, besides itself.
+_DEFINING = ("jobs/feast", "features/evaluation", "online/user_rows", "window")
+# Settings are judged before anything starts; the addresses come with the servers.
+DIRECTORY = pathlib.Path(".cerberus")
+# Minutes for days, so that accuracy moves while somebody looks at the synthetic population.
+_SOON = {
+    "CERBERUS_SYNTHETIC_LABEL_DELAY_S": "60",
+    "CERBERUS_LABEL_MATURITY_DAYS": f"{5 / 1440:.8f}",
+}
+_ADDRESSES = {
+    "KAFKA_BROKER": "127.0.0.1:9092",
+    "REDIS_URL": "redis://127.0.0.1",
+    "DATABASE_URL": "postgresql://127.0.0.1",
+}
+
+
+def clean(directory: pathlib.Path = DIRECTORY) -> None:
+    """Remove all that `run` has left behind.
+
+    Raises:
+        ServerUnavailable: It is running.
+    """
+    if directory.exists():
+        _end_service(process.Site(directory.resolve(), os.environ, _say))
+    stack.clean(directory)
+
+
+def _end_service(site: process.Site) -> None:
+    left = process.Process("service", site).end_leftover(lambda found: _APP in found.cmdline())
+    if left:
+        site.tell("service", f"ended process {left}, left by a run that was killed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.description = __doc__
+    parser.add_argument("--port", type=_port, default=PORT, help=f"of the service ({PORT})")
+    parser.add_argument("--rate", help="synthetic transactions/s; 0 for none")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run everything on this machine until a signal comes; return the exit status."""
+    environ = dict(os.environ)
+    if arguments.rate is not None:
+        environ["CERBERUS_RATE"] = arguments.rate
+    with _interruptible():
+        return start(environ, port=arguments.port)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65_535:
+        raise argparse.ArgumentTypeError("must be from 1 to 65535")
+    return int(text)
+
+
+def start(
+    environ: Mapping[str, str],
+    directory: pathlib.Path = DIRECTORY,
+    port: int = PORT,
+) -> int:
+    """Start all, serve until interrupted, stop all.
+
+    Args:
+        environ: Settings; addresses that it gives are used, the rest is started.
+        directory: Holds data and logs between runs.
+        port: Of the service on 127.0.0.1; the next free one when somebody has it.
+
+    Returns:
+        0 after an interrupt, else the status with which the service ended by itself.
+
+    Raises:
+        ConfigError: A setting is wrong; nothing was started.
+        ServerUnavailable: A server or a step failed; the message quotes its log.
+    """
+    environ = {**environ, "PYTHONUNBUFFERED": "1"}
+    given = {name: value for name, value in environ.items() if value}
+    told = settings.load(_ADDRESSES | given)
+    if told.kafka.on_loopback:
+        environ = {**environ, **_SOON, **given}
+    wanted = window.Spans.of(told.windows)
+    if "CERBERUS_MODEL" not in given and wanted != window.Spans():
+        # The committed model and plan are for the default windows, and stay.
+        environ["CERBERUS_MODEL"] = str(directory.resolve() / "model" / settings.MODEL_PATH.name)
+    try:
+        with (
+            concurrent.futures.ThreadPoolExecutor() as pool,
+            stack.servers(directory, environ, say=_say) as servers,
+        ):
+            environ |= servers.environ
+            site = process.Site(directory.resolve(), environ, _say)
+            config = settings.load(environ)
+            _prepare(site, servers, config, pool)
+            return _serve(site, config, port, pool)
+    except KeyboardInterrupt:
+        return 0
+    except errors.ServerUnavailable as error:
+        if not (set_by := sorted({*_ADDRESSES, "KAFKA_URL"} & given.keys())):
+            raise
+        raise errors.ServerUnavailable(
+            f"{error}\n{', '.join(set_by)}: set, so no such server was started; unset it where "
+            "that is not meant"
+        ) from error
+
+
+def _prepare(
+    site: process.Site,
+    servers: stack.Stack,
+    config: settings.Settings,
+    pool: concurrent.futures.Executor,
+) -> None:
+    jobs: list[Callable[[], None]] = [
+        lambda: _prepare_model(site, config),
+        lambda: _prepare_stores(site, servers, config),
+    ]
+    try:
+        for done in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):
+            done.result()
+    except BaseException:
+        site.cancelled.set()
+        raise
+
+
+def _prepare_model(site: process.Site, config: settings.Settings) -> None:
+    from cerberus.decisions import models  # a second, which other preparations need not wait for
+
+    try:
+        models.Model.load(config.model.path, config.windows.spans)
+    except errors.ModelMismatch as error:
+        site.tell("model", f"{error}")
+        _step(site, "train", "a model was trained", within_s=_TRAINING_S)
+    else:
+        site.report("model", f"{config.model.path.name} fits")
+
+
+def _prepare_stores(site: process.Site, servers: stack.Stack, config: settings.Settings) -> None:
+    _step(site, "migrate", "tables and topics are up to date")
+    stamp, current = site.directory / "features.stamp", _definitions(config)
+    known = stamp.read_text() if stamp.exists() else ""
+    # Somebody else's database may be another one than last time.
+    lasting = isinstance(servers.postgres, stack.Local) and not servers.postgres.created
+    if known == current and lasting and (_REPO / "feature_store.yaml").exists():
+        site.report("features", "definitions are as they were applied")
+    else:
+        _step(site, "features", "definitions are applied", "apply")
+        if config.rate > 0:
+            asyncio.run(_seed(config))
+        _step(site, "materialize", "credit scores are online")
+        stamp.write_text(current)
+    try:
+        plan = layout.Plan.load(config.model.plan_path)
+        user_rows.OnlineStore(redis_pool.connect(config), plan, window.Spans.of(config.windows), "")
+    except errors.ModelMismatch:
+        config.model.plan_path.parent.mkdir(exist_ok=True)
+        _step(site, "features", "the feature plan is compiled", "compile")
+
+
+async def _seed(config: settings.Settings) -> None:
+    async with assembly.for_command(config) as service:
+        await materializer.seed_credit_scores(config, service.postgres)
+
+
+def _definitions(config: settings.Settings) -> str:
+    digest = hashlib.sha256()
+    for file in (*sorted(_REPO.glob("*.py")), *(_SOURCE / f"{name}.py" for name in _DEFINING)):
+        digest.update(file.read_bytes())
+    said = (config.postgres.url, config.redis.url, config.windows.spans)
+    limits = (config.windows.allowed_lateness_ms, config.windows.max_future_skew_ms)
+    digest.update(repr((said, limits)).encode())
+    return digest.hexdigest()
+
+
+def _step(
+    site: process.Site, name: str, outcome: str, *arguments: str, within_s: float = _STEP_S
+) -> None:
+    began = time.monotonic()
+    command = [sys.executable, "-m", "cerberus", name, *arguments]
+    process.Process(name, site).run(command, pathlib.Path.cwd(), site.environ, within_s=within_s)
+    site.report(name, outcome, f"done in {time.monotonic() - began:.1f} s")
+
+
+def _serve(
+    site: process.Site,
+    config: settings.Settings,
+    wanted: int,
+    pool: concurrent.futures.Executor,
+) -> int:
+    service = process.Process("service", site)
+    _end_service(site)
+    port = _free_port(wanted, site)
+    command = [sys.executable, "-m", "uvicorn", _APP, "--host", "127.0.0.1", "--port", str(port)]
+    # In a thread: an interrupt between fork and bookkeeping would leave it behind.
+    starting = pool.submit(service.start, command, pathlib.Path.cwd(), site.environ)
+    try:
+        starting.result()
+        warnings = _Warnings(service, site)
+        _wait_for(service, warnings, site, _Health(port, config))
+        if service.status is None:
+            _invite(site, config, port)
+        while service.status is None:
+            warnings.show()
+            time.sleep(0.2)
+        site.say(service.account(f"ended with status {service.status}"))
+        return service.status if service.status >= 0 else 128 - service.status
+    finally:
+        concurrent.futures.wait([starting])
+        service.stop(_STOP_S)
+
+
+def _free_port(wanted: int, site: process.Site) -> int:
+    for port in range(wanted, 65_536):
+        if ports.free(port):
+            if port != wanted:
+                site.tell("service", f"port {wanted} is in use by another: {port} it is")
+            return port
+    raise errors.ConfigError(f"no port from {wanted} on is free: give another by --port")
+
+
+def _wait_for(
+    service: process.Process, warnings: "_Warnings", site: process.Site, health: "_Health"
+) -> None:
+    def settled() -> bool:
+        warnings.show()
+        return service.status is not None or health.settled()
+
+    began = time.monotonic()
+    service.wait_for(settled, _HEALTHY_S, f"waiting for {health.url}/health")
+    if service.status is None:
+        took = f"{health.status} in {time.monotonic() - began:.1f} s"
+        site.report("service", f"{health.url}; log in {_short(service.log)}", took)
+        for reason in health.reasons:
+            site.tell("", reason)
+
+
+def _invite(site: process.Site, config: settings.Settings, port: int) -> None:
+    idle = "idle; CERBERUS_RATE above 0 wakes it"
+    busy = f"{config.rate:g} synthetic transactions/s; CERBERUS_RATE=0 stops it"
+    site.report("producer", busy if config.rate else idle)
+    key = ' -H "x-api-key: $CERBERUS_API_KEY"' if config.serving.api_keys else ""
+    body = f'{{"user_id": {config.synthetic.first_user_id + 5}}}'
+    site.say(f"\n{_CURL.format(port=port, key=key, body=body)}\n\nCtrl-C stops everything.")
+
+
+class _Health:
+    """What the service says of itself.
+
+    Attributes:
+        url: Of the service.
+        status: As /health said last; empty while it does not answer.
+        reasons: Why it is not ready.
+    """
+
+    def __init__(self, port: int, config: settings.Settings) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.status = ""
+        self.reasons: list[str] = []
+        self._port = port
+        self._headers = dict(zip(("x-api-key",), config.serving.api_keys, strict=False))
+        self._next_s = 0.0
+        self._answering_s: float | None = None
+
+    def settled(self) -> bool:
+        """Return whether it is ready, or has been able to answer for 10 s; asks at times."""
+        now = time.monotonic()
+        if now < self._next_s:
+            return False
+        self._next_s = now + 0.2
+        if not self._answers():
+            self._answering_s = None
+            return False
+        self._answering_s = self._answering_s or now
+        return self.status == "ready" or now - self._answering_s > _PATIENCE_S
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=2.0)
+        try:
+            connection.request("GET", "/health", headers=self._headers)
+            answer = connection.getresponse()
+            said = orjson.loads(answer.read())
+            self.status, self.reasons = str(said["status"]), list(said.get("reasons", ()))
+        except (OSError, http.client.HTTPException, ValueError, TypeError, KeyError):
+            return False
+        finally:
+            connection.close()
+        return answer.status == http.HTTPStatus.OK
+
+
+class _Warnings:
+    """Repeats on the terminal what a log says at level WARNING and above."""
+
+    def __init__(self, service: process.Process, site: process.Site) -> None:
+        self._log = service.log
+        self._site = site
+        self._offset = service.log_start
+
+    def show(self) -> None:
+        """Repeat what is new; a line that is not complete waits."""
+        with self._log.open("rb") as log:
+            log.seek(self._offset)
+            new = log.read()
+        complete = new[: new.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for line in complete.decode(errors="replace").splitlines():
+            if text := _alarm(line):
+                self._site.tell("service", text)
+
+
+def _alarm(line: str) -> str:
+    """Return what is alarming in a line of the log: not JSON at INFO, nor uvicorn's own INFO."""
+    try:
+        said = orjson.loads(line)
+    except ValueError:
+        return "" if line.startswith("INFO") else line
+    if said["level"] in _CALM:
+        return ""
+    # Of a traceback, the last line; the log has the rest.
+    *_, last = said["message"].strip().splitlines() or [""]
+    return f"{said['level']} {said['task']}: {last}"
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make the first of the signals that end us an interrupt, and ignore the next ones."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        # The streams of Python may be in the middle of a write.
+        with contextlib.suppress(OSError):
+            os.write(1, b"\nstopping everything that was started\n")
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _short(path: pathlib.Path) -> pathlib.Path:
+    here = pathlib.Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _say(text: str) -> None:
+    # A terminal that has gone must not keep us from stopping what we started.
+    with contextlib.suppress(OSError):
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()

@@ -1,0 +1,63 @@
+"""`cerberus send`: a file of transactions onto the log."""
+
+import argparse
+import asyncio
+import os
+import pathlib
+import sys
+
+from cerberus import clock, errors, kafka, settings, window
+from cerberus.files import layouts, sending
+
+_SLOWEST = 0.001
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the file and the options."""
+    parser.description = (
+        "Publish a file of transactions: CSV, JSON lines or Parquet, by its suffix."
+    )
+    parser.add_argument("file", type=pathlib.Path)
+    pace = parser.add_mutually_exclusive_group()
+    pace.add_argument("--rate", type=_positive, help="transactions a second")
+    pace.add_argument("--speed", type=_positive, help="1: with the gaps of the file's timestamps")
+    parser.add_argument("--now", action="store_true", help="stamp each when it is sent")
+    layouts.add_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check the file, send it, print how many; return 0.
+
+    Raises:
+        InvalidTransaction: A row or an option is wrong; nothing was sent.
+    """
+    pace = sending.Pace(arguments.rate, arguments.speed, arguments.now)
+    if pace.now and pace == sending.Pace(now=True):
+        raise errors.InvalidTransaction("--now", "needs --rate or --speed")
+    fields = {"transactions": (*layouts.REQUIRED, *layouts.OPTIONAL)}
+    layout = layouts.read_options(arguments, fields)["transactions"]
+    config = settings.load(os.environ)
+    sender = sending.Sender(config, arguments.file, layout, pace)
+    found = sender.check()
+    spans = window.Spans.of(config.windows)
+    if not found.count:
+        print(f"{arguments.file.name} has no rows", file=sys.stderr)
+    elif not pace.now and found.latest_ms < clock.now_ms() - spans.keep_ms:
+        print(
+            f"all of them are older than the {spans.keep_ms // 1000} s that windows keep: behind "
+            "newer records of the topic they change no window; --now stamps them anew",
+            file=sys.stderr,
+        )
+    count = asyncio.run(sender.send(found))
+    print(f"{count} transactions sent to {config.kafka.topic(kafka.TRANSACTIONS)}")
+    return 0
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not _SLOWEST <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {_SLOWEST} or more")
+    return value

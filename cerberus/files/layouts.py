@@ -1,0 +1,242 @@
+"""How the fields of a record stand in a file of one's own, and the options that say it."""
+
+import argparse
+import datetime
+import math
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from cerberus import errors, transactions
+from cerberus.files import datafiles
+
+REQUIRED = ("transaction_id", "user_id", "amount", "timestamp")
+OPTIONAL = ("currency", "merchant_id")
+TIMESTAMP_FORMATS = ("rfc3339", "utc", "epoch_s", "epoch_ms")
+AMOUNT_UNITS = ("major", "minor")
+_DIGITS = 25  # fewer than Decimal computes with
+_WHOLE = re.compile(r"([+-]?\d{1,20})(\.0+)?", re.ASCII)
+_DECIMAL = re.compile(r"[+-]?\d{1,20}(\.\d{1,12})?", re.ASCII)
+_OFFSET = re.compile(r"([Zz]|[+-]\d\d:\d\d)$", re.ASCII)
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the fields of a record stand in a file.
+
+    Attributes:
+        columns: Column by field; a field that is not here has a column of its own name.
+        constants: Text by field, for all rows.
+        timestamp_format: One of `TIMESTAMP_FORMATS`; "utc" is RFC 3339 that may lack the offset.
+        amount_unit: "major" such as 12.50, or "minor": cents.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, str] = field(default_factory=dict)
+    timestamp_format: str = "rfc3339"
+    amount_unit: str = "major"
+
+    def column(self, name: str) -> str:
+        """Return the column where a field stands."""
+        return self.columns.get(name, name)
+
+    def open(
+        self, path: pathlib.Path, required: Sequence[str], optional: Sequence[str] = ()
+    ) -> datafiles.File:
+        """Open a file of records.
+
+        Raises:
+            InvalidTransaction: naming the required field that has neither column nor constant.
+        """
+        file = datafiles.File(path, [self.column(name) for name in (*required, *optional)])
+        for name in (*required, *optional):
+            column = self.column(name)
+            if file.columns and file.columns.count(column) > 1 and name not in self.constants:
+                raise errors.InvalidTransaction(
+                    name, f"{path.name} has several columns {column!r}: keep one"
+                )
+        for name in required:
+            column = self.column(name)
+            if file.columns is None or name in self.constants or column in file.columns:
+                continue
+            raise errors.InvalidTransaction(
+                name,
+                f"{path.name} has no column {column!r}, only {', '.join(file.columns)}; say "
+                f"--column {name}=COLUMN or --constant {name}=VALUE",
+            )
+        return file
+
+    def pick(self, row: datafiles.Row, names: Iterable[str]) -> dict[str, Any]:
+        """Return a row's fields by their own names; an empty cell is an absent one.
+
+        Raises:
+            InvalidTransaction: The row cannot be read.
+        """
+        if row.broken:
+            raise errors.InvalidTransaction("value", row.broken)
+        return {
+            name: self.constants[name] if name in self.constants else found
+            for name in names
+            if name in self.constants
+            or (found := _cell(row.values.get(self.column(name)))) not in ("", None)
+        }
+
+    def moment(self, value: Any, name: str = "timestamp") -> Any:
+        """Return a moment as RFC 3339; what is none of its format may come back as it is.
+
+        Raises:
+            InvalidTransaction: It is no number since the Unix epoch, though it should be.
+        """
+        if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+            value = datetime.datetime.combine(value, datetime.time())
+        if isinstance(value, datetime.datetime):
+            aware = value if value.tzinfo else value.replace(tzinfo=datetime.UTC)
+            return _rfc_3339((aware - _EPOCH) // datetime.timedelta(milliseconds=1))
+        if self.timestamp_format.startswith("epoch"):
+            if (number := _decimal(value)) is None:
+                raise errors.InvalidTransaction(name, f"must be {self.timestamp_format}")
+            scale = 1 if self.timestamp_format == "epoch_ms" else 1000
+            return _rfc_3339(math.floor(number * scale))
+        if self.timestamp_format == "utc" and isinstance(value, str) and not _OFFSET.search(value):
+            return f"{value}Z"
+        return value
+
+    def transaction(self, row: datafiles.Row, currency: str) -> transactions.Transaction:
+        """Read a row as a transaction, by the rules of the topic.
+
+        Raises:
+            InvalidTransaction: naming the field.
+        """
+        found = self.pick(row, (*REQUIRED, *OPTIONAL))
+        document = {
+            "transaction_id": text(found.get("transaction_id")),
+            "user_id": whole(found.get("user_id")),
+            "amount": self._amount(found.get("amount")),
+            "currency": found.get("currency"),
+            "merchant_id": text(found.get("merchant_id")),
+            "timestamp": self.moment(found.get("timestamp")),
+        }
+        return transactions.Transaction(
+            transaction_id=transactions.parse_text(document, "transaction_id"),
+            user_id=transactions.parse_user_id(document),
+            amount_minor=transactions.parse_amount(document),
+            currency=transactions.parse_currency(document, currency),
+            merchant_id=transactions.parse_text(document, "merchant_id", default=""),
+            event_ms=transactions.parse_timestamp(document),
+        )
+
+    def _amount(self, value: Any) -> Any:
+        if self.amount_unit == "major" and type(value) in (int, float):
+            return value
+        if (number := _decimal(value)) is None:
+            return value
+        cents = number if self.amount_unit == "minor" else number * 100
+        if cents != cents.to_integral_value():
+            finer = "must have at most two decimal places"
+            whole_cents = "must be a whole number of cents"
+            raise errors.InvalidTransaction(
+                "amount", whole_cents if self.amount_unit == "minor" else finer
+            )
+        # The nearest double to a two-place decimal is the quotient of its cents.
+        return int(cents) / 100
+
+
+def text(value: Any) -> Any:
+    """Return a name as text, also where it is stored as a whole number."""
+    number = whole(value)
+    return str(number) if type(number) is int and not isinstance(value, str) else value
+
+
+def whole(value: Any) -> Any:
+    """Return a whole number as int, also where it is stored as text or as a double."""
+    if isinstance(value, str) and (found := _WHOLE.fullmatch(value)):
+        return int(found[1])
+    number = _decimal(value) if isinstance(value, (float, Decimal)) else None
+    return value if number is None or number % 1 else int(number)
+
+
+def _decimal(value: Any) -> Decimal | None:
+    """Return a number exactly; None for what is none, or too large to be meant."""
+    number = None
+    if isinstance(value, str):
+        number = Decimal(value) if _DECIMAL.fullmatch(value) else None
+    elif type(value) is int or (isinstance(value, Decimal) and value.is_finite()):
+        number = Decimal(value)
+    elif isinstance(value, float) and math.isfinite(value):
+        number = Decimal(repr(value))
+    return number if number is not None and number.adjusted() < _DIGITS else None
+
+
+def _rfc_3339(ms: int) -> str:
+    try:
+        return transactions.format_ms(ms)
+    except (OverflowError, ValueError):
+        return ""
+
+
+def _cell(value: Any) -> Any:
+    """Return None for what Parquet and pandas write where nothing is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `read_options` reads."""
+    many: dict[str, Any] = {"action": "append", "default": [], "type": pair}
+    parser.add_argument(
+        "--column",
+        metavar="FIELD=COLUMN",
+        help="where a field stands, if not in a column of its name",
+        **many,
+    )
+    parser.add_argument(
+        "--constant", metavar="FIELD=VALUE", help="what a field is in every row", **many
+    )
+    parser.add_argument(
+        "--timestamp-format",
+        choices=TIMESTAMP_FORMATS,
+        default=TIMESTAMP_FORMATS[0],
+        help="of moments; utc: like rfc3339, and UTC where no offset is given",
+    )
+    parser.add_argument(
+        "--amount-unit", choices=AMOUNT_UNITS, default=AMOUNT_UNITS[0], help="12.50, or cents"
+    )
+
+
+def pair(text: str) -> tuple[str, str]:
+    """Read an option's `NAME=VALUE`."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def read_options(
+    chosen: argparse.Namespace, fields: Mapping[str, Iterable[str]]
+) -> dict[str, Layout]:
+    """Return the layout of each kind of file.
+
+    Args:
+        chosen: What `add_options` has read; `labels.label` is a field of labels alone.
+        fields: Of each kind.
+
+    Raises:
+        InvalidTransaction: naming a field that no kind has.
+    """
+    found: dict[str, tuple[dict[str, str], dict[str, str]]] = {kind: ({}, {}) for kind in fields}
+    for which, pairs in enumerate((chosen.column, chosen.constant)):
+        for name, value in pairs:
+            kind, _, bare = name.rpartition(".")
+            kinds = [k for k in fields if bare in fields[k] and kind in ("", k)]
+            if not kinds:
+                known = sorted({n for names in fields.values() for n in names})
+                raise errors.InvalidTransaction(name, f"is no field; there are {', '.join(known)}")
+            for k in kinds:
+                found[k][which][bare] = value
+    return {
+        kind: Layout(columns, constants, chosen.timestamp_format, chosen.amount_unit)
+        for kind, (columns, constants) in found.items()
+    }

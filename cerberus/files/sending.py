@@ -1,0 +1,146 @@
+"""Transactions of a file onto the log: `cerberus send`, at once, at a rate or at recorded speed.
+
+The file is read twice: a wrong row is named before any is sent, however long the file is.
+"""
+
+import asyncio
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator
+
+import tqdm
+
+from cerberus import clock, errors, kafka, settings, transactions
+from cerberus.files import layouts
+
+_ROWS, _BATCH = 5_000, 1_000
+_SLOWEST = 0.001
+_LONGEST_WAIT_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pace:
+    """When each transaction of a file is due; at once where neither is given.
+
+    Attributes:
+        rate: Transactions a second.
+        speed: The gaps between the file's timestamps are this many times shorter.
+        now: Whether each is stamped with the moment at which it is due.
+    """
+
+    rate: float | None = None
+    speed: float | None = None
+    now: bool = False
+
+    def due_ms(self, number: int, event_ms: int, first_ms: int) -> int:
+        """Return when a transaction is due, in ms after the beginning.
+
+        Args:
+            number: How many come before it.
+            event_ms: Its time in the file.
+            first_ms: That of the file's first transaction.
+        """
+        if self.rate is not None:
+            return int(number / self.rate * 1000)
+        return int((event_ms - first_ms) / self.speed) if self.speed is not None else 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """What a file holds: how many transactions, the time of its first, and the latest time."""
+
+    count: int
+    first_ms: int
+    latest_ms: int
+
+
+class Sender:
+    """Reads a file and publishes it.
+
+    Args:
+        config: Settings.
+        path: The file.
+        layout: Where its fields stand.
+        pace: When each is due.
+
+    Raises:
+        InvalidTransaction: The file has not the columns of a transaction.
+    """
+
+    def __init__(
+        self, config: settings.Settings, path: pathlib.Path, layout: layouts.Layout, pace: Pace
+    ) -> None:
+        self._config = config
+        self._file = layout.open(path, layouts.REQUIRED, layouts.OPTIONAL)
+        self._layout = layout
+        self._pace = pace
+        self._topic = config.kafka.topic(kafka.TRANSACTIONS)
+
+    def check(self) -> Found:
+        """Read the whole file.
+
+        Raises:
+            InvalidTransaction: naming the line and the field.
+        """
+        latest_allowed_ms = clock.now_ms() + self._config.windows.max_future_skew_ms
+        count = first_ms = latest_ms = 0
+        for line, paid in self._transactions():
+            if paid.event_ms > latest_allowed_ms and not self._pace.now:
+                raise errors.InvalidTransaction(f"line {line}: timestamp", "lies in the future")
+            first_ms = first_ms if count else paid.event_ms
+            latest_ms = max(latest_ms, paid.event_ms)
+            count += 1
+        return Found(count, first_ms, latest_ms)
+
+    async def send(self, found: Found) -> int:
+        """Publish the file in its order, each transaction when it is due; return how many.
+
+        Raises:
+            StoreUnavailable: The brokers did not take all of them.
+        """
+        await kafka.create_topics(self._config)
+        publisher = kafka.Publisher(self._config)
+        begin_ms, begin_s, sent = clock.now_ms(), time.monotonic(), 0
+        batch: list[kafka.Message] = []
+        try:
+            with tqdm.tqdm(total=found.count, unit=" transactions", disable=None) as bar:
+
+                async def flush() -> None:
+                    await publisher.publish(batch)
+                    bar.update(len(batch))
+                    batch.clear()
+
+                for _, paid in self._transactions():
+                    due_ms = self._pace.due_ms(sent, paid.event_ms, found.first_ms)
+                    while (wait_s := begin_s + due_ms / 1000 - time.monotonic()) > 0:
+                        await flush()
+                        await asyncio.sleep(min(wait_s, _LONGEST_WAIT_S))
+                    batch.append(self._message(paid, begin_ms + due_ms))
+                    sent += 1
+                    if len(batch) == _BATCH:
+                        await flush()
+                await flush()
+        finally:
+            await publisher.close()
+        return sent
+
+    def _transactions(self) -> Iterator[tuple[int, transactions.Transaction]]:
+        for rows, _ in self._file.pieces(_ROWS):
+            for row in rows:
+                try:
+                    yield row.line, self._layout.transaction(row, self._config.currency)
+                except errors.InvalidTransaction as error:
+                    raise errors.InvalidTransaction(
+                        f"line {row.line}: {error.field}", error.reason
+                    ) from error
+
+    def _message(self, paid: transactions.Transaction, due_ms: int) -> kafka.Message:
+        if self._pace.now:
+            paid = dataclasses.replace(paid, event_ms=due_ms)
+        return kafka.Message(
+            self._topic,
+            transactions.key(paid.user_id),
+            transactions.encode(paid),
+            timestamp_ms=paid.event_ms,
+        )

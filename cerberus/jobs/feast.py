@@ -1,0 +1,317 @@
+"""Feast, from child processes: definitions to the registry, batch views to Redis.
+
+Only this module of the package imports Feast, and only inside its functions: the import takes
+seconds and 110 MB, so the serving process starts `python -m cerberus materialize` and calls
+nothing here. Calls block; whoever started the child ends it at the deadline.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from cerberus import errors, settings
+from cerberus.features import declared
+from cerberus.online import layout, user_rows
+from cerberus.online import pool as redis_pool
+
+REPO = pathlib.Path(__file__).parent.parent.parent / "feature_repo"
+_SERVED = (declared.STATS_VIEW, declared.WINDOW_VIEW, declared.CREDIT_VIEW)
+_TYPES = {"Int64", "Float64", "Bytes"}
+_BATCH_ROWS = 10_000
+# Feast leaves no other way to set an option of its sessions: it writes "-c search_path=", this
+# text and ",public", and what it passes wins over PGOPTIONS. Without nested loops 10,000 rows of
+# history take seconds instead of minutes.
+_SESSION = "public -c enable_nestloop=off -c search_path=public"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a materialization did.
+
+    Attributes:
+        full: Redis had lost the batch views, so everything that has not expired was loaded.
+        new_rows: Rows of `credit_scores` that are served from now on.
+    """
+
+    full: bool
+    new_rows: int
+
+
+def render(config: settings.Settings, directory: pathlib.Path = REPO) -> pathlib.Path:
+    """Write `feature_store.yaml` for the Feast command line and notebooks, readable to us alone.
+
+    Raises:
+        ConfigError: An address cannot be said in Feast's terms.
+    """
+    path = directory / "feature_store.yaml"
+    with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:  # mode 0600
+        file.write("# Written by `python -m cerberus features render`; it holds passwords.\n")
+        yaml.safe_dump(repo_config(config), file, sort_keys=False)
+    os.replace(file.name, path)
+    return path
+
+
+def repo_config(config: settings.Settings) -> dict[str, Any]:
+    """Say the settings in Feast's terms; `window` is ours, for the definitions.
+
+    Raises:
+        ConfigError: An address cannot be said in Feast's terms.
+    """
+    registry, offline_store = _postgres(config.postgres.url)
+    return {
+        "project": layout.PROJECT,
+        "provider": "local",
+        "entity_key_serialization_version": 3,
+        "registry": {"registry_type": "sql", "path": registry, "cache_ttl_seconds": 0},
+        "online_store": {
+            "type": "redis",
+            "redis_type": "redis_cluster" if config.redis.cluster else "redis",
+            "connection_string": _redis(config),
+        },
+        "offline_store": {"type": "postgres"} | offline_store,
+        "materialization": {"pull_latest_features": True, "online_write_batch_size": _BATCH_ROWS},
+        "window": {
+            "names": list(config.windows.spans),
+            "allowed_lateness_ms": config.windows.allowed_lateness_ms,
+            "max_future_skew_ms": config.windows.max_future_skew_ms,
+        },
+    }
+
+
+def apply(
+    config: settings.Settings, directory: pathlib.Path = REPO, deadline_s: float = 120.0
+) -> str:
+    """Render, then run `feast apply` and return what it printed. Idempotent: yes.
+
+    Raises:
+        StoreUnavailable: It failed or took longer than the deadline; the message says why.
+    """
+    render(config, directory)
+    command = [sys.executable, "-c", "from feast.cli.cli import cli; cli()", "apply"]
+    try:
+        done = subprocess.run(
+            command, cwd=directory, capture_output=True, text=True, timeout=deadline_s, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise errors.StoreUnavailable(
+            f"feast apply did not end in {deadline_s:g} s: does Postgres answer?"
+        ) from error
+    if done.returncode:
+        # The exception's own line: what follows it is indented or in brackets.
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line[:1].isalnum()]
+        raise errors.StoreUnavailable(f"feast apply failed: {said[-1] if said else 'silently'}")
+    return done.stdout
+
+
+def compile_plan(config: settings.Settings) -> layout.Plan:
+    """Compile the applied registry into what serving must know.
+
+    Raises:
+        ModelMismatch: A view is missing, or the fast path cannot serve it.
+        StoreUnavailable: Postgres does not answer.
+    """
+    with _opened(config) as store:
+        return plan(store.list_feature_views(), store.list_feature_services())
+
+
+def plan(views: Iterable[Any], services: Iterable[Any]) -> layout.Plan:
+    """Compile Feast's definitions into what serving must know.
+
+    Raises:
+        ModelMismatch: A view is missing, or the fast path cannot serve it.
+    """
+    known = {view.name: view for view in views}
+    names: dict[bytes, str] = {}
+    for view in known.values():
+        for feature in view.features:
+            name = f"{view.name}:{feature.name}"
+            other = names.setdefault(layout.field(view.name, feature.name), name)
+            if other != name:
+                raise errors.ModelMismatch(f"{other} and {name} hash to one field: rename one")
+    for service in services:
+        for projection in service.feature_view_projections:
+            if projection.name_alias or projection.join_key_map:
+                raise errors.ModelMismatch(
+                    f"{service.name} renames {projection.name} or its key: serving reads by "
+                    "the view's own names"
+                )
+    if missing := [name for name in _SERVED if name not in known]:
+        raise errors.ModelMismatch(
+            f"{', '.join(missing)} is not in the registry: `python -m cerberus features apply`"
+        )
+    return layout.Plan(
+        project=layout.PROJECT,
+        ttl_ms={n: known[n].ttl // datetime.timedelta(milliseconds=1) for n in _SERVED},
+        schema={n: _schema(known[n]) for n in _SERVED},
+    )
+
+
+def materialize(config: settings.Settings, now_ms: int) -> Loaded:
+    """Load `credit_scores` from Postgres to Redis as of `now_ms`. Idempotent: yes.
+
+    Applies the definitions first where none are.
+
+    A row is new while its `created_timestamp` is null. After Feast has loaded the new rows they
+    are stamped with the moment after, so history shows a score from when it could be served on
+    (with `filter_by_created_timestamp=True`), never before. The stamp is set in the database
+    snapshot that was opened before the load: a row that came meanwhile stays new. Rows are facts:
+    a corrected score is a new row with a later `event_timestamp`.
+
+    The load begins at the oldest new row, so a row that arrives late is not missed as it would be
+    by Feast's incremental load, which begins where the last one ended. When Redis has lost
+    `user_rows.MATERIALIZED` it begins one TTL ago.
+
+    Cost: nothing new takes two queries; memory is one row a user that has news.
+
+    Raises:
+        StoreUnavailable: A store failed, or Redis lost its data meanwhile; run again.
+    """
+    import psycopg
+
+    with _opened(config) as store:
+        end = datetime.datetime.fromtimestamp(now_ms / 1000, datetime.UTC)
+        begin = end - _credit_view(store, config).ttl
+        lost = asyncio.run(_begin(config, now_ms))
+        with psycopg.connect(config.postgres.url, connect_timeout=10) as connection:
+            connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            new = "created_timestamp IS NULL AND event_timestamp BETWEEN %s AND %s"
+            connection.execute("SET idle_in_transaction_session_timeout = 0")
+            oldest = connection.execute(
+                f"SELECT min(event_timestamp) FROM credit_scores WHERE {new}", (begin, end)
+            ).fetchone()
+            start = begin if lost else oldest and oldest[0]
+            if start:
+                with contextlib.redirect_stdout(sys.stderr):
+                    store.materialize(start, end, [declared.CREDIT_VIEW])
+            if not asyncio.run(_finish(config)):
+                raise errors.StoreUnavailable("Redis was emptied during the load; load again")
+            stamped = connection.execute(
+                f"UPDATE credit_scores SET created_timestamp = clock_timestamp() WHERE {new}",
+                (begin, end),
+            )
+        return Loaded(full=lost, new_rows=stamped.rowcount)
+
+
+def _credit_view(store: Any, config: settings.Settings) -> Any:
+    """Return the applied view; where nothing was applied yet, this is the release."""
+    import feast.errors
+
+    try:
+        return store.get_feature_view(declared.CREDIT_VIEW)
+    except feast.errors.FeatureViewNotFoundException:
+        apply(config)
+        return store.get_feature_view(declared.CREDIT_VIEW)
+
+
+async def _begin(config: settings.Settings, now_ms: int) -> bool:
+    """Leave a mark that is lost with the data, then say whether the batch views are lost."""
+    async with redis_pool.connect(config) as client:
+        await client.set(user_rows.LOADING, now_ms)
+        return not await client.exists(user_rows.MATERIALIZED)
+
+
+async def _finish(config: settings.Settings) -> bool:
+    """Turn the mark into the sign that the views are there; False when the mark is gone."""
+    async with redis_pool.connect(config) as client:
+        return bool(await client.copy(user_rows.LOADING, user_rows.MATERIALIZED, replace=True))
+
+
+def _schema(view: Any) -> dict[str, str]:
+    keys = [(column.name, str(column.dtype)) for column in view.entity_columns]
+    if keys != [("user_id", "Int64")]:
+        raise errors.ModelMismatch(f"{view.name}: its key must be user_id, Int64, not {keys}")
+    types = {feature.name: str(feature.dtype) for feature in view.features}
+    for name, kind in types.items():
+        if kind not in _TYPES:
+            raise errors.ModelMismatch(
+                f"{view.name}:{name} is {kind}; serving reads {', '.join(sorted(_TYPES))}"
+            )
+    return types
+
+
+def _postgres(url: str) -> tuple[str, dict[str, Any]]:
+    """Return the registry's address and the options of the offline store."""
+    import psycopg.conninfo
+    import sqlalchemy
+
+    try:
+        parts = {k: str(v) for k, v in psycopg.conninfo.conninfo_to_dict(url).items()}
+    except psycopg.ProgrammingError as error:
+        raise errors.ConfigError(
+            "DATABASE_URL cannot be read by libpq: percent-encode the password, and put only "
+            "libpq's own parameters behind the question mark"
+        ) from error
+    host, port = parts.get("host", ""), parts.get("port", "5432")
+    tls = {k: v for k, v in parts.items() if k in ("sslrootcert", "sslcert", "sslkey")}
+    sslmode = parts.get("sslmode", "prefer")
+    registry = sqlalchemy.URL.create(
+        "postgresql+psycopg",
+        username=parts.get("user"),
+        password=parts.get("password"),
+        database=parts.get("dbname"),
+        # A host may be the directory of a socket, which only a query can say.
+        query={"host": host, "port": port, "sslmode": sslmode, "connect_timeout": "10"} | tls,
+    )
+    offline_store = {
+        "host": host,
+        "port": int(port),
+        "database": parts.get("dbname", ""),
+        "user": parts.get("user", ""),
+        "password": parts.get("password", ""),
+        "db_schema": _SESSION,
+        "sslmode": sslmode,
+        "keepalives_idle": 30,
+    }
+    return (
+        registry.render_as_string(hide_password=False),
+        offline_store | {f"{name}_path": value for name, value in tls.items()},
+    )
+
+
+def _redis(config: settings.Settings) -> str:
+    """Write what the serving process connects with as `host:port,option=value,…`.
+
+    Feast reads each value as JSON, so a password is a JSON string that holds no comma.
+    """
+    options = redis_pool.options(config)
+    host, port = options.pop("host"), options.pop("port")
+    if ":" in host:
+        raise errors.ConfigError(f"REDIS_URL: Feast needs a host name, not {host}")
+    options |= {"socket_timeout": 30}
+    pairs = (f"{k}={json.dumps(v)}".replace(",", "\\u002c") for k, v in options.items())
+    return ",".join((f"{host}:{port}", *pairs))
+
+
+@contextlib.contextmanager
+def _opened(config: settings.Settings) -> Iterator[Any]:
+    """Yield Feast's store, and say in one line what of it does not answer."""
+    import feast
+    import psycopg
+    import redis.exceptions
+    import sqlalchemy.exc
+
+    failures = (
+        OSError,
+        psycopg.Error,
+        redis.exceptions.RedisError,
+        sqlalchemy.exc.SQLAlchemyError,
+    )
+    try:
+        store: Any = feast.FeatureStore(config=feast.RepoConfig(**repo_config(config)))
+        with contextlib.ExitStack() as stack:
+            stack.callback(store.registry.write_engine.dispose)
+            yield store
+    except failures as error:
+        reason = str(error).partition("\n")[0]
+        raise errors.StoreUnavailable(f"Feast could not use a store: {reason}") from error

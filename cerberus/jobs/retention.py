@@ -1,0 +1,76 @@
+"""What is older than is kept leaves Postgres, whole months at a time; the coming months get in.
+
+One clock for all tables: the beginning of the oldest month of which something is still kept. So
+nothing that is kept lacks its other half, and up to a month more than asked for is kept.
+"""
+
+import contextlib
+import datetime
+import logging
+from collections.abc import Callable
+
+from cerberus import errors, settings, supervision
+from cerberus.postgres import expiry, locks, months, stores
+
+log = logging.getLogger(__name__)
+
+_LOOK_S, _RETRY_S = 3600.0, 60.0
+
+
+class Retention:
+    """The task that keeps the tables in order: one across all instances at a time.
+
+    Args:
+        config: Settings; at 0 `retention_days` nothing is removed.
+        postgres: Its tables, and which instance is the one.
+        clock: The time, in UTC.
+    """
+
+    def __init__(
+        self,
+        config: settings.Settings,
+        postgres: stores.Stores,
+        clock: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
+    ) -> None:
+        self._days = config.jobs.retention_days
+        self._postgres = postgres
+        self._clock = clock
+
+    async def run(self, progress: supervision.Progress) -> None:
+        """Look every hour, until told to stop."""
+        while not progress.stopping.is_set():
+            wait_s = _LOOK_S
+            try:
+                await self._postgres.schema.migrate(self._clock())
+                async with self._postgres.locks.singleton("retention") as still_held:
+                    if still_held is not None and not await self.sweep(progress, still_held):
+                        wait_s = _RETRY_S
+            except errors.StoreUnavailable as error:
+                log.warning("waiting: %s", error, extra={"action": "retention_waits"})
+                wait_s = _RETRY_S
+            progress.beat()
+            await progress.wait(wait_s)
+
+    async def sweep(self, progress: supervision.Progress, still_held: locks.StillHeld) -> bool:
+        """Remove what is older than is kept; False when something is in use and is left for later.
+
+        Idempotent: yes; what has nothing old in it is not read.
+
+        Raises:
+            StoreUnavailable: Postgres did not answer.
+        """
+        if not self._days:
+            return True
+        before = months.kept_from(self._clock(), self._days)
+        old = self._postgres.expiry
+        all_gone = True
+        for table in expiry.BY_MONTH:
+            all_gone &= await old.drop(table, before)
+        for table in expiry.BY_ROW:
+            await still_held()
+            async with contextlib.aclosing(old.clear(table, before)) as deleted:
+                async for _ in deleted:
+                    progress.beat()
+                    if progress.stopping.is_set():
+                        break
+        return all_gone

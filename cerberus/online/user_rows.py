@@ -1,0 +1,427 @@
+"""The online store: Redis in Feast's own layout, plus the service's keys under `cerberus:`.
+
+A user is one hash that all views share, so one HMGET reads all; a batch is one pipelined round
+trip. Rows are taken only when their fence is not older than the stored one, in one atomic step.
+Commands are those of Redis 6.2.
+"""
+
+import contextlib
+import itertools
+import secrets
+import struct
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import redis.asyncio
+import redis.exceptions
+
+from cerberus import errors, transactions, window
+from cerberus.features import declared, evaluation
+from cerberus.online import layout
+from cerberus.online import pool as redis_pool
+
+MATERIALIZED = "cerberus:{materialized}"  # in braces: what a cluster's keys are placed by
+LOADING = f"{MATERIALIZED}:loading"
+_T = TypeVar("_T")
+_UNREADABLE = (ValueError, IndexError, struct.error)
+
+# KEYS[1] the user's hash. ARGV: the field of `recent`, epoch, offset, as_of_ms, then field and
+# value pairs. Returns 1 taken, 0 an older fence.
+_WRITE_ROW = """
+local stored = redis.call('HGET', KEYS[1], ARGV[1])
+if stored and #stored > 25 then
+  local at = 2  -- behind the tag stands the length, seven bits a byte
+  while string.byte(stored, at) > 127 do at = at + 1 end
+  local _, epoch, offset, as_of = struct.unpack('>I1I4i8i8', stored, at + 1)
+  local e, o, t = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+  if epoch > e then return 0 end
+  if epoch == e and (offset > o or (offset == o and as_of > t)) then return 0 end
+end
+redis.call('HSET', KEYS[1], unpack(ARGV, 5))
+return 1
+"""
+
+# KEYS[1] the user's hash. ARGV: the newest event, ms, that came outside the user's partition.
+_MARK_SPLIT = """
+if tonumber(redis.call('HGET', KEYS[1], 'cerberus:split') or 0) < tonumber(ARGV[1]) then
+  redis.call('HSET', KEYS[1], 'cerberus:split', ARGV[1])
+end
+return 1
+"""
+
+# Of the topic's hash of partitions, KEYS[1]. ARGV: partition, epoch, offset, the trail that was
+# left and the one that was tried. Goes on unless the fence is older (0) or the trail is another
+# (-1); an empty one is not asked for.
+_FENCED = """
+local stored = redis.call('HGET', KEYS[1], ARGV[1])
+local readable, s = pcall(cjson.decode, stored)
+if stored and readable then
+  local e, o = tonumber(ARGV[2]), tonumber(ARGV[3])
+  if s.epoch > e or (s.epoch == e and s.offset > o) then return 0 end
+end
+local trail = redis.call('HGET', KEYS[1], 'trail:' .. ARGV[1])
+if ARGV[4] ~= '' and trail ~= ARGV[4] and trail ~= ARGV[5] then return -1 end
+"""
+# Further ARGV: the new trail.
+_LEAVE_TRAIL = f"""{_FENCED}
+redis.call('HSET', KEYS[1], 'trail:' .. ARGV[1], ARGV[6])
+return 1
+"""
+# Further ARGV: state as JSON, whether to make what is not there, the number of partitions.
+_WRITE_STATE = f"""{_FENCED}
+if not (stored and readable) and ARGV[7] == '0' then return -1 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[6], 'count', ARGV[8])
+return 1
+"""
+
+
+@dataclass(slots=True)
+class Trail:
+    """What the last write of a partition's rows left beside them.
+
+    A store that was restored to an earlier moment, as after a crash or a failover, has another
+    trail than its writer remembers, and has lost rows.
+
+    Attributes:
+        left: Acknowledged; None before the first write.
+        tried: Sent last, acknowledged or not; None before the first write.
+    """
+
+    left: str | None = None
+    tried: str | None = None
+
+
+_NO_TRAILS: Mapping[int, Trail] = types.MappingProxyType({})
+
+
+class _Hash(NamedTuple, Generic[_T]):
+    """What is read of a user's hash: the names of its fields, or their values."""
+
+    window: _T
+    window_at: _T
+    credit: _T
+    credit_at: _T
+    split_ms: _T
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRow:
+    """One user's row to write: the packed window and its aggregates as of the fence."""
+
+    user_id: int
+    recent: bytes
+    stats: tuple[window.WindowStats, ...]
+    fence: evaluation.Fence
+    partition: int
+
+
+class OnlineStore:
+    """Reads and writes the rows that decisions are made from.
+
+    Args:
+        client: The shared pool.
+        plan: What Feast's registry says of views, types and TTLs.
+        spans: The window definition.
+        topic: Whose partitions are followed.
+
+    Attributes:
+        spoken: The newest version of claims and commits that the owners of all partitions read, as
+            of the last read of users or states.
+
+    Raises:
+        ModelMismatch: The plan was compiled for other windows.
+    """
+
+    def __init__(
+        self,
+        client: "redis.asyncio.Redis | redis.asyncio.RedisCluster",
+        plan: layout.Plan,
+        spans: window.Spans,
+        topic: str,
+    ) -> None:
+        streamed = declared.names(declared.streamed(spans.names))
+        if (
+            plan.schema.get(declared.STATS_VIEW, {}).keys() != set(streamed)
+            or plan.ttl_ms.get(declared.WINDOW_VIEW) != spans.keep_ms
+        ):
+            raise errors.ModelMismatch(
+                "the feature plan beside the model is not for windows "
+                f"{','.join(spans.names)} kept for {spans.keep_ms} ms: run `python -m cerberus "
+                "features apply`, then `python -m cerberus features compile`"
+            )
+        self.spoken = 0
+        self._client: Any = client  # its types know str keys only
+        self._plan = plan
+        self._spans = spans
+        self._partitions_key = f"cerberus:partitions:{topic}"
+        self._fields = _Hash(
+            window=layout.field(declared.WINDOW_VIEW, "recent"),
+            window_at=layout.ts_field(declared.WINDOW_VIEW),
+            credit=layout.field(declared.CREDIT_VIEW, declared.CREDIT_SCORE.name),
+            credit_at=layout.ts_field(declared.CREDIT_VIEW),
+            split_ms=b"cerberus:split",
+        )
+        self._trails = map(f"{secrets.token_hex(8)}:{{}}".format, itertools.count())
+        self._stats_at = layout.ts_field(declared.STATS_VIEW)
+        self._stat_fields = [
+            [layout.field(each.view, each.name) for each in declared.of_window(span)]
+            for span in spans.names
+        ]
+
+    async def read(
+        self, user_ids: Sequence[int], now_ms: int, timeout_s: float
+    ) -> list[evaluation.OnlineRow]:
+        """Read users and the state of their partitions in one round trip.
+
+        Deadline: `timeout_s`. Idempotent: yes.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer in time.
+        """
+        pipe = self._client.pipeline(transaction=False)
+        pipe.hgetall(self._partitions_key)
+        for user_id in user_ids:
+            pipe.hmget(self._key(user_id), self._fields)
+        found, *hashes = await redis_pool.answers(pipe.execute(), timeout_s)
+        states = self._told(found)
+        count = int(found.get(b"count", 0))
+        rows = []
+        for user_id, values in zip(user_ids, hashes, strict=True):
+            home = transactions.partition_of(user_id, count) if count else 0
+            state = states.get(home)
+            if state is not None and state.count not in (0, count):
+                state = None  # who owned it before does not know who has moved there
+            # One user's broken value must not take the batch's other users with it.
+            stored: _Hash[bytes | None] = _Hash(*values)
+            recent, broken_window = _readable(self._window, stored.window, stored.window_at, now_ms)
+            score, broken_score = _readable(self._score, stored.credit, stored.credit_at, now_ms)
+            rows.append(
+                evaluation.OnlineRow(
+                    user_id=user_id,
+                    recent=recent,
+                    credit_score=score,
+                    partition=home,
+                    state=state,
+                    unreadable=(evaluation.Doubt.RECENT_UNREADABLE,) * broken_window
+                    + (evaluation.Doubt.CREDIT_SCORE_UNREADABLE,) * broken_score,
+                    split_ms=int(stored.split_ms or 0),
+                )
+            )
+        return rows
+
+    async def credit_scores(
+        self, user_ids: Sequence[int], now_ms: int
+    ) -> tuple[dict[int, int | None], bool]:
+        """Read the credit scores of distinct users in one round trip; None where there is none.
+
+        Returns:
+            The scores, and whether they were loaded before and after: else one may be missing.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer within 2 s.
+        """
+        pipe = self._client.pipeline(transaction=False)
+        pipe.get(MATERIALIZED)
+        for user_id in user_ids:
+            pipe.hmget(self._key(user_id), (self._fields.credit, self._fields.credit_at))
+        pipe.get(MATERIALIZED)
+        before, *values, after = await redis_pool.answers(pipe.execute())
+        scores = {
+            user_id: _readable(self._score, score, at, now_ms)[0]
+            for user_id, (score, at) in zip(user_ids, values, strict=True)
+        }
+        return scores, before is not None and after is not None
+
+    async def write(self, rows: Sequence[StreamRow], trail: Trail | None = None) -> bool:
+        """Store rows whose fence is not older than what is there. Idempotent: yes.
+
+        Args:
+            rows: Of one partition, when there is a trail.
+            trail: Followed and led on.
+
+        Returns:
+            Whether Redis has lost earlier rows: it has not the trail.
+
+        Raises:
+            FeaturesUnavailable: not all was acknowledged within 2 s; write again.
+        """
+        calls: list[redis_pool.Call] = [
+            (_WRITE_ROW, [self._key(row.user_id)], self._row_arguments(row)) for row in rows
+        ]
+        if trail is None or not rows:
+            await redis_pool.evaluate(self._client, calls)
+            return False
+        fence, before, new = rows[-1].fence, trail.tried, next(self._trails)
+        trail.tried = new
+        # Behind the rows: what loses one of them loses the trail.
+        arguments: list[int | str] = [
+            rows[-1].partition,
+            fence.epoch,
+            fence.offset,
+            trail.left or "",
+            before or "",
+            new,
+        ]
+        calls.append((_LEAVE_TRAIL, [self._partitions_key], arguments))
+        led_on = (await redis_pool.evaluate(self._client, calls))[-1]
+        if led_on == 1:
+            trail.left = new
+        return bool(led_on == -1)
+
+    async def mark_split(self, newest: Mapping[int, int]) -> None:
+        """Say of users until when (ms) they have events outside their partition. Idempotent: yes.
+
+        Raises:
+            FeaturesUnavailable: not all was acknowledged within 2 s; write again.
+        """
+        await redis_pool.evaluate(
+            self._client, [(_MARK_SPLIT, [self._key(u)], [ms]) for u, ms in newest.items()]
+        )
+
+    async def write_states(
+        self,
+        count: int,
+        states: Mapping[int, evaluation.PartitionState],
+        *,
+        trails: Mapping[int, Trail] = _NO_TRAILS,
+        create: bool = False,
+    ) -> set[int]:
+        """Say who is live: the state of owned partitions and how many there are, fenced.
+
+        Args:
+            count: How many partitions there are.
+            states: Of those owned.
+            trails: Of their rows.
+            create: Make the state of those that Redis does not know.
+
+        Returns:
+            The partitions of which Redis has lost rows: it does not know them, or not their trail.
+
+        Raises:
+            FeaturesUnavailable: not acknowledged within 2 s.
+        """
+        calls: list[redis_pool.Call] = []
+        for number, state in states.items():
+            trail = trails.get(number, Trail())
+            left, tried = trail.left or "", trail.tried or ""
+            known: list[int | str] = [number, state.epoch, state.offset, left, tried]
+            told: list[bytes | int] = [state.pack(), int(create), count]
+            calls.append((_WRITE_STATE, [self._partitions_key], [*known, *told]))
+        answers = await redis_pool.evaluate(self._client, calls)
+        return {p for p, answer in zip(states, answers, strict=True) if answer == -1}
+
+    async def follow(self, witness: str) -> None:
+        """Make the loss of one node of a cluster, which changes the witness, the loss of all.
+
+        States, trails and the sign that the batch views are loaded are forgotten when they stand
+        beside another witness; every owner notices that. Idempotent: yes.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer within 2 s; follow again.
+        """
+        new, loaded = witness.encode(), f"{MATERIALIZED}:witness"
+        if (old := await redis_pool.answers(self._client.get(loaded))) != new:
+            if old is not None:
+                await redis_pool.answers(self._client.delete(MATERIALIZED, LOADING))
+            await redis_pool.answers(self._client.set(loaded, new))
+        if (
+            old := await redis_pool.answers(self._client.hget(self._partitions_key, "witness"))
+        ) != new:
+            if old is not None:
+                await redis_pool.answers(self._client.delete(self._partitions_key))
+            await redis_pool.answers(self._client.hset(self._partitions_key, "witness", new))
+
+    async def states(self) -> dict[int, evaluation.PartitionState]:
+        """Read what the owners say of all partitions.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer within 2 s.
+        """
+        return self._told(await redis_pool.answers(self._client.hgetall(self._partitions_key)))
+
+    async def materialized_ms(self) -> int | None:
+        """Return when the batch views were last loaded; None when Redis has lost them."""
+        value = await redis_pool.answers(self._client.get(MATERIALIZED))
+        return None if value is None else int(value)
+
+    async def advise_policy(self) -> str | None:
+        """Return a sentence when Redis may evict rows by itself, else None."""
+        try:
+            found = await self._client.config_get("maxmemory*")
+        except redis_pool.REDIS_DOWN:
+            return None  # managed services often forbid CONFIG
+        if found.get("maxmemory", "0") in ("0", 0) or found["maxmemory-policy"] == "noeviction":
+            return None
+        return (
+            f"Redis evicts rows (maxmemory-policy {found['maxmemory-policy']}): "
+            "set it to noeviction, or users will look new and transactions be decided twice"
+        )
+
+    async def close(self) -> None:
+        """Close the pool."""
+        await self._client.aclose()
+
+    def _told(self, found: Mapping[bytes, bytes]) -> dict[int, evaluation.PartitionState]:
+        """Read the states; one that is broken counts as gone, and its owner makes it anew.
+
+        A topic that was made anew with fewer partitions leaves some behind.
+        """
+        told, count = {}, int(found.get(b"count", 0))
+        for field, value in found.items():
+            if field.isdigit() and int(field) < count:
+                with contextlib.suppress(ValueError, TypeError):
+                    told[int(field)] = evaluation.PartitionState.unpack(value)
+        whole = 0 < len(told) == count
+        self.spoken = min(state.version for state in told.values()) if whole else 0
+        return told
+
+    def _key(self, user_id: int) -> bytes:
+        return layout.entity_key(user_id, self._plan.project)
+
+    def _window(
+        self, value: bytes | None, at: bytes | None, now_ms: int
+    ) -> evaluation.Recent | None:
+        if not value or not at or not self._plan.alive(declared.WINDOW_VIEW, at, now_ms):
+            return None
+        packed = layout.decode(value)
+        if not isinstance(packed, bytes):
+            raise ValueError(f"recent: {type(packed).__name__} instead of bytes")
+        return evaluation.unpack(packed, self._spans)
+
+    def _score(self, value: bytes | None, at: bytes | None, now_ms: int) -> int | None:
+        if not value or not at or not self._plan.alive(declared.CREDIT_VIEW, at, now_ms):
+            return None
+        score = layout.decode(value)
+        return score if isinstance(score, int) else None
+
+    def _row_arguments(self, row: StreamRow) -> list[bytes | int | str]:
+        stamp = layout.encode_timestamp(row.fence.as_of_ms * 1000)
+        pairs: list[bytes | int | str] = [
+            self._fields.window,
+            *row.fence,
+            self._fields.window,
+            layout.encode_bytes(row.recent),
+            self._fields.window_at,
+            stamp,
+            self._stats_at,
+            stamp,
+        ]
+        for (count_field, total_field), stats in zip(self._stat_fields, row.stats, strict=True):
+            pairs += (count_field, layout.encode_int64(stats.count))
+            pairs += (total_field, layout.encode_double(stats.total_minor / 100))
+        return pairs
+
+
+def _readable(
+    read: Callable[[bytes | None, bytes | None, int], _T | None],
+    value: bytes | None,
+    at: bytes | None,
+    now_ms: int,
+) -> tuple[_T | None, bool]:
+    """Read a value and its time; the flag says that it is there and broken."""
+    try:
+        return read(value, at, now_ms), False
+    except _UNREADABLE:
+        return None, True

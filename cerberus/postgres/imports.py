@@ -1,0 +1,264 @@
+"""What happened before the log, in Postgres: facts, their history for Feast, and how far files are.
+
+An imported transaction is a row of `transactions` under topic "import": epoch 0, its line as the
+offset. So every row of the log wins over it. Calls raise `StoreUnavailable` when Postgres does not
+answer in time.
+"""
+
+import dataclasses
+import datetime
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import asyncpg
+
+from cerberus import labels, transactions, window
+from cerberus.features import declared
+from cerberus.postgres import facts, months
+from cerberus.postgres import pool as postgres_pool
+
+_STATEMENT_S = 600
+_LAST_RANK = 999
+_BEGIN = """
+INSERT INTO imports AS i (fingerprint, kind, file, size_bytes) VALUES ($1, $2, $3, $4)
+ON CONFLICT (fingerprint) DO UPDATE SET file = excluded.file
+RETURNING rows_done, lines_done, bytes_done, added, rejected, rejects_bytes,
+    finished_at IS NOT NULL AS finished
+"""
+_ADVANCE = """
+UPDATE imports SET rows_done = $2, lines_done = $3, bytes_done = $4, added = $5, rejected = $6,
+    rejects_bytes = $7, finished_at = CASE WHEN $8 THEN clock_timestamp() END
+WHERE fingerprint = $1
+"""
+# Of several rows of one identity the first stands.
+_ADD_TRANSACTIONS = f"""
+WITH given AS (
+    SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::bigint[], $5::text[],
+        $6::text[], $7::bigint[])
+        AS g (user_id, event_ms, transaction_id, amount_minor, currency, merchant_id, line)
+    ORDER BY user_id, event_ms, transaction_id COLLATE "C", line
+), due AS (
+    INSERT INTO history_due AS d (user_id, low_ms, high_ms)
+    SELECT user_id, min(event_ms), max(event_ms) FROM given GROUP BY user_id ORDER BY user_id
+    ON CONFLICT (user_id) DO UPDATE SET low_ms = least(d.low_ms, excluded.low_ms),
+        high_ms = greatest(d.high_ms, excluded.high_ms)
+), added AS (
+    INSERT INTO transactions (topic, user_id, event_ms, transaction_id, amount_minor, currency,
+        merchant_id, epoch, partition, log_offset)
+    SELECT '{facts.IMPORTED}', user_id, event_ms, transaction_id, amount_minor, currency,
+        merchant_id, 0, 0, line FROM given
+    ON CONFLICT (user_id, event_ms, transaction_id) DO NOTHING RETURNING 1
+)
+SELECT count(*) FROM added
+"""
+# Known when they happened: that is when they had reached the bank.
+_ADD_LABELS = """
+WITH added AS (
+    INSERT INTO labels (transaction_id, user_id, label, source, labelled_ms, seen_ms)
+    SELECT t, u, l, s, at, at
+    FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::bigint[])
+        AS g (t, u, l, s, at)
+    ORDER BY t COLLATE "C", u NULLS FIRST, l COLLATE "C", s COLLATE "C", at
+    ON CONFLICT DO NOTHING RETURNING 1
+)
+SELECT count(*) FROM added
+"""
+_ADD_SCORES = """
+WITH added AS (
+    INSERT INTO credit_scores (user_id, event_timestamp, created_timestamp, credit_score)
+    SELECT u, at, at, s FROM (
+        SELECT u, timestamptz 'epoch' + ms * interval '1 millisecond' AS at, s
+        FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS g (u, ms, s)
+    ) AS given
+    ON CONFLICT (user_id, event_timestamp) DO NOTHING RETURNING 1
+)
+SELECT count(*) FROM added
+"""
+# `near` reaches back over the longest window, and ahead to the last event that one of these is in.
+# A frame by time holds all of a millisecond; those behind the row in its order are taken out again.
+_COMPUTE = """
+WITH due AS (
+    DELETE FROM history_due WHERE user_id IN (
+        SELECT user_id FROM history_due ORDER BY user_id LIMIT $1 FOR UPDATE SKIP LOCKED)
+    RETURNING user_id, low_ms, high_ms
+), near AS (
+    SELECT t.user_id, t.event_ms, t.amount_minor, t.topic = '{topic}' AS imported,
+        t.log_offset, t.event_ms BETWEEN d.low_ms AND d.high_ms + {longest} AS wanted,
+        row_number() OVER place - 1 AS rank,
+        sum(t.amount_minor) OVER place AS until_it,
+        count(*) OVER moment AS of_ms, sum(t.amount_minor) OVER moment AS total_of_ms
+    FROM due AS d JOIN transactions AS t ON t.user_id = d.user_id
+        AND t.event_ms > d.low_ms - {longest} AND t.event_ms < d.high_ms + {longest}
+    WINDOW moment AS (PARTITION BY t.user_id, t.event_ms), place AS (
+        moment ORDER BY t.topic = '{topic}', t.transaction_id COLLATE "C"
+        ROWS UNBOUNDED PRECEDING)
+), counted AS (
+    SELECT *, {values} FROM near WINDOW {windows}
+), written AS (
+    INSERT INTO user_transaction_stats AS s
+        (user_id, event_timestamp, created_timestamp, epoch, log_offset, {columns})
+    SELECT user_id, at, at, 0, log_offset, {columns} FROM (
+        SELECT *, timestamptz 'epoch' + (event_ms * 1000 + least(rank, {last}))
+            * interval '1 microsecond' AS at
+        FROM counted WHERE imported AND wanted AND (rank < {last} OR rank = of_ms - 1)
+    ) AS rows
+    ORDER BY user_id, at
+    ON CONFLICT (user_id, event_timestamp) DO UPDATE SET
+        log_offset = excluded.log_offset, {updates}
+    WHERE s.epoch = 0
+)
+SELECT count(*) FROM due
+"""
+
+
+Position = tuple[int, int, int]
+
+
+class Score(NamedTuple):
+    """A credit score, which holds from `event_ms` on."""
+
+    user_id: int
+    event_ms: int
+    score: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a file is.
+
+    Attributes:
+        position: How many rows, lines and bytes of it are stored.
+        added: Rows that were not there before.
+        rejected: Rows that were refused.
+        rejects_bytes: How much of the file of rejects tells of them.
+        finished: Whether nothing is left.
+    """
+
+    position: Position = (0, 0, 0)
+    added: int = 0
+    rejected: int = 0
+    rejects_bytes: int = 0
+    finished: bool = False
+
+
+class Imports:
+    """Writes what was imported, and `imports`: how far each file is.
+
+    Args:
+        pool: The shared pool; the tables are there.
+        spans: Names of the windows, such as ("10m",).
+    """
+
+    def __init__(self, pool: asyncpg.Pool, spans: Sequence[str]) -> None:
+        self._pool = pool
+        self._months: set[datetime.datetime] = set()
+        self._compute = _computing(window.Spans(tuple(spans)))
+
+    async def begin(self, fingerprint: str, kind: str, name: str, size_bytes: int) -> Progress:
+        """Return how far a file is; it is noted when it is new."""
+        async with postgres_pool.connection(self._pool) as connection:
+            found = await connection.fetchrow(_BEGIN, fingerprint, kind, name, size_bytes)
+        position = (found["rows_done"], found["lines_done"], found["bytes_done"])
+        rest = (found[name] for name in ("added", "rejected", "rejects_bytes", "finished"))
+        return Progress(position, *rest)
+
+    async def store(
+        self, fingerprint: str, kind: str, records: Sequence[tuple[int, Any]], progress: Progress
+    ) -> Progress:
+        """Store records of a kind, each with its line, and how far their file is, in one go.
+
+        Idempotent: yes. Of transactions of one identity the first stands, and whatever the log
+        said; their history is due from then on. Labels and scores are known since they were given,
+        and since they hold.
+
+        Args:
+            fingerprint: Of the file.
+            kind: "transactions", "labels" or "credit_scores".
+            records: Transactions, labels or `Score`s.
+            progress: How far the file is with them, but for what `added` rises by.
+
+        Returns:
+            The progress that was stored.
+        """
+        if kind == "transactions" and records:
+            await self._make_months({paid.event_ms for _, paid in records})
+        async with postgres_pool.connection(self._pool) as connection, connection.transaction():
+            added = progress.added + await _add(connection, kind, records)
+            progress = dataclasses.replace(progress, added=added)
+            numbers = (*progress.position, added, progress.rejected, progress.rejects_bytes)
+            await connection.execute(_ADVANCE, fingerprint, *numbers, progress.finished)
+        return progress
+
+    async def _make_months(self, times_ms: Collection[int]) -> None:
+        """Make partitions for the months of these times, where that can be done in some seconds.
+
+        A month once begun in the default partition stays there.
+        """
+        wanted = {months.of_ms(ms) for ms in times_ms} - self._months
+        async with postgres_pool.connection(self._pool) as connection:
+            await months.add(connection, "transactions", sorted(wanted), months.TRIES)
+        self._months |= wanted
+
+    async def due(self) -> int:
+        """Return for how many users the history must be computed."""
+        async with postgres_pool.connection(self._pool) as connection:
+            return int(await connection.fetchval("SELECT count(*) FROM history_due"))
+
+    async def compute(self, users: int) -> int:
+        """Compute the history of up to that many users; return of how many it was.
+
+        One row an imported transaction, as `sink` writes it for one of the log that came in the
+        order of event times, by id within a millisecond: itself and all that is stored before it
+        counts. What the log's transactions left stays. Idempotent: yes.
+        """
+        async with postgres_pool.connection(self._pool) as connection:
+            return int(await connection.fetchval(self._compute, users, timeout=_STATEMENT_S))
+
+
+def _computing(spans: window.Spans) -> str:
+    """Return the statement that computes the history of some users."""
+    columns = declared.names(declared.streamed(spans.names))
+    values: list[str] = []
+    windows: list[str] = []
+    for i, (count, total) in enumerate(map(declared.of_window, spans.names)):
+        values += (
+            f"count(*) OVER w{i} - of_ms + rank + 1 AS {count.name}",
+            f"(sum(amount_minor) OVER w{i} - total_of_ms + until_it)::float8 / 100 AS {total.name}",
+        )
+        windows.append(
+            f"w{i} AS (PARTITION BY user_id ORDER BY event_ms "
+            f"RANGE BETWEEN {spans.spans_ms[i] - 1} PRECEDING AND CURRENT ROW)"
+        )
+    return _COMPUTE.format(
+        topic=facts.IMPORTED,
+        longest=spans.longest_ms,
+        last=_LAST_RANK,
+        values=", ".join(values),
+        windows=", ".join(windows),
+        columns=", ".join(columns),
+        updates=", ".join(f"{column} = excluded.{column}" for column in columns),
+    )
+
+
+async def _add(
+    connection: asyncpg.Connection, kind: str, records: Sequence[tuple[int, Any]]
+) -> int:
+    """Store records and return how many are new."""
+    if kind == "transactions":
+        rows: list[Any] = [_transaction(line, paid) for line, paid in records]
+        query, width = _ADD_TRANSACTIONS, 7
+    else:
+        rows = [_label(told) if kind == "labels" else told for _, told in records]
+        query, width = (_ADD_LABELS, 5) if kind == "labels" else (_ADD_SCORES, 3)
+    columns = postgres_pool.columns(rows, width)
+    return int(await connection.fetchval(query, *columns, timeout=_STATEMENT_S))
+
+
+def _transaction(line: int, paid: transactions.Transaction) -> tuple[Any, ...]:
+    named = (paid.user_id, paid.event_ms, paid.transaction_id)
+    return (*named, paid.amount_minor, paid.currency, paid.merchant_id, line)
+
+
+def _label(told: labels.Label) -> tuple[Any, ...]:
+    return (told.transaction_id, told.user_id, told.label, told.source, told.labelled_ms)

@@ -1,0 +1,86 @@
+"""Lives of the log in Postgres: the epoch of each, where it began, and what of it is stored.
+
+Calls raise `StoreUnavailable` when Postgres does not answer within 10 s.
+"""
+
+import asyncpg
+
+from cerberus.postgres import facts
+from cerberus.postgres import pool as postgres_pool
+
+_EPOCH = """
+INSERT INTO log_epochs AS l (topic, cluster, partitions, epoch)
+VALUES ($1, $2, $3, extract(epoch FROM clock_timestamp())::bigint)
+ON CONFLICT (topic) DO UPDATE SET
+    epoch = greatest(l.epoch + 1, excluded.epoch), cluster = excluded.cluster,
+    partitions = excluded.partitions
+WHERE l.cluster <> excluded.cluster OR l.partitions <> excluded.partitions OR l.epoch = $4
+RETURNING epoch
+"""
+_HAS_ROWS = """
+SELECT EXISTS (SELECT FROM log_positions
+    WHERE topic = $1 AND epoch BETWEEN $2 AND $3 AND partition = $4)
+"""
+_BEGIN = f"""
+WITH life AS (
+    INSERT INTO log_begins AS l (topic, epoch, partition, begin_ms) VALUES ($1, $2, $3, $4)
+    ON CONFLICT (topic, epoch, partition) DO UPDATE SET begin_ms = l.begin_ms RETURNING begin_ms
+)
+SELECT begin_ms FROM life WHERE EXISTS (
+    SELECT FROM transactions WHERE topic = '{facts.IMPORTED}' AND event_ms <= begin_ms)
+"""
+
+
+class Lives:
+    """Reads and writes `log_epochs` and `log_begins`, reads `log_positions`.
+
+    Each call is one or two statements by key; safe for concurrent use.
+
+    Args:
+        pool: The shared pool.
+    """
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    async def epoch(
+        self, cluster: str, topic: str, partitions: int, *, ended: int | None = None
+    ) -> int:
+        """Return the epoch of a topic's present life.
+
+        It rises when the cluster or the number of partitions changes, and when the caller has
+        seen that epoch `ended` is over (several callers may; it rises once). It follows the clock,
+        so that a database which lost its data goes on above the fences that Redis has kept.
+        """
+        async with postgres_pool.connection(self._pool) as connection:
+            risen = await connection.fetchval(_EPOCH, topic, cluster, partitions, ended)
+            if risen is not None:
+                return int(risen)
+            query = "SELECT epoch FROM log_epochs WHERE topic = $1"
+            return int(await connection.fetchval(query, topic))
+
+    async def has_rows(
+        self, topic: str, epoch: int, partition: int, *, since_epoch: int | None = None
+    ) -> bool:
+        """Say whether effects of this partition were stored.
+
+        Under an epoch from `since_epoch` up to `epoch`; when None, under `epoch` alone.
+        """
+        since = epoch if since_epoch is None else since_epoch
+        async with postgres_pool.connection(self._pool) as connection:
+            return bool(await connection.fetchval(_HAS_ROWS, topic, since, epoch, partition))
+
+    async def imported_until(self, topic: str, epoch: int, partition: int, begin_ms: int) -> int:
+        """Return until when imported transactions count in a log's windows; 0 when there are none.
+
+        That is where the log began when this life of it was first read: the log itself has what
+        came later. Idempotent: yes; the first `begin_ms` of a life stays.
+
+        Args:
+            topic: Of the log.
+            epoch: Of this life.
+            partition: Of the topic.
+            begin_ms: Where the log begins now; stored when it was not known.
+        """
+        async with postgres_pool.connection(self._pool) as connection:
+            return await connection.fetchval(_BEGIN, topic, epoch, partition, begin_ms) or 0

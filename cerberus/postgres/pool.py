@@ -1,0 +1,163 @@
+"""The pools that all parts share: Redis and Postgres, a deadline on each call, and what is "down".
+
+Commands are those of Redis 6.2. Nothing is sent before the first use of a pool.
+"""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import asyncpg
+
+from cerberus import errors, settings
+
+QUERY_S = 10
+"""Of a statement to Postgres."""
+NO_IDLING = f"SET LOCAL idle_in_transaction_session_timeout = '{QUERY_S}s'"
+"""First in a transaction of several statements: a process that is frozen in one would otherwise let
+no other start, and no month go."""
+_REFUSED = (
+    asyncpg.InvalidPasswordError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.ClientConfigurationError,
+)
+_NOT_MIGRATED = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError)
+_POSTGRES_DOWN = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # on a connection that the server has just ended
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+T = TypeVar("T")
+
+
+def connect(config: settings.Settings) -> asyncpg.Pool:
+    """Make the shared pool; await it to open it. Nothing is sent before the first use."""
+    return asyncpg.create_pool(
+        config.postgres.url, min_size=0, max_size=8, timeout=5, command_timeout=QUERY_S
+    )
+
+
+async def close(pool: asyncpg.Pool, within_s: float) -> None:
+    """Close the pool; a connection that does not end is cut."""
+    try:
+        async with asyncio.timeout(within_s):
+            await pool.close()
+    except TimeoutError:
+        pool.terminate()
+
+
+@contextlib.asynccontextmanager
+async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
+    """Borrow a connection to Postgres.
+
+    Raises:
+        StoreUnavailable: Postgres did not answer within 10 s.
+        NeedsOperator: Tables of this version are missing; they are made by `migrate`.
+        ConfigError: It refuses us for good.
+    """
+    with unavailable():
+        borrowed = await pool.acquire(timeout=QUERY_S)
+        try:
+            yield borrowed
+        finally:
+            await release(pool, borrowed)
+
+
+async def release(pool: asyncpg.Pool, borrowed: asyncpg.Connection) -> None:
+    """Give a connection back, within 2 s."""
+    try:
+        await pool.release(borrowed, timeout=2)
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        # The pool ends it by itself when the release took too long.
+        with contextlib.suppress(asyncpg.InterfaceError):
+            borrowed.terminate()
+
+
+@contextlib.contextmanager
+def unavailable() -> Iterator[None]:
+    """Tell what is wrong with Postgres in the service's own errors."""
+    try:
+        yield
+    except _REFUSED as error:
+        raise errors.ConfigError(f"DATABASE_URL: Postgres refuses it: {error}") from error
+    except _NOT_MIGRATED as error:
+        raise errors.NeedsOperator(
+            "Postgres is missing tables of this version: run `python -m cerberus migrate` "
+            f"({error})"
+        ) from error
+    except _POSTGRES_DOWN as error:
+        raise errors.StoreUnavailable(f"Postgres did not answer: {error!r}") from error
+
+
+class Turns:
+    """Lets a few calls at a time use Postgres, so that the pool is left to other purposes.
+
+    Args:
+        at_once: How many have a connection.
+        waiting: How many there may be at most, these included.
+    """
+
+    def __init__(self, at_once: int, waiting: int = 200) -> None:
+        self._turns = asyncio.Semaphore(at_once)
+        self._left = waiting
+
+    async def call(
+        self, deadline_s: float, function: Callable[..., Awaitable[T]], *arguments: Any
+    ) -> T:
+        """Call when it is its turn.
+
+        Raises:
+            Overloaded: Too many wait already.
+            TimeoutError: Turn and answer did not come in time.
+        """
+        if not self._left:
+            raise errors.Overloaded
+
+        async def turn() -> T:
+            async with self._turns:
+                return await function(*arguments)
+
+        self._left -= 1
+        asking = asyncio.ensure_future(turn())
+        try:
+            # No `timeout` around it: a frozen Postgres keeps its connection for 2 s more.
+            await asyncio.wait({asking}, timeout=deadline_s)
+        finally:
+            self._left += 1
+            asking.cancel()
+        if not asking.done():
+            raise TimeoutError
+        return asking.result()
+
+
+def columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:
+    """Turn rows into the arrays that `unnest` takes; no rows give empty arrays."""
+    return (
+        [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(width)]
+    )
+
+
+def together(*writes: tuple[str, Sequence[Any]]) -> tuple[str, list[Any]]:
+    """Make one statement of several, and one list of their arguments."""
+    parts: list[str] = []
+    arguments: list[Any] = []
+    for query, values in writes:
+        first, *rest = re.split(r"\$(\d+)", query)
+        numbered = (
+            f"${int(number) + len(arguments)}{text}"
+            for number, text in zip(rest[::2], rest[1::2], strict=True)
+        )
+        parts.append(first + "".join(numbered))
+        arguments += values
+    *before, last = parts
+    return f"WITH {', '.join(f'w{i} AS ({q})' for i, q in enumerate(before))} {last}", arguments

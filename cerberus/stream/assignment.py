@@ -1,0 +1,286 @@
+"""Where a newly assigned partition starts to read, and from where on it has effects."""
+
+import asyncio
+import contextlib
+import dataclasses
+import sys
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
+
+from cerberus import clock, kafka, partition, settings, window
+from cerberus.postgres import facts, stores
+from cerberus.stream import ownership, starts
+
+_CALL_S = 10.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resolved:
+    """An assignment, resolved: how many partitions the topic has, and those that are owned."""
+
+    count: int
+    owned: Mapping[TopicPartition, ownership.Owned]
+
+
+class _Life(NamedTuple):
+    """Under which epoch a partition goes on, and from which commit; None: from its start."""
+
+    epoch: int
+    moved: partition.Moved | None
+    commit: starts.Commit | None
+
+
+class Resolver:
+    """Finds the start of partitions from the group's commit and the log's extent.
+
+    Args:
+        config: Settings.
+        spans: The window definition.
+        postgres: Knows the epochs.
+        clock: The wall clock in ms since the Unix epoch.
+    """
+
+    def __init__(
+        self,
+        config: settings.Settings,
+        spans: window.Spans,
+        postgres: stores.Stores,
+        clock: clock.Clock = clock.now_ms,
+    ) -> None:
+        self._clock = clock
+        self._config = config
+        self._spans = spans
+        self._postgres = postgres
+        self._topic = config.kafka.topic(kafka.TRANSACTIONS)
+        self._cluster = ""
+        self._firsts: dict[TopicPartition, starts.First] = {}
+
+    def metadata(self, tp: TopicPartition, part: partition.Partition, version: int) -> str:
+        """Return what to write beside the commit of a partition's present offset."""
+        return starts.Commit(
+            part.offset,
+            part.windows.frontier_ms,
+            part.moved,
+            part.epoch,
+            part.count,
+            self._firsts.get(tp),
+            part.known_from_ms,
+            part.since_epoch,
+        ).metadata(self._cluster, version)
+
+    def ended(self, firsts: Mapping[TopicPartition, starts.First]) -> set[TopicPartition]:
+        """Return the partitions whose log is another than when they were resolved.
+
+        Args:
+            firsts: Offset and timestamp of their first records now.
+        """
+        over = {tp for tp, first in firsts.items() if starts.differ(self._firsts.get(tp), first)}
+        # Where retention has taken the first record away, the next one stands for it.
+        self._firsts |= {tp: first for tp, first in firsts.items() if first and tp not in over}
+        return over
+
+    def begins(
+        self, tp: TopicPartition, part: partition.Partition, record: partition.Record
+    ) -> None:
+        """Let a record stand for the first of a log that was empty when it was resolved.
+
+        Only where reading began: what a writer took back before it is found by asking alone.
+        """
+        if self._firsts.get(tp) is None and record.offset == part.begin:
+            self._firsts[tp] = record.offset, record.timestamp
+
+    async def resolve(
+        self,
+        client: Any,
+        tps: Collection[TopicPartition],
+        parked: Mapping[TopicPartition, ownership.Owned],
+    ) -> Resolved:
+        """Resolve an assignment; `parked` is state from an earlier ownership.
+
+        Deadline: 10 s a call, a handful of calls.
+
+        Raises:
+            StoreUnavailable: A store did not answer.
+            TimeoutError, KafkaError: The brokers did not.
+        """
+        wanted = sorted(tps)
+        async with kafka.admin(self._config.kafka) as admin, asyncio.timeout(_CALL_S):
+            self._cluster = await kafka.cluster_id(admin)
+            count = await kafka.partition_count(admin, self._topic)
+            commits = await self._commits(admin, wanted, count)
+            begins = await client.beginning_offsets(wanted)
+            ends = await client.end_offsets(wanted)
+            firsts = await first_records(client, wanted)
+        epoch = await self._postgres.lives.epoch(self._cluster, self._topic, count)
+        moved = max(
+            self._moves(commits.values(), count),
+            key=lambda move: (move.until_ms, move.former or 0),
+            default=None,
+        )
+        owned = {}
+        for tp in wanted:
+            log = starts.Log(begins[tp], ends[tp], firsts[tp], count)
+            life = _Life(epoch, moved, commits[tp])
+            if life.commit is None or log.ended(life.commit):
+                if await self._postgres.lives.has_rows(self._topic, epoch, tp.partition):
+                    epoch = await self._postgres.lives.epoch(
+                        self._cluster, self._topic, count, ended=epoch
+                    )
+                life = _Life(epoch, moved, None)
+            elif life.commit.count == count:
+                # Its rows stand, also where other partitions had to begin again.
+                life = _Life(life.commit.epoch, life.commit.moved, life.commit)
+            kept = _kept(log, life, parked.get(tp))
+            owned[tp] = kept or await self._fresh(client, tp, log, life)
+        self._firsts |= firsts
+        return Resolved(count, owned)
+
+    async def _commits(
+        self, admin: Any, wanted: Iterable[TopicPartition], count: int
+    ) -> dict[TopicPartition, starts.Commit | None]:
+        """Return the group's commits of the wanted and all other partitions."""
+        everyone = {*wanted, *(TopicPartition(self._topic, p) for p in range(count))}
+        stored = await admin.list_consumer_group_offsets(
+            self._config.kafka.topic(kafka.GROUP), partitions=sorted(everyone)
+        )
+        if missing := everyone - stored.keys():
+            # A coordinator that still loads answers with nothing, which is not "no commit".
+            raise KafkaError(f"the group's coordinator says nothing of {sorted(missing)}")
+        return {
+            tp: starts.Commit.read(found.offset, found.metadata, self._cluster)
+            if found.offset >= 0
+            else None
+            for tp, found in stored.items()
+        }
+
+    def _moves(
+        self, commits: Iterable[starts.Commit | None], count: int
+    ) -> Iterator[partition.Moved]:
+        """Yield until when each commit's topic had another number of partitions, and which."""
+        now_ms = self._clock()
+        for commit in commits:
+            if commit is None or not commit.count:
+                continue
+            before = commit.moved
+            if commit.count != count:
+                # Of two changes within a window nothing tells who stayed.
+                once = before is None or before.until_ms < now_ms - self._spans.keep_ms
+                until_ms = now_ms + self._spans.max_future_skew_ms
+                yield partition.Moved(until_ms, commit.count if once else None)
+            elif before is not None:
+                yield before
+
+    async def _fresh(
+        self, client: Any, tp: TopicPartition, log: starts.Log, life: "_Life"
+    ) -> ownership.Owned:
+        """Plan the start of a partition of which nothing is known here yet."""
+        commit, replay_span_ms = life.commit, self._config.windows.replay_span_ms
+        now_ms = self._clock()
+        from_ms = starts.replay_from_ms(commit, self._spans, replay_span_ms)
+        found = None if from_ms is None else await self._at_or_after(client, tp, from_ms)
+        since_epoch = (commit and commit.since_epoch) or life.epoch
+        stored = self._spans.longest_ms <= replay_span_ms or await self._postgres.lives.has_rows(
+            self._topic, life.epoch, tp.partition, since_epoch=since_epoch
+        )
+        imported_until_ms = await self._postgres.lives.imported_until(
+            self._topic, since_epoch, tp.partition, log.first[1] if log.first else now_ms
+        )
+        start = starts.plan_start(
+            log,
+            commit,
+            self._spans,
+            starts.Facts(
+                epoch=life.epoch,
+                moved=life.moved,
+                replay_span_ms=replay_span_ms,
+                found=found,
+                stored=stored,
+                imported_until_ms=imported_until_ms or None,
+                now_ms=now_ms,
+            ),
+        )
+        return ownership.Owned(
+            partition.Partition(tp.partition, self._spans, start),
+            rebuilding=commit is None,
+            restoring=starts.lacks_rows(start, commit, self._spans),
+        )
+
+    async def _at_or_after(self, client: Any, tp: TopicPartition, from_ms: int) -> int | None:
+        """Return the first offset whose record's time is at or after `from_ms`."""
+        async with asyncio.timeout(_CALL_S):
+            found = (await client.offsets_for_times({tp: from_ms}))[tp]
+        return found and int(found.offset)
+
+
+async def seed(
+    postgres: stores.Stores,
+    topic: str,
+    part: partition.Partition,
+    next_ms: int,
+    user_ids: Collection[int] | None = None,
+) -> AsyncGenerator[None, None]:
+    """Let what the log's replay does not reach take effect on a partition; of all users when None.
+
+    In pages, so that any amount of it costs the memory of the windows alone. The partition may go
+    on reading between two: a user counts as seeded when the last one is in. Repeating any part of
+    it changes nothing. Deadline: 10 s a page.
+
+    Args:
+        postgres: Has it.
+        topic: Of the partition.
+        part: Whose windows.
+        next_ms: Event time of the next valid record.
+        user_ids: Whose events.
+
+    Yields:
+        After each page.
+
+    Raises:
+        StoreUnavailable: Postgres did not answer; seed again.
+    """
+    met = set(user_ids or ())
+    after_ms = sys.maxsize
+    # Once more where the first record was read in between, and lies further back.
+    while (reach_ms := part.seed_after_ms(next_ms)) < after_ms:
+        after_ms = reach_ms
+        if part.seeds_log:
+            before = facts.Prefix(topic, part.number, part.origin, part.since_epoch)
+            told = postgres.facts.seed(before, after_ms, user_ids)
+            async with contextlib.aclosing(told):
+                async for past in told:
+                    part.seed((), past)
+                    met.update(each.user_id for each in past)
+                    yield
+        if part.seeds_imported:
+            told = postgres.facts.imported(after_ms, part.imported_until_ms or 0, user_ids)
+            async with contextlib.aclosing(told):
+                async for imported in told:
+                    part.seed((), (), imported)
+                    met.update(each.user_id for each in imported if part.at_home(each.user_id))
+                    yield
+    part.seed(met)
+
+
+async def first_records(
+    client: Any, tps: Collection[TopicPartition]
+) -> dict[TopicPartition, starts.First]:
+    """Ask for offset and timestamp of each log's first record.
+
+    Raises:
+        KafkaError: The brokers do not answer.
+    """
+    found = await client.offsets_for_times(dict.fromkeys(tps, 0)) if tps else {}
+    return {tp: (first.offset, first.timestamp) if first else None for tp, first in found.items()}
+
+
+def _kept(log: starts.Log, life: _Life, owned: ownership.Owned | None) -> ownership.Owned | None:
+    """Return state from an earlier ownership if all its effects are stored."""
+    if owned is None or life.commit is None or owned.part.epoch != life.epoch:
+        return None
+    if not log.begin <= owned.part.offset <= life.commit.offset:
+        return None
+    owned.part.resume(life.commit.offset)
+    return owned

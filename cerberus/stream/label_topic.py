@@ -1,0 +1,98 @@
+"""Labels from topic `labels` to Postgres: poll, store, commit, in that order, for ever.
+
+A label that is read twice is known the second time, so a crash or a rebalance at any point loses
+nothing and changes nothing; no state is kept between two polls.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import aiokafka
+from aiokafka.errors import KafkaError
+
+from cerberus import clock, errors, kafka, labels, settings, supervision
+from cerberus.postgres import stores
+
+log = logging.getLogger(__name__)
+
+_POLL_MS, _POLL_RECORDS, _CHUNK_RECORDS = 500, 1000, 100
+_START_S, _RETRY_S = 60.0, 2.0
+
+
+class LabelConsumer:
+    """The task `labels`: one member of a group of its own.
+
+    Args:
+        config: Settings.
+        postgres: Takes the labels.
+        clock: The wall clock in ms since the Unix epoch.
+
+    Attributes:
+        problem: What keeps labels waiting; None while they flow.
+    """
+
+    def __init__(
+        self,
+        config: settings.Settings,
+        postgres: stores.Stores,
+        clock: clock.Clock = clock.now_ms,
+    ) -> None:
+        self._config = config
+        self._postgres = postgres
+        self._clock = clock
+        self._topic = config.kafka.topic(kafka.LABELS)
+        self._dead_letters = config.kafka.topic(kafka.LABEL_DEAD_LETTERS)
+        self._publisher = kafka.Publisher(config)
+        self.problem: str | None = None
+
+    async def run(self, progress: supervision.Progress) -> None:
+        """Store what comes, until told to stop; after a fault from the last commit on."""
+        while not progress.stopping.is_set():
+            try:
+                await self._postgres.schema.migrate()
+                await kafka.create_topics(self._config)
+                await self._consume(progress)
+            except (TimeoutError, KafkaError, errors.StoreUnavailable) as error:
+                self.problem = repr(error)
+                log.warning("labels wait: %r", error, extra={"action": "labels_wait"})
+                progress.lagging(False)
+                await progress.wait(_RETRY_S)
+
+    async def _consume(self, progress: supervision.Progress) -> None:
+        client = kafka.consumer(self._config, kafka.LABEL_GROUP, reset="earliest")
+        client.subscribe([self._topic])
+        try:
+            async with asyncio.timeout(_START_S):
+                await client.start()
+            progress.lagging(True)  # each turn is short, whether or not there is work
+            while not progress.stopping.is_set():
+                polled = await client.getmany(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
+                await self._store([record for records in polled.values() for record in records])
+                await self._commit(client, {tp: r[-1].offset + 1 for tp, r in polled.items()})
+                self.problem = None
+                progress.beat()
+        finally:
+            await kafka.stop(client)
+            await self._publisher.close()
+
+    async def _store(self, records: Sequence[aiokafka.ConsumerRecord]) -> None:
+        told: list[labels.Label] = []
+        dead: list[kafka.Message] = []
+        latest_ms = self._clock() + self._config.windows.max_future_skew_ms
+        for at, record in enumerate(records):
+            if at % _CHUNK_RECORDS == 0:
+                await asyncio.sleep(0)  # others on the loop wait for a chunk, not for a poll
+            try:
+                told.append(labels.decode(record.value, latest_ms))
+            except errors.InvalidTransaction as error:
+                dead.append(kafka.dead_letter(self._dead_letters, record, str(error)))
+        await self._publisher.publish(dead)
+        await self._postgres.labels.write(told, self._clock())
+        self._postgres.labels.counts["invalid"] += len(dead)
+
+    async def _commit(self, client: Any, stored: dict[aiokafka.TopicPartition, int]) -> None:
+        due = {tp: offset for tp, offset in stored.items() if tp in client.assignment()}
+        if due:
+            await kafka.commit(client, due, "label_commit_failed")

@@ -1,0 +1,259 @@
+"""Who is live: how far each partition is behind the log's end, and what Redis must know of it.
+
+An owner writes its partitions' states with every batch and each second. Redis that has lost a
+state, or the trail that rows leave, has lost rows, too; then all live rows are sent again. What one
+node of a cluster loses is made the loss of all.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any
+
+import aiokafka
+from aiokafka.errors import KafkaError
+
+from cerberus import claims, clock, errors, kafka, partition, settings, supervision
+from cerberus.features import evaluation
+from cerberus.online import user_rows
+from cerberus.postgres import stores
+from cerberus.stream import assignment, ownership, sink
+
+_TELL_S, _MARK_MS = 1.0, 2_000
+_SEED_S = 0.25
+Parts = Mapping[aiokafka.TopicPartition, ownership.Owned]
+
+
+def states(parts: Parts) -> dict[int, evaluation.PartitionState]:
+    """Return the state of each partition by its number."""
+    return {owned.part.number: owned.state() for owned in parts.values()}
+
+
+class Liveness:
+    """Tells who is live, and restores what Redis has lost.
+
+    The partitions are given with each call: a view of those owned, which may change during it.
+
+    Args:
+        config: Settings.
+        online_store: Takes the states.
+        postgres: Knows what lies before a replay's reach.
+        rows: Sends rows again.
+        resolver: Knows which log each partition was resolved on.
+        claimed: Sees a node of a Redis Cluster lose its data.
+        clock: The wall clock in ms since the Unix epoch.
+
+    Attributes:
+        ended: Partitions whose log was found to be another since; whoever reads it clears it.
+    """
+
+    def __init__(
+        self,
+        config: settings.Settings,
+        online_store: user_rows.OnlineStore,
+        postgres: stores.Stores,
+        rows: sink.Sink,
+        resolver: assignment.Resolver,
+        claimed: claims.Claims,
+        clock: clock.Clock = clock.now_ms,
+    ) -> None:
+        self._resend_s = config.stream.resend_s
+        self._topic = config.kafka.topic(kafka.TRANSACTIONS)
+        self._online = online_store
+        self._postgres = postgres
+        self._rows = rows
+        self._resolver = resolver
+        self._claims = claimed
+        self._clock = clock
+        self._clustered = config.redis.cluster
+        self._count = 0
+        self._marks: dict[aiokafka.TopicPartition, tuple[int, int]] = {}
+        self._since_s: dict[aiokafka.TopicPartition, float] = {}
+        self._marking: asyncio.Task[None] | None = None
+        self._scores_lost: bool | None = None
+        self._looked_s = self._told_s = self._resent_s = 0.0
+        self._seeding: dict[partition.Partition, AsyncGenerator[None, None]] = {}
+        self.ended: set[aiokafka.TopicPartition] = set()
+
+    def succeed(
+        self, resolved: assignment.Resolved, told: Mapping[int, evaluation.PartitionState]
+    ) -> None:
+        """Follow the owners before.
+
+        Args:
+            resolved: What is owned from now on.
+            told: What the owners before have said last; the rows are theirs, and as old.
+        """
+        self._count = resolved.count
+        for tp, owned in resolved.owned.items():
+            self._since_s[tp] = time.monotonic()
+            if not owned.follow(told.get(owned.part.number)):
+                self._scores_lost = None
+
+    def forget(self) -> None:
+        """Forget where the log ended; nothing is owned any more."""
+        self._marks.clear()
+
+    async def stop(self) -> None:
+        """Stop asking where the log ends, and what lies before a replay's reach."""
+        if self._marking is not None:
+            self._marking.cancel()
+        await self._give_up_seeding({})
+
+    def lag(self, parts: Parts) -> dict[int, int]:
+        """Return how many offsets each partition was behind when that was last asked."""
+        marks = {tp: end for tp, (end, _) in self._marks.items() if tp in parts}
+        return {tp.partition: max(0, end - parts[tp].part.offset) for tp, end in marks.items()}
+
+    def remaining_s(self, parts: Parts) -> dict[int, float]:
+        """Estimate how long each replay will still take, s, from its speed so far."""
+        now_s = time.monotonic()
+        done = {
+            tp: (now_s - since_s, parts[tp].part.state().progress)
+            for tp, since_s in self._since_s.items()
+            if tp in parts and parts[tp].part.replaying
+        }
+        return {tp.partition: took * (1 - p) / p for tp, (took, p) in done.items() if p > 0}
+
+    def look(self, client: Any, parts: Parts, progress: supervision.Progress, *, now: bool) -> bool:
+        """See who is at the log's end, and ask each second where that is; waits for no answer.
+
+        Args:
+            client: Is asked.
+            parts: Those owned.
+            progress: Hears whether any of them lags.
+            now: Whether there is something to tell before the second is over.
+
+        Returns:
+            Whether it is time to tell.
+        """
+        self._looked_s = time.monotonic()
+        due = self._looked_s - self._told_s >= _TELL_S
+        if not (now or due or self._seeding):
+            return False
+        if due:
+            if self._marking is None or self._marking.done():
+                self._marking = asyncio.create_task(self._mark(client, parts))
+            progress.lagging(any(self.lag(parts).values()))
+        for tp, (end, asked_ms) in self._marks.items():
+            owned = parts.get(tp)
+            if owned and owned.part.offset >= end and self._clock() - asked_ms < _MARK_MS:
+                owned.reached_end(asked_ms)
+        return True
+
+    async def tell(self, parts: Parts, beat: Callable[[], None]) -> None:
+        """Say who is live, as of the last look, and send again the rows that Redis has lost.
+
+        Idempotent: yes.
+
+        Raises:
+            FeaturesUnavailable: Redis did not acknowledge.
+            StoreUnavailable: Postgres did not answer.
+        """
+        due = self._looked_s - self._told_s >= _TELL_S
+        if due:
+            self._scores_lost = None  # an import lets them be loaded anew
+            await self._online.states()  # of all owners: they say which versions they read
+            if self._clustered:
+                await self._online.follow(await self._claims.witness())
+        await self._restore(parts, beat)
+        if due:
+            self._told_s = time.monotonic()
+
+    async def _mark(self, client: Any, parts: Parts) -> None:
+        """Ask where the log begins and ends; without an answer the age of the last one shows.
+
+        In a task of its own: the question waits behind a fetch that waits for records.
+        """
+        asked_ms, owned = self._clock(), list(parts)
+        with contextlib.suppress(TimeoutError, KafkaError):
+            async with asyncio.timeout(_MARK_MS / 1000):
+                ends = await client.end_offsets(owned) if owned else {}
+                self.ended |= self._resolver.ended(await assignment.first_records(client, owned))
+            known = client.partitions_for_topic(self._topic) or ()
+            # Where there are more, records wait that nobody reads yet.
+            if len(known) == self._count:
+                self._marks = {
+                    # An open transaction hides what stands behind it from the end that was asked.
+                    tp: (max(end, client.highwater(tp) or 0), asked_ms)
+                    for tp, end in ends.items()
+                    if tp in parts
+                }
+
+    async def _restore(self, parts: Parts, beat: Callable[[], None]) -> None:
+        """Write the partitions' states; where Redis has lost a state or a trail, it has lost rows.
+
+        The state is then made anew as "restoring", then the rows follow, then the next state is
+        written only if those still stand: no loss between goes unseen. Until the credit scores are
+        loaded again, too, it stays "restoring".
+        """
+        due = time.monotonic() - self._resent_s >= self._resend_s
+        if self._scores_lost is not False:
+            await self._look_for_scores(parts)
+        if lost := await self._write_states(parts):
+            await self._look_for_scores(parts)
+            await self._online.write_states(self._count, states(parts), create=True)
+        await self._give_up_seeding(parts)
+        for owned in list(parts.values()):
+            if owned.part.replaying or not (due or owned.restoring):
+                continue
+            if owned.restoring and not await self._seed(owned.part, beat):
+                continue
+            if not await self._rows.write_rows(owned, owned.part.windows.users, beat):
+                owned.restored()
+            else:
+                owned.lost_rows()
+        if due:
+            self._resent_s = time.monotonic()
+        if lost:
+            await self._write_states(parts)
+
+    async def _seed(self, part: partition.Partition, beat: Callable[[], None]) -> bool:
+        """Fetch for a moment what lies before the replay's reach; True when nothing is missing.
+
+        The consumer goes on in between, or its group and its other partitions would miss it. One
+        partition at a time: each holds a connection of the pool until its last page.
+        """
+        if not part.seeds:
+            return True
+        if self._seeding and part not in self._seeding:
+            return False
+        pages = self._seeding.pop(part, None) or assignment.seed(
+            self._postgres, self._topic, part, part.imported_until_ms or 0
+        )
+        ends_s = time.monotonic() + _SEED_S
+        async for _ in pages:
+            beat()
+            if time.monotonic() >= ends_s:
+                self._seeding[part] = pages
+                return False
+        return True
+
+    async def _give_up_seeding(self, parts: Parts) -> None:
+        """Let go of what is no longer owned, or no longer reaches any window."""
+        mine = {owned.part for owned in parts.values()}
+        for part in [p for p in self._seeding if p not in mine or p.replaying or not p.seeds]:
+            # One that a dead connection ends with an error leaves the others to be let go of.
+            with contextlib.suppress(errors.CerberusError):
+                await self._seeding.pop(part).aclose()
+
+    async def _look_for_scores(self, parts: Parts) -> None:
+        self._scores_lost = (
+            await self._online.materialized_ms() is None
+            and await self._postgres.credit_scores.were_served()
+        )
+        for owned in parts.values():
+            owned.unloaded = self._scores_lost
+
+    async def _write_states(self, parts: Parts) -> bool:
+        """Write the states and say whether Redis has lost rows."""
+        mine = {owned.part.number: owned for owned in parts.values()}
+        lost = await self._online.write_states(
+            self._count,
+            states(parts),
+            trails={number: owned.trail for number, owned in mine.items()},
+        )
+        for number in lost:
+            mine[number].lost_trail()
+        return bool(lost)

@@ -1,0 +1,71 @@
+"""A partition that this process owns: the prefix, and how its effects stand in the online store."""
+
+import dataclasses
+
+from cerberus import partition
+from cerberus.features import evaluation
+from cerberus.online import user_rows
+
+
+class Owned:
+    """A pure partition, and what its owner has done about it.
+
+    Args:
+        part: The windows at a prefix.
+        rebuilding: Whether a new epoch is being read from the log's start.
+        restoring: Whether rows must be sent again, because the online store lacks some.
+
+    Attributes:
+        trail: What the last write of its rows left beside them.
+        unloaded: Whether the online store has lost the credit scores.
+        caught_up_ms: Wall clock at which the prefix last was the whole log; None before.
+    """
+
+    def __init__(
+        self, part: partition.Partition, *, rebuilding: bool = False, restoring: bool = False
+    ) -> None:
+        self.part = part
+        self.rebuilding = rebuilding
+        self.restoring = restoring
+        self.trail = user_rows.Trail()
+        self.unloaded = False
+        self.caught_up_ms: int | None = None
+
+    def follow(self, last: evaluation.PartitionState | None) -> bool:
+        """Go on from what the former owner said last; return whether it left nothing to restore.
+
+        Its trail does not tell of what it has not finished.
+        """
+        if last is not None:
+            self.caught_up_ms = max(self.caught_up_ms or 0, last.caught_up_ms)
+        finished = last is not None and last.state == evaluation.LIVE
+        if not finished:
+            self.lost_rows()
+        return finished
+
+    def reached_end(self, asked_ms: int) -> None:
+        """Note that the prefix is the whole log, as of a question asked at `asked_ms`."""
+        self.caught_up_ms, self.rebuilding = asked_ms, False
+
+    def lost_rows(self) -> None:
+        """Note that the online store lacks rows of the prefix."""
+        self.restoring = True
+
+    def lost_trail(self) -> None:
+        """Note that the online store knows neither the state nor the trail, so it lacks rows."""
+        self.trail = user_rows.Trail()
+        self.lost_rows()
+
+    def restored(self) -> None:
+        """Note that all rows of the prefix were sent again."""
+        self.restoring = False
+
+    def state(self) -> evaluation.PartitionState:
+        """Return what those who read its rows must know."""
+        told = self.part.state()
+        state = told.state
+        if state == evaluation.LIVE and self.rebuilding:
+            state = evaluation.Doubt.REBUILDING
+        elif state == evaluation.LIVE and (self.restoring or self.unloaded):
+            state = evaluation.Doubt.RESTORING
+        return dataclasses.replace(told, state=state, caught_up_ms=self.caught_up_ms or 0)

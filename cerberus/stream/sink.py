@@ -1,0 +1,249 @@
+"""What a batch of the log leaves behind: facts in Postgres, rows in Redis, records in Kafka.
+
+All at once; the caller commits when all have acknowledged. Repeating a batch, or any part of it,
+changes nothing: facts have identities, rows have fences, records have names.
+"""
+
+import asyncio
+import dataclasses
+import itertools
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+
+import aiokafka
+
+from cerberus import claims, clock, kafka, partition, settings, window
+from cerberus.decisions import models, records
+from cerberus.features import evaluation
+from cerberus.online import user_rows
+from cerberus.postgres import facts, stores
+from cerberus.serving import outbox
+from cerberus.stream import ownership
+
+_ROWS = 500
+
+
+@dataclasses.dataclass(slots=True)
+class Batch:
+    """What one poll leaves to store; numbers are those of partitions.
+
+    Attributes:
+        observed: Valid transactions, in the log's order within a partition.
+        rejected: Records for the dead-letter topic, with the reason.
+    """
+
+    observed: list[tuple[int, partition.Observed]] = dataclasses.field(default_factory=list)
+    rejected: list[tuple[aiokafka.ConsumerRecord, str]] = dataclasses.field(default_factory=list)
+
+
+class Sink:
+    """Stores batches; every method raises when a store does not acknowledge, and may be repeated.
+
+    Args:
+        config: Settings.
+        spans: The window definition.
+        model: Decides.
+        online_store: Takes the rows.
+        postgres: Takes the facts.
+        claimed: Says which decision on a transaction was the first.
+        clock: The wall clock in ms since the Unix epoch.
+
+    Attributes:
+        otherwise: How many transactions had been decided with other content by a request.
+    """
+
+    def __init__(
+        self,
+        config: settings.Settings,
+        spans: window.Spans,
+        model: models.Model,
+        online_store: user_rows.OnlineStore,
+        postgres: stores.Stores,
+        claimed: claims.Claims,
+        clock: clock.Clock = clock.now_ms,
+    ) -> None:
+        self._config = config
+        self._spans = spans
+        self._model = model
+        self._online = online_store
+        self._postgres = postgres
+        self._topic = config.kafka.topic(kafka.TRANSACTIONS)
+        self._claims = claimed
+        self._clock = clock
+        self._publisher = kafka.Publisher(config)
+        self._kept = False
+        self.otherwise = 0
+
+    async def store(
+        self, batch: Batch, owned: Iterable[ownership.Owned], beat: Callable[[], None]
+    ) -> None:
+        """Store all effects of a batch.
+
+        Raises:
+            StoreUnavailable: Postgres or Kafka did not acknowledge.
+            FeaturesUnavailable: Redis did not acknowledge.
+        """
+        accepted = [pair for pair in batch.observed if pair[1].row is not None]
+        decided = await self._decide(accepted)
+        results = await asyncio.gather(
+            self._write_touched(owned, beat),
+            self._keep(batch, accepted, decided),
+            return_exceptions=True,  # all have ended before the batch is tried again
+        )
+        for result in results:
+            if result is not None:
+                raise result
+        self.otherwise += sum(
+            record.differing(seen.transaction) is not None
+            for record, (_, seen) in zip(decided, accepted, strict=True)
+        )
+
+    async def _keep(
+        self,
+        batch: Batch,
+        accepted: Sequence[tuple[int, partition.Observed]],
+        decided: Sequence[records.Record],
+    ) -> None:
+        """Postgres first: what the topic has shown is then found there, however old its claim."""
+        await self._write_facts(batch, accepted, decided)
+        await self._publish(batch.rejected, decided)
+
+    async def _write_facts(
+        self,
+        batch: Batch,
+        accepted: Sequence[tuple[int, partition.Observed]],
+        decided: Sequence[records.Record],
+    ) -> None:
+        if not self._kept:
+            await self._postgres.ledger.register(self._model)
+            self._kept = True
+        if batch.observed:
+            await self._postgres.facts.write(
+                self._topic,
+                [_fact(number, seen) for number, seen in batch.observed if _is_new(seen)],
+                [_stats(seen) for _, seen in accepted],
+                decided,
+            )
+
+    async def _write_touched(
+        self, owned: Iterable[ownership.Owned], beat: Callable[[], None]
+    ) -> None:
+        for each in owned:
+            if await self.write_rows(each, each.part.touched, beat):
+                each.lost_rows()
+            each.part.touched.clear()
+
+    async def write_rows(
+        self, owned: ownership.Owned, user_ids: Iterable[int], beat: Callable[[], None]
+    ) -> bool:
+        """Write users' rows as of the partition's prefix; True when Redis has lost earlier ones.
+
+        Raises:
+            FeaturesUnavailable: Redis did not acknowledge.
+        """
+        part, users, lost = owned.part, list(user_ids), False
+        if strangers := part.strangers(users):
+            await self._online.mark_split(strangers)
+        rows = (
+            user_rows.StreamRow(user_id, packed, stats, part.fence, part.number)
+            for user_id, packed, stats in part.rows(users)
+        )
+        while some := list(itertools.islice(rows, _ROWS)):
+            lost |= await self._online.write(some, owned.trail)
+            beat()
+        return lost
+
+    async def close(self) -> None:
+        """Stop the producer, within 5 s."""
+        await self._publisher.close()
+
+    async def _decide(
+        self, accepted: Sequence[tuple[int, partition.Observed]]
+    ) -> list[records.Record]:
+        """Return the one decision on each transaction, which a request may have had first."""
+        now_ms = self._clock()
+        paid = [seen.transaction for _, seen in accepted]
+        old = [transaction for transaction in paid if self._claims.old(transaction, now_ms)]
+        known = await self._claims.look_up(old)
+        names = [records.of_transaction(transaction) for transaction in paid]
+        new = [
+            (name, number, seen)
+            for name, (number, seen) in zip(names, accepted, strict=True)
+            if name not in known
+        ]
+        taken = await self._take(new, now_ms)
+        looked_up = {records.of_transaction(transaction) for transaction in old}
+        settled = await self._claims.settle(taken, now_ms, looked_up)
+        known |= {record.decision_id: record for record in settled}
+        return [known[name] for name in names]
+
+    async def _take(
+        self, new: Sequence[tuple[uuid.UUID, int, partition.Observed]], now_ms: int
+    ) -> list[records.Record]:
+        rows = [seen.row for _, _, seen in new if seen.row is not None]
+        if not rows:
+            return []
+        scores, loaded = await self._online.credit_scores(
+            sorted({row.user_id for row in rows}), now_ms
+        )
+        lost = not loaded and await self._postgres.credit_scores.were_served()
+        began_s = time.perf_counter()
+        decided = self._model.decide(
+            [
+                dataclasses.replace(
+                    row,
+                    credit_score=scores[row.user_id],
+                    degraded=row.degraded + (evaluation.Doubt.RESTORING,) * lost,
+                )
+                for row in rows
+            ]
+        )
+        latency_ms = {"model": round((time.perf_counter() - began_s) * 1000, 3)}
+        return [
+            records.Record(
+                decision_id=name,
+                decision=decision,
+                transaction=seen.transaction,
+                door=records.STREAM,
+                partition=number,
+                decided_ms=now_ms,
+                spans=self._spans.names,
+                latency_ms=latency_ms,
+            )
+            for (name, number, seen), decision in zip(new, decided, strict=True)
+        ]
+
+    async def _publish(
+        self,
+        rejected: Sequence[tuple[aiokafka.ConsumerRecord, str]],
+        decided: Sequence[records.Record],
+    ) -> None:
+        messages = [outbox.message(self._config, record) for record in decided]
+        topic = self._config.kafka.topic(kafka.DEAD_LETTERS)
+        dead = [kafka.dead_letter(topic, *each) for each in rejected]
+        await self._publisher.publish(messages + dead)
+
+
+def _is_new(seen: partition.Observed) -> bool:
+    """Say whether nothing stands under this identity yet, in any life of the topic."""
+    return seen.outcome not in (window.Outcome.DUPLICATE, window.Outcome.CONFLICT)
+
+
+def _fact(number: int, seen: partition.Observed) -> facts.TransactionFact:
+    return facts.TransactionFact(
+        transaction=seen.transaction,
+        epoch=seen.fence.epoch,
+        partition=number,
+        log_offset=seen.fence.offset - 1,
+    )
+
+
+def _stats(seen: partition.Observed) -> facts.StatsFact:
+    txn, row = seen.transaction, seen.row
+    return facts.StatsFact(
+        user_id=txn.user_id,
+        event_us=txn.event_ms * 1000 + min(seen.rank, 999),
+        stats=(row.stats if row else None) or (),
+        fence=seen.fence,
+    )
