@@ -17,7 +17,8 @@ import psutil
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from cerberus import transactions, window
-from cerberus.features import evaluation
+from cerberus.features import fences
+from cerberus.features import packed as packed_windows
 
 START_MS = 1_790_000_000_000
 SHAPES = {"all of one user": 1, "1,000 users": 1_000, "each of another user": None}
@@ -35,9 +36,9 @@ def measure(events, users):
         user_id = i % (users or events)
         windows.observe(transactions.Transaction(f"t{i}", user_id, 1_250, "USD", "m", at_ms))
     grown = process.memory_info().rss - before
-    fence = evaluation.Fence(1, events, windows.frontier_ms)
+    fence = fences.Fence(1, events, windows.frontier_ms)
     user = windows.user(0) or window.UserWindow()
-    packed = evaluation.pack(user, fence, 0, windows.lower_ms, spans)
+    packed = packed_windows.pack(user, fence, 0, windows.lower_ms, spans)
     [stats] = windows.stats(0, windows.frontier_ms)
     return grown, len(packed), stats.count
 

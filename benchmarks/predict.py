@@ -149,7 +149,8 @@ def _wait_for(port, process):
 async def rows(environ):
     """Write some events of each user, as the consumer does."""
     from cerberus import assembly, clock, settings, transactions, window
-    from cerberus.features import evaluation
+    from cerberus.features import fences
+    from cerberus.features import packed as packed_windows
     from cerberus.online import user_rows
 
     config = settings.load(environ)
@@ -161,11 +162,11 @@ async def rows(environ):
         windows.observe(
             transactions.Transaction(f"t{i}", users[i % USERS], 1_250, "USD", "m", event_ms)
         )
-    fence = evaluation.Fence(1, 3 * USERS, windows.frontier_ms)
+    fence = fences.Fence(1, 3 * USERS, windows.frontier_ms)
     packed = [
         user_rows.StreamRow(
             user_id,
-            evaluation.pack(user, fence, 0, windows.lower_ms, spans),
+            packed_windows.pack(user, fence, 0, windows.lower_ms, spans),
             windows.stats(user_id, fence.as_of_ms),
             fence,
             0,
@@ -174,7 +175,7 @@ async def rows(environ):
         if (user := windows.user(user_id))
     ]
     # Caught up an hour ahead: nobody refreshes it while this runs.
-    state = evaluation.PartitionState(1, 3 * USERS, "live", now_ms + 3_600_000)
+    state = fences.PartitionState(1, 3 * USERS, "live", now_ms + 3_600_000)
     async with assembly.open(config) as service:
         await service.online.write(packed)
         await service.online.write_states(1, {0: state}, create=True)

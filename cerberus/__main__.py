@@ -77,7 +77,7 @@ def _status(command: str, error: Exception) -> int:
         return CONFIG_STATUS
     if isinstance(error, _AWAY):
         return AWAY_STATUS
-    if isinstance(error, errors.InvalidTransaction) and command not in _READ_FILES:
+    if isinstance(error, errors.InvalidInput) and command not in _READ_FILES:
         return USAGE_STATUS
     return FAILED_STATUS
 

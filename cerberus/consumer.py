@@ -26,7 +26,7 @@ from cerberus import (
     window,
 )
 from cerberus.decisions import models
-from cerberus.features import evaluation
+from cerberus.features import fences
 from cerberus.online import user_rows
 from cerberus.postgres import stores
 from cerberus.stream import assignment, liveness, ownership, sink, upstream
@@ -84,7 +84,7 @@ class Consumer:
         self.problems: dict[str, str] = {}
         self.counts: collections.Counter[str] = collections.Counter()
 
-    def states(self) -> Mapping[int, evaluation.PartitionState]:
+    def states(self) -> Mapping[int, fences.PartitionState]:
         """Return the state of each owned partition."""
         return liveness.states(self._parts)
 

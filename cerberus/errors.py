@@ -15,8 +15,8 @@ class ConfigError(CerberusError):
     """A setting is missing or wrong; set the variable that the message names. Exit status 78."""
 
 
-class InvalidTransaction(CerberusError):
-    """A transaction breaks the contract; correct the named field and send it again."""
+class InvalidInput(CerberusError):
+    """What was given breaks the contract; correct the named field and send it again."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")

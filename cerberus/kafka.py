@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import aiokafka
+import orjson
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import GroupCoordinatorNotAvailableError, IllegalStateError, KafkaError
 
-from cerberus import errors, settings
+from cerberus import errors, settings, transactions
+from cerberus.decisions import records
 
 log = logging.getLogger(__name__)
 
@@ -364,3 +366,12 @@ def _stopped(stopping: "asyncio.Task[None]") -> None:
     _stopping.discard(stopping)
     if not stopping.cancelled() and (error := stopping.exception()) is not None:
         log.warning("a client stopped badly: %r", error, extra={"action": "client_stopped"})
+
+
+def decision_message(config: settings.Settings, record: records.Record) -> Message:
+    """Lay a record out for topic `decisions`, keyed by user."""
+    return Message(
+        config.kafka.topic(DECISIONS),
+        transactions.key(record.decision.row.user_id),
+        orjson.dumps(record.public()),
+    )

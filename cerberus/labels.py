@@ -56,7 +56,7 @@ class Label:
     user_id: int | None = None
 
 
-Parsed = Label | errors.InvalidTransaction
+Parsed = Label | errors.InvalidInput
 
 
 def parse(document: Mapping[str, Any], latest_ms: int) -> Label:
@@ -67,17 +67,17 @@ def parse(document: Mapping[str, Any], latest_ms: int) -> Label:
         latest_ms: A later `labelled_at` is refused: it would win for ever.
 
     Raises:
-        InvalidTransaction: naming the field.
+        InvalidInput: naming the field.
     """
     label = document.get("label")
     if label not in VOCABULARY:
-        raise errors.InvalidTransaction("label", f"must be one of {', '.join(VOCABULARY)}")
+        raise errors.InvalidInput("label", f"must be one of {', '.join(VOCABULARY)}")
     try:
         labelled_ms = transactions.parse_timestamp({"timestamp": document.get("labelled_at")})
-    except errors.InvalidTransaction as error:
-        raise errors.InvalidTransaction("labelled_at", error.reason) from error
+    except errors.InvalidInput as error:
+        raise errors.InvalidInput("labelled_at", error.reason) from error
     if labelled_ms > latest_ms:
-        raise errors.InvalidTransaction("labelled_at", "lies in the future")
+        raise errors.InvalidInput("labelled_at", "lies in the future")
     return Label(
         transaction_id=transactions.parse_text(document, "transaction_id"),
         label=label,
@@ -91,22 +91,22 @@ def parse_request(document: Mapping[str, Any], latest_ms: int) -> list[Parsed]:
     """Read one label, or `{"labels": […]}` with 1 to 1,000, each on its own. Cost: 2 µs each.
 
     Raises:
-        InvalidTransaction: `labels` is no such list, or the one label is wrong.
+        InvalidInput: `labels` is no such list, or the one label is wrong.
     """
     if "labels" not in document:
         return [parse(document, latest_ms)]
     items = document["labels"]
     if not isinstance(items, list) or not 1 <= len(items) <= MAX_ITEMS:
-        raise errors.InvalidTransaction("labels", f"must be a list of 1 to {MAX_ITEMS} labels")
+        raise errors.InvalidInput("labels", f"must be a list of 1 to {MAX_ITEMS} labels")
     return [_parsed(item, latest_ms) for item in items]
 
 
 def _parsed(item: Any, latest_ms: int) -> Parsed:
     try:
         if not isinstance(item, dict):
-            raise errors.InvalidTransaction("labels", "must hold JSON objects")
+            raise errors.InvalidInput("labels", "must hold JSON objects")
         return parse(item, latest_ms)
-    except errors.InvalidTransaction as error:
+    except errors.InvalidInput as error:
         return error
 
 
@@ -114,14 +114,14 @@ def decode(value: bytes | None, latest_ms: int) -> Label:
     """Read one record of topic `labels`.
 
     Raises:
-        InvalidTransaction: naming the field.
+        InvalidInput: naming the field.
     """
     try:
         document = orjson.loads(value or b"")
     except orjson.JSONDecodeError as error:
-        raise errors.InvalidTransaction("value", f"is not JSON: {error}") from error
+        raise errors.InvalidInput("value", f"is not JSON: {error}") from error
     if not isinstance(document, dict):
-        raise errors.InvalidTransaction("value", "must be a JSON object")
+        raise errors.InvalidInput("value", "must be a JSON object")
     return parse(document, latest_ms)
 
 

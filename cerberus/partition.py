@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cerberus import errors, transactions, window
-from cerberus.features import evaluation
+from cerberus.features import evaluation, fences
+from cerberus.features import packed as packed_windows
 
 
 class Record(Protocol):
@@ -41,7 +42,7 @@ class Observed:
 
     transaction: transactions.Transaction
     outcome: window.Outcome
-    fence: evaluation.Fence
+    fence: fences.Fence
     rank: int
     row: evaluation.FeatureRow | None
 
@@ -60,7 +61,7 @@ def judge(
     """Read a record; what is refused is refused at every replay."""
     try:
         transaction = transactions.decode(record.value, currency)
-    except errors.InvalidTransaction as error:
+    except errors.InvalidInput as error:
         return Rejected(record.offset, str(error))
     ahead_ms = transaction.event_ms - record.timestamp
     if ahead_ms > spans.max_future_skew_ms:
@@ -142,7 +143,7 @@ class Partition:
         self.imported_until_ms = start.imported_until_ms
         self.windows = window.PartitionWindows(spans)
         self.touched: set[int] = set()
-        self._origin = evaluation.Fence(start.epoch, start.begin, start.seeded_until_ms or 0)
+        self._origin = fences.Fence(start.epoch, start.begin, start.seeded_until_ms or 0)
         self._strangers: set[int] = set()
         self._seeded: set[int] = set()
         self._imported: set[int] = set()
@@ -153,13 +154,13 @@ class Partition:
         return self.offset < self.commit
 
     @property
-    def fence(self) -> evaluation.Fence:
+    def fence(self) -> fences.Fence:
         """Return the fence of the present prefix; an empty one is as of where the log begins."""
         as_of_ms = self.windows.frontier_ms or self.imported_until_ms or 0
-        return evaluation.Fence(self.epoch, self.offset, as_of_ms)
+        return fences.Fence(self.epoch, self.offset, as_of_ms)
 
     @property
-    def origin(self) -> evaluation.Fence:
+    def origin(self) -> fences.Fence:
         """Return the prefix where reading began; events from before it are seeded."""
         return self._origin
 
@@ -328,19 +329,19 @@ class Partition:
             if user_id in self._strangers:
                 continue
             if (user := windows.user(user_id)) is not None:
-                packed = evaluation.pack(user, fence, self.number, lower_ms, windows.spans)
+                packed = packed_windows.pack(user, fence, self.number, lower_ms, windows.spans)
                 yield user_id, packed, windows.stats(user_id, fence.as_of_ms)
 
-    def state(self) -> evaluation.PartitionState:
+    def state(self) -> fences.PartitionState:
         """Return what those who read its rows must know of the prefix.
 
         While it replays, the offset is the commit: the rows of that prefix are stored.
         """
         done = self.offset - self.begin
-        state = evaluation.LIVE
+        state = fences.LIVE
         if self.replaying:
             state = evaluation.Doubt.REPLAYING
-        return evaluation.PartitionState(
+        return fences.PartitionState(
             epoch=self.epoch,
             offset=max(self.offset, self.commit),
             state=state,
@@ -350,5 +351,5 @@ class Partition:
             moved_ms=self.moved.until_ms if self.moved else 0,
             former=(self.moved.former or 0) if self.moved else 0,
             count=self.count or 0,
-            version=evaluation.SPOKEN,
+            version=fences.SPOKEN,
         )

@@ -117,16 +117,16 @@ def decode(value: bytes | None, currency: str) -> Transaction:
     """Read one record of topic `transactions`.
 
     Raises:
-        InvalidTransaction: naming the field; a record's fate depends on its bytes alone.
+        InvalidInput: naming the field; a record's fate depends on its bytes alone.
     """
     if value is None:
-        raise errors.InvalidTransaction("value", "is empty")
+        raise errors.InvalidInput("value", "is empty")
     try:
         document = orjson.loads(value)
     except orjson.JSONDecodeError as error:
-        raise errors.InvalidTransaction("value", f"is not JSON: {error}") from error
+        raise errors.InvalidInput("value", f"is not JSON: {error}") from error
     if not isinstance(document, dict):
-        raise errors.InvalidTransaction("value", "must be a JSON object")
+        raise errors.InvalidInput("value", "must be a JSON object")
     return Transaction(
         transaction_id=parse_text(document, "transaction_id"),
         user_id=parse_user_id(document),
@@ -155,16 +155,16 @@ def parse_user_id(document: Mapping[str, Any]) -> int:
     """Read `user_id`: an integer from 0 to 2**63 - 1.
 
     Raises:
-        InvalidTransaction: naming the field.
+        InvalidInput: naming the field.
     """
     value = document.get("user_id")
     if type(value) is not int:
-        raise errors.InvalidTransaction(
+        raise errors.InvalidInput(
             "user_id",
             "is missing; it must be an integer" if value is None else "must be an integer",
         )
     if not 0 <= value <= MAX_USER_ID:
-        raise errors.InvalidTransaction("user_id", f"must be between 0 and {MAX_USER_ID}")
+        raise errors.InvalidInput("user_id", f"must be between 0 and {MAX_USER_ID}")
     return value
 
 
@@ -172,20 +172,20 @@ def parse_text(document: Mapping[str, Any], field: str, default: str | None = No
     """Read a text of 1 to 128 characters; `default` when the field is absent or null.
 
     Raises:
-        InvalidTransaction: naming the field.
+        InvalidInput: naming the field.
     """
     value = document.get(field)
     if value is None and default is not None:
         return default
     if not isinstance(value, str):
-        raise errors.InvalidTransaction(
+        raise errors.InvalidInput(
             field, "is missing; it must be a string" if value is None else "must be a string"
         )
     if not 0 < len(value) <= MAX_TEXT and value != default:
-        raise errors.InvalidTransaction(field, f"must have 1 to {MAX_TEXT} characters")
+        raise errors.InvalidInput(field, f"must have 1 to {MAX_TEXT} characters")
     # Postgres cannot store it, and it parts the fields of an identity.
     if "\0" in value:
-        raise errors.InvalidTransaction(field, "must not contain the NUL character")
+        raise errors.InvalidInput(field, "must not contain the NUL character")
     return value
 
 
@@ -193,7 +193,7 @@ def parse_amount(document: Mapping[str, Any]) -> int:
     """Read `amount`, a number of major units with at most two places, as cents.
 
     Raises:
-        InvalidTransaction: naming the field.
+        InvalidInput: naming the field.
     """
     value = document.get("amount")
     if type(value) is int:
@@ -202,13 +202,11 @@ def parse_amount(document: Mapping[str, Any]) -> int:
         minor = round(value * 100) if abs(value) < MAX_AMOUNT_MINOR else MAX_AMOUNT_MINOR + 1
         # The nearest double to a two-place decimal is the quotient of its cents; nothing else is.
         if abs(minor) <= MAX_AMOUNT_MINOR and minor / 100 != value:
-            raise errors.InvalidTransaction("amount", "must have at most two decimal places")
+            raise errors.InvalidInput("amount", "must have at most two decimal places")
     else:
-        raise errors.InvalidTransaction("amount", "must be a number such as 12.50")
+        raise errors.InvalidInput("amount", "must be a number such as 12.50")
     if not 0 <= minor <= MAX_AMOUNT_MINOR:
-        raise errors.InvalidTransaction(
-            "amount", f"must be between 0 and {MAX_AMOUNT_MINOR // 100}"
-        )
+        raise errors.InvalidInput("amount", f"must be between 0 and {MAX_AMOUNT_MINOR // 100}")
     return minor
 
 
@@ -216,11 +214,11 @@ def parse_currency(document: Mapping[str, Any], currency: str) -> str:
     """Read `currency`, which must be the deployment's; absent means that one.
 
     Raises:
-        InvalidTransaction: naming the field.
+        InvalidInput: naming the field.
     """
     value = document.get("currency")
     if value not in (None, currency):
-        raise errors.InvalidTransaction(
+        raise errors.InvalidInput(
             "currency", f"must be {currency}, the currency of this deployment"
         )
     return currency
@@ -230,23 +228,19 @@ def parse_timestamp(document: Mapping[str, Any]) -> int:
     """Read `timestamp`, RFC 3339 with an offset, as ms since the Unix epoch (finer is cut off).
 
     Raises:
-        InvalidTransaction: naming the field.
+        InvalidInput: naming the field.
     """
     value = document.get("timestamp")
     # What fromisoformat takes beyond this differs between Python's versions.
     if not isinstance(value, str) or not _RFC_3339.fullmatch(value):
-        raise errors.InvalidTransaction(
-            "timestamp", "must be RFC 3339 such as 2026-01-31T12:00:00.000Z"
-        )
+        raise errors.InvalidInput("timestamp", "must be RFC 3339 such as 2026-01-31T12:00:00.000Z")
     try:
         moment = datetime.datetime.fromisoformat(value.upper())
         event_ms = (moment - _EPOCH) // _MS
     except (ValueError, OverflowError, TypeError) as error:
-        raise errors.InvalidTransaction(
-            "timestamp", "must be RFC 3339 with Z or an offset"
-        ) from error
+        raise errors.InvalidInput("timestamp", "must be RFC 3339 with Z or an offset") from error
     if not 0 <= event_ms < _YEAR_2200_MS:
-        raise errors.InvalidTransaction("timestamp", "must lie between the years 1970 and 2200")
+        raise errors.InvalidInput("timestamp", "must lie between the years 1970 and 2200")
     return event_ms
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cerberus import kafka
-from cerberus.features import declared, evaluation
+from cerberus.features import declared
+from cerberus.features import packed as packed_windows
 from cerberus.online import layout
 from chaos import cluster, oracle
 
@@ -226,7 +227,7 @@ async def _rows(target: cluster.Cluster, log: Log, found: Findings) -> None:
                 found.equal("online row", row.user_id, expected, (got, stats))
 
 
-def packed(part: oracle.Partition, user_id: int, recent: evaluation.Recent) -> tuple[Any, Any]:
+def packed(part: oracle.Partition, user_id: int, recent: packed_windows.Recent) -> tuple[Any, Any]:
     """Return what a row must hold at its fence, events and aggregates, and the events it holds."""
     end, as_of_ms = recent.fence.offset, part.frontier_ms(recent.fence.offset)
     events: list[tuple[int, int]] = []

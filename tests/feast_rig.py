@@ -14,7 +14,7 @@ import psycopg
 import redis
 
 from cerberus import settings, transactions, window
-from cerberus.features import evaluation
+from cerberus.features import fences, packed
 from cerberus.jobs import feast as feast_store
 from cerberus.online import layout, user_rows
 from cerberus.online import pool as redis_pool
@@ -71,9 +71,9 @@ def stream_rows(count, seed):
             event_ms = NOW_MS - rng.randrange(SPANS.keep_ms)
             amount_minor, merchant = rng.randrange(1, 10**6), rng.getrandbits(32)
             user.insert(window.Event(event_ms, amount_minor, rng.getrandbits(64), merchant))
-        fence = evaluation.Fence(1, rng.randrange(10**9), NOW_MS)
+        fence = fences.Fence(1, rng.randrange(10**9), NOW_MS)
         partition = transactions.partition_of(user_id, 6)
-        recent = evaluation.pack(user, fence, partition, NOW_MS - SPANS.keep_ms, SPANS)
+        recent = packed.pack(user, fence, partition, NOW_MS - SPANS.keep_ms, SPANS)
         stats = (user.stats(NOW_MS - SPANS.longest_ms, NOW_MS),)
         rows.append(user_rows.StreamRow(user_id, recent, stats, fence, partition))
     return rows

@@ -9,6 +9,7 @@ from cerberus import transactions, window
 from cerberus.decisions import models, policy
 from cerberus.decisions import records as decision_records
 from cerberus.features import evaluation
+from cerberus.features import fences as log_fences
 
 SPANS = ("10m", "1h", "24h")
 YEAR_2200_MS = 7_258_118_400_000
@@ -17,7 +18,7 @@ hashes = st.binary(min_size=32, max_size=32).map(bytes.hex)
 floats = st.floats(allow_nan=False, allow_infinity=False)
 moments = st.integers(0, YEAR_2200_MS - 1)
 fences = st.builds(
-    evaluation.Fence, st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(-1, 2**62)
+    log_fences.Fence, st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(-1, 2**62)
 )
 
 

@@ -11,7 +11,8 @@ from changes import changed, rebuilt
 from cerberus import assembly, claims, settings, supervision, transactions, window
 from cerberus.api import routes
 from cerberus.decisions import models
-from cerberus.features import declared, evaluation
+from cerberus.features import declared, fences
+from cerberus.features import packed as packed_windows
 from cerberus.online import layout, user_rows
 from cerberus.online import pool as redis_pool
 from cerberus.postgres import pool as postgres_pool
@@ -82,7 +83,7 @@ class Served:
         """Let the owner say that it stands at the end of the log, and Redis know all claims."""
         for bucket in range(64):
             await self.client.set(claims._mark(self.config, bucket), 0, nx=True)
-        state = evaluation.PartitionState(1, self.offset, "live", self.now_ms)
+        state = fences.PartitionState(1, self.offset, "live", self.now_ms)
         await self.store.write_states(1, {0: dataclasses.replace(state, **changes)}, create=True)
 
     async def forget(self):
@@ -95,12 +96,12 @@ class Served:
         for each in seen:
             self.windows.observe(each)
             self.offset += 1
-        fence = evaluation.Fence(1, self.offset, self.windows.frontier_ms)
+        fence = fences.Fence(1, self.offset, self.windows.frontier_ms)
         rows = []
         for user_id in sorted({each.user_id for each in seen}):
             user = self.windows.user(user_id)
             assert user is not None
-            packed = evaluation.pack(user, fence, 0, self.windows.lower_ms, self.spans)
+            packed = packed_windows.pack(user, fence, 0, self.windows.lower_ms, self.spans)
             stats = self.windows.stats(user_id, fence.as_of_ms)
             rows.append(user_rows.StreamRow(user_id, packed, stats, fence, 0))
         await self.store.write(rows)

@@ -103,7 +103,7 @@ def test_a_quote_too_much_costs_its_own_line_only(tmp_path, stray, size):
 @pytest.mark.parametrize("label", [["fraud"], {"a": 1}, 7, None, ""])
 def test_a_label_that_is_no_word_is_refused_by_its_field(label):
     found = {"transaction_id": "a", "label": label, "labelled_at": "2026-01-01T00:00:00Z"}
-    with pytest.raises(errors.InvalidTransaction, match="label"):
+    with pytest.raises(errors.InvalidInput, match="label"):
         importing.read_label(found, LAYOUT, {"1": "fraud"}, 2**60)
 
 
@@ -146,7 +146,7 @@ def test_moments_in_each_format(kind, written, ms):
     if ms is not None:
         assert layout.transaction(row, "USD").event_ms == ms
     else:
-        with pytest.raises(errors.InvalidTransaction, match="timestamp"):
+        with pytest.raises(errors.InvalidInput, match="timestamp"):
             layout.transaction(row, "USD")
 
 
@@ -166,7 +166,7 @@ def test_moments_in_each_format(kind, written, ms):
 )
 def test_a_wrong_field_is_named(changes, field):
     row = {"transaction_id": "t", "user_id": 1, "amount": 1, "timestamp": 0} | changes
-    with pytest.raises(errors.InvalidTransaction) as refused:
+    with pytest.raises(errors.InvalidInput) as refused:
         LAYOUT.transaction(datafiles.Row(1, row), "USD")
     assert refused.value.field == field
 
@@ -188,7 +188,7 @@ def test_a_line_that_never_ends_is_one_broken_row(tmp_path):
 def test_a_file_that_is_none_of_its_suffix_is_named(tmp_path):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"no")
-    with pytest.raises(errors.InvalidTransaction, match=r"rows\.parquet"):
+    with pytest.raises(errors.InvalidInput, match=r"rows\.parquet"):
         datafiles.File(path, [])
 
 
@@ -203,12 +203,12 @@ def test_a_file_that_is_none_of_its_suffix_is_named(tmp_path):
 def test_a_header_that_cannot_be_read_is_said(tmp_path, header, said):
     path = tmp_path / "rows.csv"
     path.write_bytes(header)
-    with pytest.raises(errors.InvalidTransaction, match=said):
+    with pytest.raises(errors.InvalidInput, match=said):
         LAYOUT.open(path, *FIELDS)
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("transaction_id,user_id,amount,amount,timestamp\nt,1,5,6,7\n")
-    with pytest.raises(errors.InvalidTransaction, match=r"amount: rows\.csv has several columns"):
+    with pytest.raises(errors.InvalidInput, match=r"amount: rows\.csv has several columns"):
         LAYOUT.open(path, *FIELDS)

@@ -14,7 +14,8 @@ import cerberus.__main__
 from cerberus import app, environment, partition, settings, transactions, window
 from cerberus.api import openapi
 from cerberus.decisions import models
-from cerberus.features import evaluation
+from cerberus.features import evaluation, fences
+from cerberus.features import packed as packed_windows
 from cerberus.telemetry import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -259,14 +260,14 @@ class Timeline:
 
     def row(self, offset):
         user, spans = self.windows.user(7), self.windows.spans
-        fence = evaluation.Fence(1, offset + 1, self.windows.frontier_ms)
+        fence = fences.Fence(1, offset + 1, self.windows.frontier_ms)
         assert user is not None
-        packed = evaluation.pack(user, fence, 0, self.windows.lower_ms, spans)
-        return evaluation.unpack(packed, spans)
+        packed = packed_windows.pack(user, fence, 0, self.windows.lower_ms, spans)
+        return packed_windows.unpack(packed, spans)
 
     def read(self, after, as_of, in_hand):
         now_ms = at_ms(as_of)
-        state = evaluation.PartitionState(1, int(after) + 1, "live", caught_up_ms=now_ms)
+        state = fences.PartitionState(1, int(after) + 1, "live", caught_up_ms=now_ms)
         row = evaluation.as_of(
             evaluation.OnlineRow(7, self.rows[int(after)], None, 0, state),
             now_ms,

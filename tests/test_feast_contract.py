@@ -10,7 +10,7 @@ from feast_rig import CREDIT_TTL_MS, NOW_MS, SPANS, frame, stream_rows, utc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cerberus.features import declared, evaluation
+from cerberus.features import declared, packed
 from cerberus.online import layout
 
 int64 = st.integers(-(2**63), 2**63 - 1)
@@ -114,7 +114,7 @@ def test_we_read_what_feast_is_pushed(rig):
     rig.store.push("user_transaction_stats_stream", frames[declared.STATS_VIEW])
     count = layout.field(declared.STATS_VIEW, "transaction_count_10m")
     for row in rows:
-        recent, wanted = rig.read(row.user_id).recent, evaluation.unpack(row.recent, SPANS)
+        recent, wanted = rig.read(row.user_id).recent, packed.unpack(row.recent, SPANS)
         assert recent.fence == row.fence
         assert (recent.partition, recent.complete) == (row.partition, wanted.complete)
         assert (recent.lower_ms, recent.tile_ms) == (wanted.lower_ms, wanted.tile_ms)

@@ -15,7 +15,8 @@ from records import records
 from cerberus import partition, settings, window
 from cerberus.decisions import models
 from cerberus.decisions import records as decision_records
-from cerberus.features import evaluation
+from cerberus.features import fences
+from cerberus.features import packed as packed_windows
 from cerberus.online import layout
 from cerberus.stream import starts
 
@@ -143,8 +144,8 @@ def test_of_a_commit_s_fields_the_unknown_are_ignored_and_a_missing_one_leaves_t
 
 
 def test_a_partition_state_without_a_version_is_read_as_version_0():
-    state = evaluation.PartitionState.unpack((FORMATS / "partition-state-0.json").read_bytes())
-    assert state == evaluation.PartitionState(
+    state = fences.PartitionState.unpack((FORMATS / "partition-state-0.json").read_bytes())
+    assert state == fences.PartitionState(
         epoch=1795581211,
         offset=143,
         state="live",
@@ -159,15 +160,15 @@ def test_a_partition_state_without_a_version_is_read_as_version_0():
 
 
 def test_a_partition_state_of_a_later_release_is_read():
-    told = json.loads(evaluation.PartitionState(1, 2, "live", 3, version=9).pack())
-    state = evaluation.PartitionState.unpack(json.dumps({"outcomes": 1, **told}).encode())
-    assert state == evaluation.PartitionState(1, 2, "live", 3, version=9)
+    told = json.loads(fences.PartitionState(1, 2, "live", 3, version=9).pack())
+    state = fences.PartitionState.unpack(json.dumps({"outcomes": 1, **told}).encode())
+    assert state == fences.PartitionState(1, 2, "live", 3, version=9)
 
 
 def test_a_packed_window_of_version_1_is_read():
     spans = window.Spans(("10m", "1h"))
     packed = bytes.fromhex((FORMATS / "recent-1.hex").read_text())
-    recent = evaluation.unpack(packed, spans)
+    recent = packed_windows.unpack(packed, spans)
     assert recent.fence == (1795581211, 143, 1795581299000)
     assert (recent.partition, recent.complete) == (2, True)
     assert recent.lower_ms == 1795581299000 - spans.keep_ms

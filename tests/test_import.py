@@ -20,11 +20,11 @@ import pytest
 
 from cerberus import errors, settings, transactions, window
 from cerberus.commands import load as load_command
-from cerberus.features import evaluation
+from cerberus.features import fences
 from cerberus.files import importing, layouts
 from cerberus.jobs import feast as feast_store
+from cerberus.online import partition_states
 from cerberus.online import pool as redis_pool
-from cerberus.online import user_rows
 from cerberus.postgres import facts, stores
 from cerberus.postgres import pool as postgres_pool
 
@@ -203,7 +203,7 @@ async def test_what_the_log_says_stands(config, pool, tmp_path):
     postgres = stores.on(pool, config.windows.spans)
     known = transactions.Transaction("t1", 1, 100, "USD", "m", BEGIN_MS)
     stats = (window.WindowStats(7, 700),) * len(SPANS)
-    fence = evaluation.Fence(9, 5, BEGIN_MS)
+    fence = fences.Fence(9, 5, BEGIN_MS)
 
     async def write_by_the_log(offset=4):
         fact = facts.TransactionFact(known, 9, 0, offset)
@@ -334,9 +334,9 @@ async def test_columns_formats_and_units_of_a_bank_s_own(config, pool, tmp_path)
 
 async def test_a_column_that_is_not_there_is_named_before_anything_is_read(config, tmp_path):
     path = write(tmp_path / "past.csv", [{"transaction_id": 1, "user_id": 2, "amount": 3}])
-    with pytest.raises(errors.InvalidTransaction, match=r"timestamp: .*--column timestamp="):
+    with pytest.raises(errors.InvalidInput, match=r"timestamp: .*--column timestamp="):
         await load(config, path)
-    with pytest.raises(errors.InvalidTransaction, match=r"past\.xls: .*\.csv"):
+    with pytest.raises(errors.InvalidInput, match=r"past\.xls: .*\.csv"):
         await load(config, path.rename(tmp_path / "past.xls"))
 
 
@@ -353,7 +353,7 @@ async def test_months_of_the_past_get_partitions(config, pool, tmp_path):
 
 async def test_scores_hold_from_their_own_time_and_are_loaded_anew(config, pool, tmp_path):
     async with redis_pool.connect(config) as redis:
-        await redis.set(user_rows.MATERIALIZED, 1)
+        await redis.set(partition_states.MATERIALIZED, 1)
         rows = [
             {"user_id": 1, "credit_score": 700, "timestamp": moment(BEGIN_MS)},
             {"user_id": 1, "credit_score": 710, "timestamp": moment(BEGIN_MS + 1)},
@@ -366,7 +366,7 @@ async def test_scores_hold_from_their_own_time_and_are_loaded_anew(config, pool,
         assert [(row["event_timestamp"], row["credit_score"]) for row in found] == [
             (row["created_timestamp"], score) for row, score in zip(found, (700, 710), strict=True)
         ]
-        assert await redis.get(user_rows.MATERIALIZED) is None
+        assert await redis.get(partition_states.MATERIALIZED) is None
 
 
 async def test_what_is_not_kept_is_not_imported(environ, pool, tmp_path):
@@ -424,7 +424,7 @@ async def test_a_file_that_holds_something_else_is_not_made_one_of_rejects(confi
         rejects = tmp_path / "precious.txt"
         rejects.write_text("precious\n")
     before = rejects.read_bytes()
-    with pytest.raises(errors.InvalidTransaction, match="--rejects"):
+    with pytest.raises(errors.InvalidInput, match="--rejects"):
         await load(config, path, rejects=rejects)
     assert rejects.read_bytes() == before
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline import live, now_ms, payment, running, trained, until, world
 
 from cerberus import partition, transactions, window
-from cerberus.features import evaluation
+from cerberus.features import packed as packed_windows
 from cerberus.postgres import facts, imports
 from cerberus.stream import liveness
 
@@ -75,7 +75,7 @@ def test_a_row_holds_nothing_that_was_imported_of_a_time_far_ahead():
     taken(part, paid(1_000, 1, 5_000, 3))
     [(_, packed, stats)] = part.rows([1])
     assert stats == (window.WindowStats(1, 3),)
-    recent = evaluation.unpack(packed, spans)
+    recent = packed_windows.unpack(packed, spans)
     assert (len(recent.events), len(recent.tiles)) == (1, 0)
 
 

@@ -80,7 +80,7 @@ def test_a_label_that_is_written_is_read_back(told):
     ],
 )
 def test_what_is_wrong_with_a_label_is_named(change, field):
-    with pytest.raises(errors.InvalidTransaction) as caught:
+    with pytest.raises(errors.InvalidInput) as caught:
         labels.parse(GOOD | change, NOW_MS)
     assert caught.value.field == field
     assert len(caught.value.reason) > 8
@@ -88,7 +88,7 @@ def test_what_is_wrong_with_a_label_is_named(change, field):
 
 @pytest.mark.parametrize("value", [None, b"", b"{", b"[]", b'"fraud"'])
 def test_a_record_that_holds_no_object_is_refused(value):
-    with pytest.raises(errors.InvalidTransaction, match="value"):
+    with pytest.raises(errors.InvalidInput, match="value"):
         labels.decode(value, NOW_MS)
 
 

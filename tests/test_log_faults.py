@@ -27,7 +27,7 @@ from pipeline import live, now_ms, payment, running, until, world
 from service import service
 
 from cerberus import kafka, settings, transactions, window
-from cerberus.features import evaluation
+from cerberus.features import evaluation, fences
 from cerberus.stream import starts
 from chaos import cluster
 
@@ -132,7 +132,7 @@ async def test_events_outside_the_home_are_doubted_whichever_came_first(here):
 
 async def test_an_owner_of_fewer_partitions_says_nothing_of_how_many_there_are(here):
     def state(epoch):
-        return evaluation.PartitionState(epoch, 5, "live", now_ms())
+        return fences.PartitionState(epoch, 5, "live", now_ms())
 
     await here.online.write_states(4, {0: state(2), 3: state(2)}, create=True)
     await here.online.write_states(3, {0: state(1)}, create=True)
@@ -143,7 +143,7 @@ async def test_an_owner_of_fewer_partitions_says_nothing_of_how_many_there_are(h
 
 async def test_an_owner_that_is_behind_says_nothing_of_its_partition(here):
     for offset, state in ((5, "live"), (4, "replaying")):
-        told = evaluation.PartitionState(1, offset, state, now_ms())
+        told = fences.PartitionState(1, offset, state, now_ms())
         await here.online.write_states(1, {0: told}, create=True)
     assert (await here.online.states())[0].state == "live"
 
@@ -196,7 +196,7 @@ async def test_commits_are_written_in_the_version_that_all_owners_read(here):
             await drained(here, one)
             if version == 0:  # what an owner of an earlier release tells, behind any of ours
                 key, number = here.online._partitions_key, f"{PARTITIONS - 1}"
-                told = evaluation.PartitionState.unpack(await here.redis.hget(key, number))
+                told = fences.PartitionState.unpack(await here.redis.hget(key, number))
                 early = dataclasses.replace(told, epoch=told.epoch + 1, version=0)
                 await here.redis.hset(key, number, early.pack())
                 await until(lambda: here.online.spoken == 0, "an owner is known to read less")

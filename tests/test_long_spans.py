@@ -11,7 +11,7 @@ from faults import admin_of, remake_topic
 from pipeline import live, now_ms, payment, running, trained, until, world
 
 from cerberus import kafka, partition, transactions
-from cerberus.features import evaluation
+from cerberus.features import fences
 from cerberus.postgres import facts
 from cerberus.postgres import pool as postgres_pool
 from cerberus.stream import assignment, liveness, starts
@@ -97,11 +97,11 @@ async def test_a_seed_is_of_one_life_of_one_partition(here):
     pages = [
         page
         async for page in here.postgres.facts.seed(
-            facts.Prefix("a", 0, evaluation.Fence(2, 9, 0), 2), 0
+            facts.Prefix("a", 0, fences.Fence(2, 9, 0), 2), 0
         )
     ]
     assert [[t.transaction_id for t in page] for page in pages] == [["t0"]]
-    both = here.postgres.facts.seed(facts.Prefix("a", 0, evaluation.Fence(2, 9, 0), 1), 0)
+    both = here.postgres.facts.seed(facts.Prefix("a", 0, fences.Fence(2, 9, 0), 1), 0)
     assert {t.transaction_id async for page in both for t in page} == {"t0", "t1"}
 
 

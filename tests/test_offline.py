@@ -12,7 +12,7 @@ from pipeline import until
 
 from cerberus import errors, settings, transactions, window
 from cerberus.decisions import models, policy, records
-from cerberus.features import evaluation
+from cerberus.features import evaluation, fences
 from cerberus.postgres import facts, months, schema, stores
 from cerberus.postgres import pool as postgres_pool
 
@@ -47,7 +47,7 @@ def stats(count, offset, epoch=1, user_id=1, at=NOW_MS):
         user_id,
         at * 1000,
         (window.WindowStats(count, count * 150),),
-        evaluation.Fence(epoch, offset, at),
+        fences.Fence(epoch, offset, at),
     )
 
 
@@ -59,7 +59,7 @@ def decision(i, probability=0.5):
         stats=(window.WindowStats(2, 1999),),
         credit_score=None,
         amount_minor=1250,
-        fence=evaluation.Fence(1, i, NOW_MS),
+        fence=fences.Fence(1, i, NOW_MS),
         degraded=("warming", "stale"),
     )
     decided = models.Decision(row, -1.5, probability, models.LEGIT, policy.APPROVE, "ab", "cd")
@@ -249,7 +249,7 @@ async def test_stored_effects_are_known_by_epoch_and_partition(postgres):
 async def test_a_seed_holds_only_the_log_before_the_fence_in_pages(postgres, monkeypatch):
     written = [fact(transaction(i, user_id=i % 2, at=NOW_MS + i), i) for i in range(10)]
     await postgres.facts.write(TOPIC, written, [], [])
-    before = facts.Prefix(TOPIC, 0, evaluation.Fence(1, 7, 0), 1)
+    before = facts.Prefix(TOPIC, 0, fences.Fence(1, 7, 0), 1)
     [past] = [page async for page in postgres.facts.seed(before, NOW_MS + 1, {1})]
     assert sorted(t.transaction_id for t in past) == ["t3", "t5"]
     monkeypatch.setattr(facts, "_PAGE", 2)
@@ -281,7 +281,7 @@ async def test_a_seed_has_a_deadline_for_each_page_and_none_for_all(environ, pos
     written = [fact(transaction(i, at=NOW_MS + i), i) for i in range(40)]
     await postgres.facts.write(TOPIC, written, [], [])
     monkeypatch.setattr(facts, "_PAGE", 4)
-    before = facts.Prefix(TOPIC, 0, evaluation.Fence(1, 99, 0), 1)
+    before = facts.Prefix(TOPIC, 0, fences.Fence(1, 99, 0), 1)
     # A tenth of a second a row.
     monkeypatch.setattr(facts, "_SEED", facts._SEED + "AND pg_sleep(0.1)::text = ''")
     hurried = functools.partial(asyncpg.create_pool, environ["DATABASE_URL"])

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from served import NOW_MS, Served, redis_only, transaction
 
-from cerberus.features import evaluation
+from cerberus.features import fences
 
 pytestmark = pytest.mark.anyio
 
@@ -24,7 +24,7 @@ async def test_versions_are_spoken_that_the_owners_of_all_partitions_read(served
     assert served.store.spoken == 1
     await served.live(count=2, version=1)
     await served.store.write_states(2, {})
-    state = evaluation.PartitionState(1, 0, "live", NOW_MS, version=0)
+    state = fences.PartitionState(1, 0, "live", NOW_MS, version=0)
     await served.store.write_states(2, {1: state}, create=True)
     await served.store.read([1], NOW_MS, 1.0)
     assert served.store.spoken == 0  # one owner of two does not read it

@@ -10,7 +10,7 @@ from pipeline import running, until
 
 from cerberus import labels, settings, supervision, transactions, window
 from cerberus.decisions import models, records
-from cerberus.features import evaluation
+from cerberus.features import evaluation, fences
 from cerberus.jobs import retention
 from cerberus.postgres import expiry, facts, imports, months, stores
 from cerberus.postgres import pool as postgres_pool
@@ -60,7 +60,7 @@ def decision(paid):
 async def write(postgres, i, at_ms):
     """Leave in every table what a transaction of this moment leaves."""
     paid = transactions.Transaction(f"t{i}", i, 100, "USD", "", at_ms)
-    fence = evaluation.Fence(1, i, at_ms)
+    fence = fences.Fence(1, i, at_ms)
     await postgres.facts.write(
         "transactions",
         [facts.TransactionFact(paid, 1, 0, i)],

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from cerberus import errors, partition, settings, synthetic, transactions, window
 from cerberus.decisions import models, records
-from cerberus.features import declared, evaluation
-from cerberus.learning import training
+from cerberus.features import declared, evaluation, matrix
+from cerberus.features import packed as packed_windows
+from cerberus.learning import calibration, training
 
 SPANS = window.Spans()
 BASE_RATE = synthetic.FRAUD_SHARE
@@ -73,7 +74,7 @@ def test_each_value_stands_under_its_own_name():
     spans = ("10m", "1h")
     stats = (window.WindowStats(1, 250), window.WindowStats(3, 1_050))
     row = evaluation.FeatureRow(1, 0, stats, 700, 1_225)
-    [values] = evaluation.matrix([row], spans).tolist()
+    [values] = matrix.matrix([row], spans).tolist()
     assert dict(zip(declared.names(declared.inputs(spans)), values, strict=True)) == {
         "transaction_count_10m": 1,
         "total_amount_10m": 2.5,
@@ -117,13 +118,13 @@ def test_platt_finds_the_calibration_that_the_truth_was_drawn_with(slope, interc
     rng = np.random.default_rng(seed)
     margin = rng.normal(0, 2, 20_000)
     fraud = rng.random(20_000) < 1 / (1 + np.exp(-(slope * margin + intercept)))
-    assert models.platt(fraud, margin) == pytest.approx((slope, intercept), abs=0.25)
+    assert calibration.platt(fraud, margin) == pytest.approx((slope, intercept), abs=0.25)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1, 7, 100])
 def test_platt_stays_finite_where_the_margin_separates(scale):
     fraud = np.arange(1000) >= 950
-    slope, intercept = models.platt(fraud, np.where(fraud, scale, -scale))
+    slope, intercept = calibration.platt(fraud, np.where(fraud, scale, -scale))
     probability = models.calibrate(np.array([-scale, scale]), slope, intercept)
     assert probability == pytest.approx([1 / 952, 51 / 52], abs=1e-4)
 
@@ -268,7 +269,7 @@ def _population_alone(rates, seed):
         evaluation.as_of(
             evaluation.OnlineRow(
                 user_id,
-                evaluation.unpack(packed[user_id], SPANS) if user_id in packed else None,
+                packed_windows.unpack(packed[user_id], SPANS) if user_id in packed else None,
                 credit_score,
                 0,
                 state,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from served import NOW_MS, Served, redis_only, transaction
 
 from cerberus import errors, transactions
-from cerberus.features import evaluation
+from cerberus.features import fences
 from cerberus.serving import predictor
 
 pytestmark = pytest.mark.anyio
@@ -300,13 +300,13 @@ async def test_a_credit_score_is_read_until_its_time_is_over(served):
     ],
 )
 async def test_a_wrong_request_names_the_field(served, document, field):
-    with pytest.raises(errors.InvalidTransaction) as caught:
+    with pytest.raises(errors.InvalidInput) as caught:
         served.predictor.parse(document)
     assert caught.value.field == field
 
 
 async def test_an_amount_without_an_id_is_told_why_it_is_refused(served):
-    with pytest.raises(errors.InvalidTransaction, match="whether the stream has counted"):
+    with pytest.raises(errors.InvalidInput, match="whether the stream has counted"):
         served.predictor.parse({"user_id": 1, "amount": 1})
 
 
@@ -326,7 +326,7 @@ async def test_the_fence_of_a_prediction_is_the_row_s(served):
     await served.stream(transaction("a"), transaction("b"))
     found = await served.ask(user_id=1)
     assert (found.record.decision.row.fence, found.record.partition) == (
-        evaluation.Fence(1, 2, NOW_MS),
+        fences.Fence(1, 2, NOW_MS),
         0,
     )
     unknown = await served.ask(user_id=2)

@@ -18,7 +18,7 @@ from faults import (
 from pipeline import live, now_ms, payment, running, until, world
 
 from cerberus import kafka, supervision
-from cerberus.online import user_rows
+from cerberus.online import partition_states
 
 pytestmark = pytest.mark.anyio
 
@@ -101,7 +101,7 @@ async def test_until_lost_credit_scores_are_loaded_again_the_stream_s_decisions_
     async with running(here.consumer()):
         for i, loaded in enumerate((False, True)):
             if loaded:
-                await here.redis.set(user_rows.MATERIALIZED, now_ms())
+                await here.redis.set(partition_states.MATERIALIZED, now_ms())
             await here.publish([(1000, payment(i, 1000, at + i), at + i)])
 
             async def decided(count=i + 1):
@@ -119,7 +119,7 @@ async def test_until_lost_credit_scores_are_loaded_again_the_answers_say_so(here
         "INSERT INTO credit_scores (user_id, event_timestamp, created_timestamp, credit_score) "
         "VALUES (1000, now(), now(), 700)"
     )
-    await here.redis.set(user_rows.MATERIALIZED, now_ms())
+    await here.redis.set(partition_states.MATERIALIZED, now_ms())
 
     async def certain():
         return (await here.read(1000, now_ms())).degraded == ()
@@ -131,17 +131,17 @@ async def test_until_lost_credit_scores_are_loaded_again_the_answers_say_so(here
         for _ in range(30):
             assert not await certain()
             await asyncio.sleep(0.1)
-        await here.redis.set(user_rows.MATERIALIZED, now_ms())
+        await here.redis.set(partition_states.MATERIALIZED, now_ms())
         await until(certain, "nothing is in doubt")
-        await here.redis.delete(user_rows.MATERIALIZED)  # as an import does
+        await here.redis.delete(partition_states.MATERIALIZED)  # as an import does
 
         async def doubted():
             return not await certain()
 
         await until(doubted, "scores are in doubt")
-        await here.redis.set(user_rows.MATERIALIZED, now_ms())
+        await here.redis.set(partition_states.MATERIALIZED, now_ms())
         await until(certain, "nothing is in doubt")
-        await here.redis.delete(user_rows.MATERIALIZED)
+        await here.redis.delete(partition_states.MATERIALIZED)
         await here.redis.delete(*await here.redis.keys("cerberus:partitions*"))
         await asyncio.sleep(2)
     # The next owner finds what this one has made of it, and must not take it for whole.

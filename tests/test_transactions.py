@@ -64,14 +64,14 @@ def test_decode_reads_back_what_encode_wrote(transaction):
     ],
 )
 def test_a_wrong_field_is_named(field, value):
-    with pytest.raises(errors.InvalidTransaction) as caught:
+    with pytest.raises(errors.InvalidInput) as caught:
         transactions.decode(orjson.dumps(GOOD | {field: value}), "USD")
     assert caught.value.field == field
 
 
 @pytest.mark.parametrize("value", [None, b"", b"[1]", b"{", b"\xff"])
 def test_what_is_not_a_json_object_is_refused(value):
-    with pytest.raises(errors.InvalidTransaction, match="value"):
+    with pytest.raises(errors.InvalidInput, match="value"):
         transactions.decode(value, "USD")
 
 

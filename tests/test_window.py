@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cerberus import transactions, window
-from cerberus.features import evaluation
+from cerberus.features import evaluation, fences
+from cerberus.features import packed as packed_windows
 
 SPANS = window.Spans(names=("20s", "1m"), allowed_lateness_ms=3_000, max_future_skew_ms=2_000)
 KEEP_MS = 65_000
@@ -125,13 +126,13 @@ def test_the_packed_window_answers_as_the_window_and_counts_the_one_in_hand_once
     else:
         oracle.observe(in_hand)
     user = windows.user(user_id)
-    fence = evaluation.Fence(1, len(log), windows.frontier_ms)
+    fence = fences.Fence(1, len(log), windows.frontier_ms)
     recent = None
     if user:
-        packed = evaluation.pack(user, fence, 3, windows.lower_ms, SPANS)
-        recent = evaluation.unpack(packed, SPANS)
+        packed = packed_windows.pack(user, fence, 3, windows.lower_ms, SPANS)
+        recent = packed_windows.unpack(packed, SPANS)
         assert (recent.fence, recent.partition, recent.complete) == (fence, 3, True)
-    state = evaluation.PartitionState(1, len(log), "live", as_of_ms)
+    state = fences.PartitionState(1, len(log), "live", as_of_ms)
     row = evaluation.as_of(
         evaluation.OnlineRow(user_id, recent, 700, 3, state),
         as_of_ms,
@@ -156,15 +157,15 @@ def test_the_longest_windows_and_the_greatest_lateness_can_be_packed(names):
     times = [now_ms + spans.keep_ms - i * step_ms for i in range(70_000)]
     for i, event_ms in enumerate(reversed(times)):
         user.insert(window.Event(event_ms, 1, i, 0))
-    fence = evaluation.Fence(1, 5, now_ms)
-    recent = evaluation.unpack(
-        evaluation.pack(user, fence, 0, now_ms - spans.keep_ms, spans), spans
+    fence = fences.Fence(1, 5, now_ms)
+    recent = packed_windows.unpack(
+        packed_windows.pack(user, fence, 0, now_ms - spans.keep_ms, spans), spans
     )
     for as_of_ms in (now_ms, now_ms + spans.slack_ms, now_ms + spans.keep_ms):
         after_ms = as_of_ms - spans.longest_ms
         told = recent.stats(after_ms, as_of_ms)[0].count
         true = user.stats(after_ms, as_of_ms).count
-        a_tile = evaluation.tile_ms(spans) // step_ms + 1
+        a_tile = packed_windows.tile_ms(spans) // step_ms + 1
         assert abs(told - true) <= 2 * a_tile
 
 
@@ -172,11 +173,11 @@ def test_the_longest_windows_and_the_greatest_lateness_can_be_packed(names):
 def test_a_row_whose_window_reaches_behind_what_is_known_says_so(short_ms, reason):
     user = window.UserWindow()
     user.insert(window.Event(START_MS, 500, 1, 0))
-    fence = evaluation.Fence(1, 9, START_MS)
+    fence = fences.Fence(1, 9, START_MS)
     lower_ms = START_MS - SPANS.longest_ms + short_ms
-    recent = evaluation.unpack(evaluation.pack(user, fence, 0, lower_ms, SPANS), SPANS)
+    recent = packed_windows.unpack(packed_windows.pack(user, fence, 0, lower_ms, SPANS), SPANS)
     row = evaluation.as_of(
-        evaluation.OnlineRow(1, recent, None, 0, evaluation.PartitionState(1, 9, "live", START_MS)),
+        evaluation.OnlineRow(1, recent, None, 0, fences.PartitionState(1, 9, "live", START_MS)),
         START_MS,
         None,
         now_ms=START_MS,
@@ -206,14 +207,14 @@ def test_above_256_events_only_the_edge_tile_is_inexact_and_says_so():
     windows = window.PartitionWindows(SPANS)
     for i in range(2_000):
         windows.observe(transactions.Transaction(f"t{i}", 1, 100, "USD", "", START_MS + i * 30))
-    fence, user = evaluation.Fence(1, 2_000, windows.frontier_ms), windows.user(1)
+    fence, user = fences.Fence(1, 2_000, windows.frontier_ms), windows.user(1)
     assert user is not None
-    packed = evaluation.pack(user, fence, 0, windows.lower_ms, SPANS)
-    recent = evaluation.unpack(packed, SPANS)
+    packed = packed_windows.pack(user, fence, 0, windows.lower_ms, SPANS)
+    recent = packed_windows.unpack(packed, SPANS)
     exact = windows.stats(1, windows.frontier_ms)[0]
     after_ms = windows.frontier_ms - 20_000
     stats, approximate, _ = recent.stats(after_ms, windows.frontier_ms)
-    edge = evaluation.tile_ms(SPANS) // 30 + 1
+    edge = packed_windows.tile_ms(SPANS) // 30 + 1
     assert 0 <= stats.count - exact.count <= edge
     assert approximate == (stats != exact) or approximate
 
@@ -221,7 +222,7 @@ def test_above_256_events_only_the_edge_tile_is_inexact_and_says_so():
 @pytest.mark.parametrize("damage", [b"", b"\x02" + b"\0" * 60, b"\x01" + b"\0" * 20])
 def test_bytes_of_another_format_are_refused(damage):
     with pytest.raises(ValueError, match="recent"):
-        evaluation.unpack(damage, SPANS)
+        packed_windows.unpack(damage, SPANS)
 
 
 @pytest.mark.parametrize("users", [1, 300_000])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from cerberus import partition, transactions, window
-from cerberus.features import evaluation
+from cerberus.features import packed
 
 SPANS = window.Spans(names=("1m",), allowed_lateness_ms=5_000, max_future_skew_ms=2_000)
 START_MS = 1_700_000_000_000
@@ -108,7 +108,7 @@ class PartitionLife(RuleBasedStateMachine):
                 assert (kept.count, kept.total_minor) == wanted
                 found = (0, 0)
                 if user_id in rows:
-                    recent = evaluation.unpack(rows[user_id], SPANS)
+                    recent = packed.unpack(rows[user_id], SPANS)
                     stats, approximate, _ = recent.stats(as_of_ms - 60_000, as_of_ms)
                     found = (stats.count, stats.total_minor)
                     assert not approximate

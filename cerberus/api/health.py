@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from cerberus import assembly, settings
-from cerberus.features import evaluation
+from cerberus.features import evaluation, fences
 
 _PROBE_S = 1.0
 Probe = Callable[[], Awaitable[Any]]
@@ -178,13 +178,13 @@ class Health:
 
 
 def _partition_doubts(
-    states: Mapping[int, evaluation.PartitionState], now_ms: int, longest_ms: int
+    states: Mapping[int, fences.PartitionState], now_ms: int, longest_ms: int
 ) -> list[str]:
     if not states:
         return ["no consumer has said where it stands: streamed values are null"]
     doubted: dict[str, list[str]] = {}
     for number, state in sorted(states.items()):
-        if state.state != evaluation.LIVE:
+        if state.state != fences.LIVE:
             done = (
                 f", {state.progress:.0%} done" if state.state == evaluation.Doubt.REPLAYING else ""
             )

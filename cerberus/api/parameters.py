@@ -15,12 +15,12 @@ def accuracy(query: Mapping[str, str]) -> judged.Question:
     """Read `since`, a date or RFC 3339, and `model`, the beginning of a version; both optional.
 
     Raises:
-        InvalidTransaction: naming the parameter.
+        InvalidInput: naming the parameter.
     """
     _known(query, ("since", "model"), "report")
     model = query.get("model", "").lower()
     if "model" in query and not re.fullmatch("[0-9a-f]{1,64}", model):
-        raise errors.InvalidTransaction("model", "must be the beginning of a model's sha256")
+        raise errors.InvalidInput("model", "must be the beginning of a model's sha256")
     return judged.Question(since_ms(query["since"]) if "since" in query else None, model)
 
 
@@ -30,12 +30,12 @@ def decisions(query: Mapping[str, str]) -> lookups.Question:
     `before` is the `next` of a page before, or a time.
 
     Raises:
-        InvalidTransaction: naming the parameter.
+        InvalidInput: naming the parameter.
     """
     _known(query, (*_KEYS, "before", "limit"), "look-up")
     asked = [name for name in _KEYS if name in query]
     if len(asked) != 1:
-        raise errors.InvalidTransaction(
+        raise errors.InvalidInput(
             "user_id" if asked else "transaction_id", "ask for transaction_id or for user_id"
         )
     return lookups.Question(
@@ -53,19 +53,19 @@ def decision_id(text: str) -> uuid.UUID:
     """Read the id of a decision.
 
     Raises:
-        InvalidTransaction: naming `decision_id`.
+        InvalidInput: naming `decision_id`.
     """
     try:
         return uuid.UUID(text)
     except ValueError as error:
-        raise errors.InvalidTransaction("decision_id", "must be a UUID") from error
+        raise errors.InvalidInput("decision_id", "must be a UUID") from error
 
 
 def user_id(text: str) -> int:
     """Read a user id.
 
     Raises:
-        InvalidTransaction: naming `user_id`.
+        InvalidInput: naming `user_id`.
     """
     return _integer("user_id", text, 0, transactions.MAX_USER_ID)
 
@@ -74,25 +74,25 @@ def since_ms(text: str) -> int:
     """Read a date, which begins in UTC, or an RFC 3339 time, as ms since the Unix epoch.
 
     Raises:
-        InvalidTransaction: naming `since`.
+        InvalidInput: naming `since`.
     """
     moment = f"{text}T00:00:00Z" if re.fullmatch(r"[\d-]*", text, re.ASCII) else text
     try:
         return transactions.parse_timestamp({"timestamp": moment})
-    except errors.InvalidTransaction as error:
-        raise errors.InvalidTransaction(
+    except errors.InvalidInput as error:
+        raise errors.InvalidInput(
             "since", "must be a date such as 2026-01-31, or RFC 3339"
         ) from error
 
 
 def _known(query: Mapping[str, str], names: Iterable[str], question: str) -> None:
     for name in query.keys() - {*names}:
-        raise errors.InvalidTransaction(name, f"is no parameter of this {question}")
+        raise errors.InvalidInput(name, f"is no parameter of this {question}")
 
 
 def _integer(name: str, text: str, low: int, high: int) -> int:
     if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
-        raise errors.InvalidTransaction(name, f"must be a whole number from {low} to {high}")
+        raise errors.InvalidInput(name, f"must be a whole number from {low} to {high}")
     return int(text)
 
 
@@ -100,7 +100,7 @@ def _position(cursor: str) -> ledger.Position:
     time, _, name = cursor.partition("_")
     try:
         return transactions.parse_timestamp({"timestamp": time}), uuid.UUID(name or "0" * 32)
-    except (errors.InvalidTransaction, ValueError) as error:
-        raise errors.InvalidTransaction(
+    except (errors.InvalidInput, ValueError) as error:
+        raise errors.InvalidInput(
             "before", "must be the `next` of a page before, or an RFC 3339 time"
         ) from error

@@ -16,7 +16,7 @@ from cerberus.api import access, openapi
 log = logging.getLogger(__name__)
 
 _CODES: Mapping[type[Exception], str] = {
-    errors.InvalidTransaction: "invalid",
+    errors.InvalidInput: "invalid",
     errors.Unauthorized: "unauthorized",
     access.Forbidden: "forbidden",
     errors.Overloaded: "overloaded",
@@ -78,7 +78,7 @@ async def refuse(request: Request, error: Exception) -> Response:
     """
     if isinstance(error, Refusal):
         return _problem(error.code, str(error))
-    if isinstance(error, errors.InvalidTransaction):
+    if isinstance(error, errors.InvalidInput):
         return _problem("invalid", error.reason, error.field)
     if (code := _CODES.get(type(error))) is None:
         raise error

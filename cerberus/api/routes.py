@@ -207,7 +207,7 @@ def _became(told: Sequence[labels.Parsed], new: Iterable[bool]) -> dict[str, Any
     stored = iter(new)
     results: list[Mapping[str, str]] = [
         {"result": "invalid", "field": item.field, "detail": item.reason}
-        if isinstance(item, errors.InvalidTransaction)
+        if isinstance(item, errors.InvalidInput)
         else {"result": "stored" if next(stored) else "known"}
         for item in told
     ]
@@ -226,7 +226,7 @@ def _query(request: Request) -> dict[str, str]:
     asked = request.query_params.multi_items()
     for name, times in collections.Counter(name for name, _ in asked).items():
         if times > 1:
-            raise errors.InvalidTransaction(name, "must be given once")
+            raise errors.InvalidInput(name, "must be given once")
     return dict(asked)
 
 

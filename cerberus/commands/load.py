@@ -58,7 +58,7 @@ def _plan(chosen: argparse.Namespace) -> importing.Plan:
     files = {kind: path for kind in fields if (path := getattr(chosen, kind)) is not None}
     if not files:
         names = ", ".join(map(_flag, fields))
-        raise errors.InvalidTransaction("FILE", f"give at least one of {names}")
+        raise errors.InvalidInput("FILE", f"give at least one of {names}")
     return importing.Plan(
         files=files,
         layouts=layouts.read_options(chosen, {k: (*fields[k][0], *fields[k][1]) for k in files}),

@@ -35,7 +35,7 @@ _CALM = ("DEBUG", "INFO")
 _SOURCE = pathlib.Path(__file__).parent.parent
 _REPO = _SOURCE.parent / "feature_repo"
 # What `feature_repo` is made of, besides itself.
-_DEFINING = ("jobs/feast", "features/evaluation", "online/user_rows", "window")
+_DEFINING = ("jobs/feast", "features/matrix", "online/layout", "window")
 # Settings are judged before anything starts; the addresses come with the servers.
 DIRECTORY = pathlib.Path(".cerberus")
 # Minutes for days, so that accuracy moves while somebody looks at the synthetic population.

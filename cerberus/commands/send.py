@@ -29,11 +29,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Check the file, send it, print how many; return 0.
 
     Raises:
-        InvalidTransaction: A row or an option is wrong; nothing was sent.
+        InvalidInput: A row or an option is wrong; nothing was sent.
     """
     pace = sending.Pace(arguments.rate, arguments.speed, arguments.now)
     if pace.now and pace == sending.Pace(now=True):
-        raise errors.InvalidTransaction("--now", "needs --rate or --speed")
+        raise errors.InvalidInput("--now", "needs --rate or --speed")
     fields = {"transactions": (*layouts.REQUIRED, *layouts.OPTIONAL)}
     layout = layouts.read_options(arguments, fields)["transactions"]
     config = settings.load(os.environ)

@@ -9,7 +9,7 @@ import orjson
 
 from cerberus import transactions, window
 from cerberus.decisions import models
-from cerberus.features import declared, evaluation
+from cerberus.features import declared, evaluation, fences
 
 HTTP, STREAM = "http", "stream"
 VERSION = 1
@@ -181,7 +181,7 @@ def from_columns(told: Mapping[str, Any]) -> Record:
     spans, stats, credit_score = read_features(told["features"])
     prefix = None
     if told["fence_epoch"] is not None:
-        prefix = evaluation.Fence(told["fence_epoch"], told["fence_offset"], told["fence_as_of_ms"])
+        prefix = fences.Fence(told["fence_epoch"], told["fence_offset"], told["fence_as_of_ms"])
     row = evaluation.FeatureRow(
         user_id=told["user_id"],
         as_of_ms=told["as_of_ms"],
@@ -251,7 +251,7 @@ def _from_array(told: Sequence[Any]) -> Record:
         stats=stats and tuple(window.WindowStats(*each) for each in stats),
         credit_score=credit_score,
         amount_minor=paid and paid[1],
-        fence=prefix and evaluation.Fence(*prefix),
+        fence=prefix and fences.Fence(*prefix),
         degraded=tuple(degraded),
         approximate=approximate,
     )
@@ -274,7 +274,7 @@ def _from_array(told: Sequence[Any]) -> Record:
     )
 
 
-def fence(prefix: evaluation.Fence | None, partition: int | None) -> dict[str, int | None] | None:
+def fence(prefix: fences.Fence | None, partition: int | None) -> dict[str, int | None] | None:
     """Show which prefix of which partition's log values describe; None without a row."""
     return prefix and {"epoch": prefix.epoch, "offset": prefix.offset, "partition": partition}
 

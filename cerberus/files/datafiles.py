@@ -55,7 +55,7 @@ class File:
         unit: Of `total`: "B" or "rows".
 
     Raises:
-        InvalidTransaction: The suffix is unknown, or the file is no Parquet.
+        InvalidInput: The suffix is unknown, or the file is no Parquet.
     """
 
     def __init__(self, path: pathlib.Path, wanted: Sequence[str]) -> None:
@@ -72,7 +72,7 @@ class File:
             self.total, self.unit = found.metadata.num_rows, "rows"
             self.columns = list(found.schema_arrow.names)
         elif not self._kind:
-            raise errors.InvalidTransaction(
+            raise errors.InvalidInput(
                 path.name, f"its name must end in one of {', '.join(_SUFFIXES)}"
             )
 
@@ -90,7 +90,7 @@ class File:
         """Yield up to `size` rows at a time, from `start` on, each with the position behind it.
 
         Raises:
-            InvalidTransaction: The file is no Parquet.
+            InvalidInput: The file is no Parquet.
         """
         if self._kind == "parquet":
             yield from self._parquet_pieces(size, start)
@@ -115,7 +115,7 @@ class File:
             broken = lines.broken or "is empty"
         except csv.Error as error:
             broken = f"is not CSV: {error}"
-        raise errors.InvalidTransaction(self.path.name, f"its header {broken}")
+        raise errors.InvalidInput(self.path.name, f"its header {broken}")
 
     def _csv_rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
         with self.path.open("rb") as file:
@@ -248,4 +248,4 @@ def _parquet(path: pathlib.Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise errors.InvalidTransaction(path.name, f"is no Parquet file: {error}") from error
+        raise errors.InvalidInput(path.name, f"is no Parquet file: {error}") from error

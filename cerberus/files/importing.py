@@ -18,8 +18,8 @@ import tqdm
 
 from cerberus import errors, labels, settings, transactions
 from cerberus.files import datafiles, layouts
+from cerberus.online import partition_states
 from cerberus.online import pool as redis_pool
-from cerberus.online import user_rows
 from cerberus.postgres import facts, imports, months, stores
 
 _ROWS, _USERS = 5_000, 500
@@ -68,7 +68,7 @@ class Rejects:
         size: How much of what is there stands.
 
     Raises:
-        InvalidTransaction: Something else is there.
+        InvalidInput: Something else is there.
     """
 
     def __init__(self, path: pathlib.Path, file: str, size: int) -> None:
@@ -77,12 +77,12 @@ class Rejects:
         self.size = size
         if path.exists():
             if not _tells_of_rejects(path):
-                raise errors.InvalidTransaction(
+                raise errors.InvalidInput(
                     "--rejects", f"{path} holds something else: name another file, or remove it"
                 )
             os.truncate(path, min(size, path.stat().st_size))
 
-    def write(self, refused: Sequence[tuple[int, errors.InvalidTransaction]]) -> None:
+    def write(self, refused: Sequence[tuple[int, errors.InvalidInput]]) -> None:
         """Tell of rows, on the disk when this returns."""
         if not refused:
             return
@@ -133,7 +133,7 @@ class Importer:
         """Import one file, from where it was left, and return how far it came in all.
 
         Raises:
-            InvalidTransaction: The file has not the columns of its kind.
+            InvalidInput: The file has not the columns of its kind.
             StoreUnavailable: Postgres did not answer; start again.
         """
         plan = self._plan
@@ -171,14 +171,14 @@ class Importer:
 
     def _parse(
         self, kind: str, rows: Sequence[datafiles.Row]
-    ) -> tuple[list[tuple[int, Any]], list[tuple[int, errors.InvalidTransaction]]]:
+    ) -> tuple[list[tuple[int, Any]], list[tuple[int, errors.InvalidInput]]]:
         """Return the records of rows, and why the others are refused, each with its line."""
         read: list[tuple[int, Any]] = []
-        refused: list[tuple[int, errors.InvalidTransaction]] = []
+        refused: list[tuple[int, errors.InvalidInput]] = []
         for row in rows:
             try:
                 read.append((row.line, self._read(kind, row)))
-            except errors.InvalidTransaction as error:
+            except errors.InvalidInput as error:
                 refused.append((row.line, error))
         return read, refused
 
@@ -196,9 +196,9 @@ class Importer:
 
     def _in_time(self, record: Any, ms: int, field: str) -> Any:
         if ms > self._latest_ms:
-            raise errors.InvalidTransaction(field, "lies in the future")
+            raise errors.InvalidInput(field, "lies in the future")
         if ms < self._oldest_ms:
-            raise errors.InvalidTransaction(field, "is older than CERBERUS_RETENTION_DAYS keeps")
+            raise errors.InvalidInput(field, "is older than CERBERUS_RETENTION_DAYS keeps")
         return record
 
 
@@ -222,7 +222,7 @@ def read_label(
     """Read a label; `values` gives the vocabulary's word for what stands in the file.
 
     Raises:
-        InvalidTransaction: naming the field.
+        InvalidInput: naming the field.
     """
     said = found.get("label")
     told = str(said).lower() if isinstance(said, bool) else layouts.text(said)
@@ -242,13 +242,11 @@ def read_score(found: Mapping[str, Any], layout: layouts.Layout) -> imports.Scor
     """Read a credit score.
 
     Raises:
-        InvalidTransaction: naming the field.
+        InvalidInput: naming the field.
     """
     score = layouts.whole(found.get("credit_score"))
     if type(score) is not int or not 0 <= score <= _MAX_SCORE:
-        raise errors.InvalidTransaction(
-            "credit_score", f"must be a whole number from 0 to {_MAX_SCORE}"
-        )
+        raise errors.InvalidInput("credit_score", f"must be a whole number from 0 to {_MAX_SCORE}")
     return imports.Score(
         user_id=transactions.parse_user_id({"user_id": layouts.whole(found.get("user_id"))}),
         event_ms=transactions.parse_timestamp({"timestamp": layout.moment(found.get("timestamp"))}),
@@ -275,7 +273,7 @@ async def load(
         redis: The shared pool; it learns that there are more credit scores.
 
     Raises:
-        InvalidTransaction: A file has not the columns of its kind.
+        InvalidInput: A file has not the columns of its kind.
         StoreUnavailable: A store did not answer; start again.
         NeedsOperator: Another import is running.
     """
@@ -288,6 +286,6 @@ async def load(
         await importer.compute()
     if "credit_scores" in done and done["credit_scores"].added:
         # As after a loss: some lie before what the materializer has loaded.
-        for key in (user_rows.MATERIALIZED, user_rows.LOADING):
+        for key in (partition_states.MATERIALIZED, partition_states.LOADING):
             await redis_pool.answers(redis.delete(key))
     return done

@@ -50,20 +50,20 @@ class Layout:
         """Open a file of records.
 
         Raises:
-            InvalidTransaction: naming the required field that has neither column nor constant.
+            InvalidInput: naming the required field that has neither column nor constant.
         """
         file = datafiles.File(path, [self.column(name) for name in (*required, *optional)])
         for name in (*required, *optional):
             column = self.column(name)
             if file.columns and file.columns.count(column) > 1 and name not in self.constants:
-                raise errors.InvalidTransaction(
+                raise errors.InvalidInput(
                     name, f"{path.name} has several columns {column!r}: keep one"
                 )
         for name in required:
             column = self.column(name)
             if file.columns is None or name in self.constants or column in file.columns:
                 continue
-            raise errors.InvalidTransaction(
+            raise errors.InvalidInput(
                 name,
                 f"{path.name} has no column {column!r}, only {', '.join(file.columns)}; say "
                 f"--column {name}=COLUMN or --constant {name}=VALUE",
@@ -74,10 +74,10 @@ class Layout:
         """Return a row's fields by their own names; an empty cell is an absent one.
 
         Raises:
-            InvalidTransaction: The row cannot be read.
+            InvalidInput: The row cannot be read.
         """
         if row.broken:
-            raise errors.InvalidTransaction("value", row.broken)
+            raise errors.InvalidInput("value", row.broken)
         return {
             name: self.constants[name] if name in self.constants else found
             for name in names
@@ -89,7 +89,7 @@ class Layout:
         """Return a moment as RFC 3339; what is none of its format may come back as it is.
 
         Raises:
-            InvalidTransaction: It is no number since the Unix epoch, though it should be.
+            InvalidInput: It is no number since the Unix epoch, though it should be.
         """
         if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
             value = datetime.datetime.combine(value, datetime.time())
@@ -98,7 +98,7 @@ class Layout:
             return _rfc_3339((aware - _EPOCH) // datetime.timedelta(milliseconds=1))
         if self.timestamp_format.startswith("epoch"):
             if (number := _decimal(value)) is None:
-                raise errors.InvalidTransaction(name, f"must be {self.timestamp_format}")
+                raise errors.InvalidInput(name, f"must be {self.timestamp_format}")
             scale = 1 if self.timestamp_format == "epoch_ms" else 1000
             return _rfc_3339(math.floor(number * scale))
         if self.timestamp_format == "utc" and isinstance(value, str) and not _OFFSET.search(value):
@@ -109,7 +109,7 @@ class Layout:
         """Read a row as a transaction, by the rules of the topic.
 
         Raises:
-            InvalidTransaction: naming the field.
+            InvalidInput: naming the field.
         """
         found = self.pick(row, (*REQUIRED, *OPTIONAL))
         document = {
@@ -138,7 +138,7 @@ class Layout:
         if cents != cents.to_integral_value():
             finer = "must have at most two decimal places"
             whole_cents = "must be a whole number of cents"
-            raise errors.InvalidTransaction(
+            raise errors.InvalidInput(
                 "amount", whole_cents if self.amount_unit == "minor" else finer
             )
         # The nearest double to a two-place decimal is the quotient of its cents.
@@ -224,7 +224,7 @@ def read_options(
         fields: Of each kind.
 
     Raises:
-        InvalidTransaction: naming a field that no kind has.
+        InvalidInput: naming a field that no kind has.
     """
     found: dict[str, tuple[dict[str, str], dict[str, str]]] = {kind: ({}, {}) for kind in fields}
     for which, pairs in enumerate((chosen.column, chosen.constant)):
@@ -233,7 +233,7 @@ def read_options(
             kinds = [k for k in fields if bare in fields[k] and kind in ("", k)]
             if not kinds:
                 known = sorted({n for names in fields.values() for n in names})
-                raise errors.InvalidTransaction(name, f"is no field; there are {', '.join(known)}")
+                raise errors.InvalidInput(name, f"is no field; there are {', '.join(known)}")
             for k in kinds:
                 found[k][which][bare] = value
     return {

@@ -65,7 +65,7 @@ class Sender:
         pace: When each is due.
 
     Raises:
-        InvalidTransaction: The file has not the columns of a transaction.
+        InvalidInput: The file has not the columns of a transaction.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class Sender:
         """Read the whole file.
 
         Raises:
-            InvalidTransaction: naming the line and the field.
+            InvalidInput: naming the line and the field.
         """
         latest_allowed_ms = clock.now_ms() + self._config.windows.max_future_skew_ms
         count = first_ms = latest_ms = 0
         for line, paid in self._transactions():
             if paid.event_ms > latest_allowed_ms and not self._pace.now:
-                raise errors.InvalidTransaction(f"line {line}: timestamp", "lies in the future")
+                raise errors.InvalidInput(f"line {line}: timestamp", "lies in the future")
             first_ms = first_ms if count else paid.event_ms
             latest_ms = max(latest_ms, paid.event_ms)
             count += 1
@@ -130,8 +130,8 @@ class Sender:
             for row in rows:
                 try:
                     yield row.line, self._layout.transaction(row, self._config.currency)
-                except errors.InvalidTransaction as error:
-                    raise errors.InvalidTransaction(
+                except errors.InvalidInput as error:
+                    raise errors.InvalidInput(
                         f"line {row.line}: {error.field}", error.reason
                     ) from error
 

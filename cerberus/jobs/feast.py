@@ -22,7 +22,7 @@ import yaml
 
 from cerberus import errors, settings
 from cerberus.features import declared
-from cerberus.online import layout, user_rows
+from cerberus.online import layout, partition_states
 from cerberus.online import pool as redis_pool
 
 REPO = pathlib.Path(__file__).parent.parent.parent / "feature_repo"
@@ -170,7 +170,7 @@ def materialize(config: settings.Settings, now_ms: int) -> Loaded:
 
     The load begins at the oldest new row, so a row that arrives late is not missed as it would be
     by Feast's incremental load, which begins where the last one ended. When Redis has lost
-    `user_rows.MATERIALIZED` it begins one TTL ago.
+    `partition_states.MATERIALIZED` it begins one TTL ago.
 
     Cost: nothing new takes two queries; memory is one row a user that has news.
 
@@ -217,14 +217,16 @@ def _credit_view(store: Any, config: settings.Settings) -> Any:
 async def _begin(config: settings.Settings, now_ms: int) -> bool:
     """Leave a mark that is lost with the data, then say whether the batch views are lost."""
     async with redis_pool.connect(config) as client:
-        await client.set(user_rows.LOADING, now_ms)
-        return not await client.exists(user_rows.MATERIALIZED)
+        await client.set(partition_states.LOADING, now_ms)
+        return not await client.exists(partition_states.MATERIALIZED)
 
 
 async def _finish(config: settings.Settings) -> bool:
     """Turn the mark into the sign that the views are there; False when the mark is gone."""
     async with redis_pool.connect(config) as client:
-        return bool(await client.copy(user_rows.LOADING, user_rows.MATERIALIZED, replace=True))
+        return bool(
+            await client.copy(partition_states.LOADING, partition_states.MATERIALIZED, replace=True)
+        )
 
 
 def _schema(view: Any) -> dict[str, str]:

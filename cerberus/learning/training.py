@@ -26,7 +26,9 @@ import xgboost
 
 from cerberus import partition, synthetic, transactions, window
 from cerberus.decisions import models
-from cerberus.features import declared, evaluation
+from cerberus.features import declared, evaluation, matrix
+from cerberus.features import packed as packed_windows
+from cerberus.learning import calibration as platt_calibration
 
 PARAMETERS: dict[str, Any] = {
     "objective": "binary:logistic",
@@ -152,7 +154,7 @@ class _Simulation:
         packed = [packed for _, packed, _ in self._log.rows({user_id})]
         online = evaluation.OnlineRow(
             user_id=user_id,
-            recent=evaluation.unpack(packed[0], self._spans) if packed else None,
+            recent=packed_windows.unpack(packed[0], self._spans) if packed else None,
             credit_score=self._credit_score(user_id),
             partition=0,
             state=replace(self._log.state(), caught_up_ms=at_ms),
@@ -246,7 +248,7 @@ class _Part:
     @classmethod
     def of(cls, drawn: Sequence[Example], spans: Sequence[str]) -> "_Part":
         names = declared.names(declared.inputs(spans))
-        inputs = evaluation.matrix([example.row for example in drawn], spans)
+        inputs = matrix.matrix([example.row for example in drawn], spans)
         return cls(names, inputs, np.array([example.fraud for example in drawn]))
 
     def columns(self, names: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -273,7 +275,7 @@ class _Fitted:
         )
         booster = xgboost.train(PARAMETERS | {"seed": seed}, table, ROUNDS)
         margin = cls(names, booster).margin(calibration)
-        return cls(names, booster, *models.platt(calibration.fraud, margin))
+        return cls(names, booster, *platt_calibration.platt(calibration.fraud, margin))
 
     def margin(self, part: _Part) -> Floats:
         margin: npt.NDArray[np.float32] = self.booster.inplace_predict(

@@ -18,12 +18,11 @@ import redis.asyncio
 import redis.exceptions
 
 from cerberus import errors, transactions, window
-from cerberus.features import declared, evaluation
-from cerberus.online import layout
+from cerberus.features import declared, evaluation, fences
+from cerberus.features import packed as packed_windows
+from cerberus.online import layout, partition_states
 from cerberus.online import pool as redis_pool
 
-MATERIALIZED = "cerberus:{materialized}"  # in braces: what a cluster's keys are placed by
-LOADING = f"{MATERIALIZED}:loading"
 _T = TypeVar("_T")
 _UNREADABLE = (ValueError, IndexError, struct.error)
 
@@ -48,31 +47,6 @@ _MARK_SPLIT = """
 if tonumber(redis.call('HGET', KEYS[1], 'cerberus:split') or 0) < tonumber(ARGV[1]) then
   redis.call('HSET', KEYS[1], 'cerberus:split', ARGV[1])
 end
-return 1
-"""
-
-# Of the topic's hash of partitions, KEYS[1]. ARGV: partition, epoch, offset, the trail that was
-# left and the one that was tried. Goes on unless the fence is older (0) or the trail is another
-# (-1); an empty one is not asked for.
-_FENCED = """
-local stored = redis.call('HGET', KEYS[1], ARGV[1])
-local readable, s = pcall(cjson.decode, stored)
-if stored and readable then
-  local e, o = tonumber(ARGV[2]), tonumber(ARGV[3])
-  if s.epoch > e or (s.epoch == e and s.offset > o) then return 0 end
-end
-local trail = redis.call('HGET', KEYS[1], 'trail:' .. ARGV[1])
-if ARGV[4] ~= '' and trail ~= ARGV[4] and trail ~= ARGV[5] then return -1 end
-"""
-# Further ARGV: the new trail.
-_LEAVE_TRAIL = f"""{_FENCED}
-redis.call('HSET', KEYS[1], 'trail:' .. ARGV[1], ARGV[6])
-return 1
-"""
-# Further ARGV: state as JSON, whether to make what is not there, the number of partitions.
-_WRITE_STATE = f"""{_FENCED}
-if not (stored and readable) and ARGV[7] == '0' then return -1 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[6], 'count', ARGV[8])
 return 1
 """
 
@@ -113,7 +87,7 @@ class StreamRow:
     user_id: int
     recent: bytes
     stats: tuple[window.WindowStats, ...]
-    fence: evaluation.Fence
+    fence: fences.Fence
     partition: int
 
 
@@ -223,10 +197,10 @@ class OnlineStore:
             FeaturesUnavailable: Redis did not answer within 2 s.
         """
         pipe = self._client.pipeline(transaction=False)
-        pipe.get(MATERIALIZED)
+        pipe.get(partition_states.MATERIALIZED)
         for user_id in user_ids:
             pipe.hmget(self._key(user_id), (self._fields.credit, self._fields.credit_at))
-        pipe.get(MATERIALIZED)
+        pipe.get(partition_states.MATERIALIZED)
         before, *values, after = await redis_pool.answers(pipe.execute())
         scores = {
             user_id: _readable(self._score, score, at, now_ms)[0]
@@ -264,7 +238,7 @@ class OnlineStore:
             before or "",
             new,
         ]
-        calls.append((_LEAVE_TRAIL, [self._partitions_key], arguments))
+        calls.append((partition_states.LEAVE_TRAIL, [self._partitions_key], arguments))
         led_on = (await redis_pool.evaluate(self._client, calls))[-1]
         if led_on == 1:
             trail.left = new
@@ -283,7 +257,7 @@ class OnlineStore:
     async def write_states(
         self,
         count: int,
-        states: Mapping[int, evaluation.PartitionState],
+        states: Mapping[int, fences.PartitionState],
         *,
         trails: Mapping[int, Trail] = _NO_TRAILS,
         create: bool = False,
@@ -308,7 +282,7 @@ class OnlineStore:
             left, tried = trail.left or "", trail.tried or ""
             known: list[int | str] = [number, state.epoch, state.offset, left, tried]
             told: list[bytes | int] = [state.pack(), int(create), count]
-            calls.append((_WRITE_STATE, [self._partitions_key], [*known, *told]))
+            calls.append((partition_states.WRITE_STATE, [self._partitions_key], [*known, *told]))
         answers = await redis_pool.evaluate(self._client, calls)
         return {p for p, answer in zip(states, answers, strict=True) if answer == -1}
 
@@ -321,10 +295,12 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s; follow again.
         """
-        new, loaded = witness.encode(), f"{MATERIALIZED}:witness"
+        new, loaded = witness.encode(), f"{partition_states.MATERIALIZED}:witness"
         if (old := await redis_pool.answers(self._client.get(loaded))) != new:
             if old is not None:
-                await redis_pool.answers(self._client.delete(MATERIALIZED, LOADING))
+                await redis_pool.answers(
+                    self._client.delete(partition_states.MATERIALIZED, partition_states.LOADING)
+                )
             await redis_pool.answers(self._client.set(loaded, new))
         if (
             old := await redis_pool.answers(self._client.hget(self._partitions_key, "witness"))
@@ -333,7 +309,7 @@ class OnlineStore:
                 await redis_pool.answers(self._client.delete(self._partitions_key))
             await redis_pool.answers(self._client.hset(self._partitions_key, "witness", new))
 
-    async def states(self) -> dict[int, evaluation.PartitionState]:
+    async def states(self) -> dict[int, fences.PartitionState]:
         """Read what the owners say of all partitions.
 
         Raises:
@@ -343,7 +319,7 @@ class OnlineStore:
 
     async def materialized_ms(self) -> int | None:
         """Return when the batch views were last loaded; None when Redis has lost them."""
-        value = await redis_pool.answers(self._client.get(MATERIALIZED))
+        value = await redis_pool.answers(self._client.get(partition_states.MATERIALIZED))
         return None if value is None else int(value)
 
     async def advise_policy(self) -> str | None:
@@ -363,7 +339,7 @@ class OnlineStore:
         """Close the pool."""
         await self._client.aclose()
 
-    def _told(self, found: Mapping[bytes, bytes]) -> dict[int, evaluation.PartitionState]:
+    def _told(self, found: Mapping[bytes, bytes]) -> dict[int, fences.PartitionState]:
         """Read the states; one that is broken counts as gone, and its owner makes it anew.
 
         A topic that was made anew with fewer partitions leaves some behind.
@@ -372,7 +348,7 @@ class OnlineStore:
         for field, value in found.items():
             if field.isdigit() and int(field) < count:
                 with contextlib.suppress(ValueError, TypeError):
-                    told[int(field)] = evaluation.PartitionState.unpack(value)
+                    told[int(field)] = fences.PartitionState.unpack(value)
         whole = 0 < len(told) == count
         self.spoken = min(state.version for state in told.values()) if whole else 0
         return told
@@ -382,13 +358,13 @@ class OnlineStore:
 
     def _window(
         self, value: bytes | None, at: bytes | None, now_ms: int
-    ) -> evaluation.Recent | None:
+    ) -> packed_windows.Recent | None:
         if not value or not at or not self._plan.alive(declared.WINDOW_VIEW, at, now_ms):
             return None
         packed = layout.decode(value)
         if not isinstance(packed, bytes):
             raise ValueError(f"recent: {type(packed).__name__} instead of bytes")
-        return evaluation.unpack(packed, self._spans)
+        return packed_windows.unpack(packed, self._spans)
 
     def _score(self, value: bytes | None, at: bytes | None, now_ms: int) -> int | None:
         if not value or not at or not self._plan.alive(declared.CREDIT_VIEW, at, now_ms):

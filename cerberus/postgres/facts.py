@@ -12,7 +12,7 @@ import asyncpg
 
 from cerberus import transactions, window
 from cerberus.decisions import records
-from cerberus.features import declared, evaluation
+from cerberus.features import declared, fences
 from cerberus.postgres import ledger, schema
 from cerberus.postgres import pool as postgres_pool
 
@@ -76,7 +76,7 @@ class StatsFact:
     user_id: int
     event_us: int
     stats: tuple[window.WindowStats, ...]
-    fence: evaluation.Fence
+    fence: fences.Fence
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Prefix:
 
     topic: str
     partition: int
-    fence: evaluation.Fence
+    fence: fences.Fence
     since_epoch: int
 
 

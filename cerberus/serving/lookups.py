@@ -8,7 +8,7 @@ from typing import Any
 
 from cerberus import errors, settings, transactions, window
 from cerberus.decisions import records
-from cerberus.features import evaluation
+from cerberus.features import evaluation, packed
 from cerberus.online import user_rows
 from cerberus.postgres import ledger
 from cerberus.postgres import pool as postgres_pool
@@ -133,7 +133,7 @@ def _cursor(record: records.Record) -> str:
     return f"{transactions.format_ms(record.decision.row.as_of_ms)}_{record.decision_id}"
 
 
-def _events(recent: evaluation.Recent | None, after_ms: int, until_ms: int) -> list[dict[str, Any]]:
+def _events(recent: packed.Recent | None, after_ms: int, until_ms: int) -> list[dict[str, Any]]:
     """Show the newest events of a window, newest first."""
     if recent is None:
         return []

@@ -15,9 +15,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-import orjson
-
-from cerberus import claims, errors, kafka, settings, supervision, transactions
+from cerberus import claims, errors, kafka, settings, supervision
 from cerberus.decisions import models, records
 from cerberus.postgres import stores
 
@@ -185,13 +183,6 @@ class DecisionLog:
         await kafka.create_topics(self._config)
 
     async def _publish(self, batch: Sequence[records.Record]) -> None:
-        await self._publisher.publish(message(self._config, record) for record in batch)
-
-
-def message(config: settings.Settings, record: records.Record) -> kafka.Message:
-    """Lay a record out for topic `decisions`, keyed by user."""
-    return kafka.Message(
-        config.kafka.topic(kafka.DECISIONS),
-        transactions.key(record.decision.row.user_id),
-        orjson.dumps(record.public()),
-    )
+        await self._publisher.publish(
+            kafka.decision_message(self._config, record) for record in batch
+        )

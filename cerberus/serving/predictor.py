@@ -133,7 +133,7 @@ class Predictor:
         Context), or a new one.
 
         Raises:
-            InvalidTransaction: naming the field.
+            InvalidInput: naming the field.
         """
         known = {name: value for name, value in document.items() if value is not None}
         user_id = transactions.parse_user_id(known)
@@ -141,7 +141,7 @@ class Predictor:
         as_of_ms = transactions.parse_timestamp(known) if "timestamp" in known else now
         skew_ms = self._config.windows.max_future_skew_ms
         if as_of_ms > now + skew_ms:
-            raise errors.InvalidTransaction(
+            raise errors.InvalidInput(
                 "timestamp", f"must not lie more than {skew_ms / 1000:g} s ahead of the clock here"
             )
         traced = _TRACE.fullmatch(traceparent)
@@ -150,7 +150,7 @@ class Predictor:
             return Request(user_id, as_of_ms, trace_id=trace_id)
         for name, reason in _NEEDED.items():
             if name not in known:
-                raise errors.InvalidTransaction(name, reason)
+                raise errors.InvalidInput(name, reason)
         in_hand = transactions.Transaction(
             transaction_id=transactions.parse_text(known, "transaction_id"),
             user_id=user_id,

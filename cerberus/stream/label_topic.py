@@ -86,7 +86,7 @@ class LabelConsumer:
                 await asyncio.sleep(0)  # others on the loop wait for a chunk, not for a poll
             try:
                 told.append(labels.decode(record.value, latest_ms))
-            except errors.InvalidTransaction as error:
+            except errors.InvalidInput as error:
                 dead.append(kafka.dead_letter(self._dead_letters, record, str(error)))
         await self._publisher.publish(dead)
         await self._postgres.labels.write(told, self._clock())

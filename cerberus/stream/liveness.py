@@ -15,7 +15,7 @@ import aiokafka
 from aiokafka.errors import KafkaError
 
 from cerberus import claims, clock, errors, kafka, partition, settings, supervision
-from cerberus.features import evaluation
+from cerberus.features import fences
 from cerberus.online import user_rows
 from cerberus.postgres import stores
 from cerberus.stream import assignment, ownership, sink
@@ -25,7 +25,7 @@ _SEED_S = 0.25
 Parts = Mapping[aiokafka.TopicPartition, ownership.Owned]
 
 
-def states(parts: Parts) -> dict[int, evaluation.PartitionState]:
+def states(parts: Parts) -> dict[int, fences.PartitionState]:
     """Return the state of each partition by its number."""
     return {owned.part.number: owned.state() for owned in parts.values()}
 
@@ -77,7 +77,7 @@ class Liveness:
         self.ended: set[aiokafka.TopicPartition] = set()
 
     def succeed(
-        self, resolved: assignment.Resolved, told: Mapping[int, evaluation.PartitionState]
+        self, resolved: assignment.Resolved, told: Mapping[int, fences.PartitionState]
     ) -> None:
         """Follow the owners before.
 

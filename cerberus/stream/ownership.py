@@ -3,7 +3,7 @@
 import dataclasses
 
 from cerberus import partition
-from cerberus.features import evaluation
+from cerberus.features import evaluation, fences
 from cerberus.online import user_rows
 
 
@@ -31,14 +31,14 @@ class Owned:
         self.unloaded = False
         self.caught_up_ms: int | None = None
 
-    def follow(self, last: evaluation.PartitionState | None) -> bool:
+    def follow(self, last: fences.PartitionState | None) -> bool:
         """Go on from what the former owner said last; return whether it left nothing to restore.
 
         Its trail does not tell of what it has not finished.
         """
         if last is not None:
             self.caught_up_ms = max(self.caught_up_ms or 0, last.caught_up_ms)
-        finished = last is not None and last.state == evaluation.LIVE
+        finished = last is not None and last.state == fences.LIVE
         if not finished:
             self.lost_rows()
         return finished
@@ -60,12 +60,12 @@ class Owned:
         """Note that all rows of the prefix were sent again."""
         self.restoring = False
 
-    def state(self) -> evaluation.PartitionState:
+    def state(self) -> fences.PartitionState:
         """Return what those who read its rows must know."""
         told = self.part.state()
         state = told.state
-        if state == evaluation.LIVE and self.rebuilding:
+        if state == fences.LIVE and self.rebuilding:
             state = evaluation.Doubt.REBUILDING
-        elif state == evaluation.LIVE and (self.restoring or self.unloaded):
+        elif state == fences.LIVE and (self.restoring or self.unloaded):
             state = evaluation.Doubt.RESTORING
         return dataclasses.replace(told, state=state, caught_up_ms=self.caught_up_ms or 0)

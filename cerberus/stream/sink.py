@@ -18,7 +18,6 @@ from cerberus.decisions import models, records
 from cerberus.features import evaluation
 from cerberus.online import user_rows
 from cerberus.postgres import facts, stores
-from cerberus.serving import outbox
 from cerberus.stream import ownership
 
 _ROWS = 500
@@ -219,7 +218,7 @@ class Sink:
         rejected: Sequence[tuple[aiokafka.ConsumerRecord, str]],
         decided: Sequence[records.Record],
     ) -> None:
-        messages = [outbox.message(self._config, record) for record in decided]
+        messages = [kafka.decision_message(self._config, record) for record in decided]
         topic = self._config.kafka.topic(kafka.DEAD_LETTERS)
         dead = [kafka.dead_letter(topic, *each) for each in rejected]
         await self._publisher.publish(messages + dead)
