@@ -28,15 +28,9 @@ def without_settings(environ):
 
 
 def pytest_itemcollected(item):
-    """Mark what asks for the servers; a test that starts some of its own says so itself.
-
-    Of tests that run side by side, those that share what their module makes stay together.
-    """
+    """Mark what asks for the servers; a test that starts some of its own says so itself."""
     if "servers" in item.fixturenames:
         item.add_marker(pytest.mark.servers)
-    made = itertools.chain.from_iterable(item._fixtureinfo.name2fixturedefs.values())
-    if any(fixture.scope == "module" for fixture in made):
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True)
