@@ -6,7 +6,7 @@ LOCK := --quiet --universal --generate-hashes --no-emit-index-url --no-annotate 
 
 # Tests wait more than they work, so there are more at a time than cores; each has servers of its own.
 WORKERS ?= 3
-# A module stays with one worker, which shares what it makes; the longest come early by their names.
+# One worker has all tests of a module, which share what it makes. In order: test_chaos takes longest.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ROLLING := $(OLD:%=--old %) $(EVENTS:%=--events %) $(SEED:%=--seed %)
 CHAOS := $(EVENTS:%=--events %) $(KILLS:%=--kills %) $(SEED:%=--seed %)
