@@ -2,6 +2,7 @@ import configparser
 import itertools
 import json
 import pathlib
+import pkgutil
 import re
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ README, MODEL, WINDOWING = (TEXT[n] for n in ("README.md", "docs/model.md", "doc
 SETTINGS, METRICS = (TEXT[n] for n in ("docs/settings.md", "docs/metrics.md"))
 ALL = "\n".join(TEXT.values())
 MOST_LINES = {"README.md": 200, "ARCHITECTURE.md": 150, "CONTRIBUTING.md": 120}
+WIDEST = 120  # of a line in ARCHITECTURE.md, tables included
 GROUPS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 # What says nothing to a reader of the project, and where a writer's machine would show.
 FOREIGN = r"\bissues?\b|\bhelpers?\b|\bdesign\.md\b|(?<![\w.~])/(home|root|Users|tmp|work)/"
@@ -105,15 +107,25 @@ def test_every_target_and_command_that_a_page_names_exists(capsys):
 
 def test_every_test_and_file_that_a_page_names_exists():
     tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("*.py"))
-    functions = named(r"(?<![\w/])test_\w+\b(?!\.py)")
+    functions = named(r"(?<![\w/])test_\w+\b(?!\.py)|(?<=PartitionLife\.)\w+")
     assert {name for name in functions if f"def {name}(" not in tests} == set()
-    files = {file.relative_to(ROOT).as_posix() for file in ROOT.glob("[a-z]*/**/*.py")}
-    missing = {
-        name
-        for name in named(r"(?<![\w/.])[\w/]+\.py\b")
-        if not any(f"/{file}".endswith(f"/{name}") for file in files)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_every_path_in_a_page_leads_to_a_file(name):
+    roots = (ROOT, ROOT / "cerberus", ROOT / "tests", (ROOT / name).parent)
+    paths = {
+        path
+        for line in code(TEXT[name])
+        for path in re.findall(r"(?<![\w/.])[\w/]+\.py\b|^[a-z_/]+/$", line)
     }
-    assert missing == set()
+    assert {path for path in paths if not any((root / path).exists() for root in roots)} == set()
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_every_function_that_a_page_calls_exists(name):
+    for called in re.findall(r"`([a-z_.]+\.\w+)\(\)`", TEXT[name]):
+        assert callable(pkgutil.resolve_name(f"cerberus.{called}")), called
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -137,6 +149,10 @@ def test_a_page_speaks_of_the_project_alone(name):
 @pytest.mark.parametrize("name", MOST_LINES)
 def test_a_page_is_no_longer_than_can_be_read(name):
     assert len(TEXT[name].splitlines()) <= MOST_LINES[name]
+
+
+def test_the_architecture_fits_on_a_screen():
+    assert [line for line in TEXT["ARCHITECTURE.md"].splitlines() if len(line) > WIDEST] == []
 
 
 def test_the_layers_are_those_that_the_linter_enforces():
