@@ -128,6 +128,18 @@ def test_every_function_that_a_page_calls_exists(name):
         assert callable(pkgutil.resolve_name(f"cerberus.{called}")), called
 
 
+def test_every_name_that_contributing_places_in_a_file_is_there():
+    page = TEXT["CONTRIBUTING.md"]
+    placed = [(file, name) for name, file in re.findall(r"`([\w.]+)` in `([\w/]+\.py)`", page)]
+    for file, names in re.findall(r"`([\w/]+\.py)` \(([^)]*`[^)]*)\)", page):
+        placed += [(file, name) for name in re.findall(r"`(\w+)`", names)]
+    assert len(placed) > 10
+    for file, name in placed:
+        last = name.rpartition(".")[2]
+        text = (ROOT / "cerberus" / file).read_text()
+        assert re.search(rf"\b(def|class) {last}\b|^{last}\b.* =|\b{last}\(", text, re.M), name
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_links_within_the_project_resolve(name):
     for link in re.findall(r"\]\(([^)]+)\)", TEXT[name]):
