@@ -172,6 +172,8 @@ def test_the_layers_are_those_that_the_linter_enforces():
     assert [line.strip() for line in enforced if line.strip()] in [
         block.splitlines() for block in blocks(TEXT["ARCHITECTURE.md"])
     ]
+    packages = {file.parent.name for file in (ROOT / "cerberus").glob("*/__init__.py")}
+    assert packages <= set(code(TEXT["ARCHITECTURE.md"])), "each is described"
 
 
 def test_the_singletons_are_those_of_the_code():
