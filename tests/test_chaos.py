@@ -28,12 +28,13 @@ async def epoch(self, cluster, topic, partitions, *, ended=None):
 lives.Lives.epoch = epoch
 """,
     "half of the replay": """
-from cerberus.stream import assignment
-start = assignment.Resolver._start
-async def half(self, client, log):
-    found = await start(self, client, log)
-    return found if log.commit is None else (found + log.commit.offset) // 2
-assignment.Resolver._start = half
+import dataclasses
+from cerberus.stream import starts
+plan = starts.plan_start
+def half(log, commit, spans, facts):
+    start = plan(log, commit, spans, facts)
+    return dataclasses.replace(start, begin=(start.begin + start.commit) // 2)
+starts.plan_start = half
 """,
     "a clock for each partition": """
 from cerberus import window
