@@ -61,6 +61,13 @@ class Cluster:
         self.start(port)
 
 
+@pytest.fixture(autouse=True)
+def _collected():
+    """Leave no such connection to the tests that follow in this process."""
+    yield
+    gc.collect()
+
+
 @pytest.fixture
 def cluster(machine, tmp_path):
     ports = [free_port() % 40_000 + 10_000 for _ in range(3)]
