@@ -190,6 +190,7 @@ async def test_the_first_commit_of_a_log_that_was_empty_names_its_first_record(h
 
 
 async def test_commits_are_written_in_the_version_that_all_owners_read(here):
+    here.online._versions._patience_s = 0.0
     written = []
     for version in (0, 1):
         async with running(one := here.consumer()):

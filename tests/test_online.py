@@ -17,6 +17,7 @@ async def served(servers):
 
 
 async def test_versions_are_spoken_that_the_owners_of_all_partitions_read(served):
+    served.store._versions._patience_s = 0.0
     await served.store.states()
     assert served.store.spoken == 0  # nobody tells it
     await served.live(version=1)
@@ -32,6 +33,29 @@ async def test_versions_are_spoken_that_the_owners_of_all_partitions_read(served
     await served.store.write_states(2, {0: dataclasses.replace(state, count=2, version=1)})
     await served.store.read([1], NOW_MS, 1.0)
     assert served.store.spoken == 1
+
+
+@pytest.mark.parametrize("interruption", ["an owner that reads less", "a missing owner"])
+async def test_a_newer_version_is_spoken_after_an_hour_without_interruption(served, interruption):
+    spoken, now_s = [], [0.0]
+    served.store._versions._clock = lambda: now_s[0]
+    await served.live(version=1)
+    for now_s[0] in (0.0, 3_599.0):
+        await served.store.states()
+        spoken.append(served.store.spoken)
+    if interruption == "a missing owner":
+        await served.client.delete("cerberus:partitions:transactions")
+    else:
+        await served.live(version=0)
+    await served.store.states()
+    await served.live(version=1)
+    for now_s[0] in (3_600.0, 7_199.0, 7_200.0):
+        await served.store.read([1], NOW_MS, 1.0)
+        spoken.append(served.store.spoken)
+    assert spoken == [0, 0, 0, 0, 1]
+    await served.live(version=0)
+    await served.store.states()
+    assert served.store.spoken == 0  # at once: somebody cannot read version 1
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -8,10 +8,11 @@ import orjson
 from cerberus import transactions
 
 SPOKEN = 1
-"""The newest version of claims and commits that this release reads; owners tell it in their states.
+"""The newest version of claims and commits that this release reads; owners say so in their states.
 
-A claim or a commit is written in this version once every owner reads it, and in version 0, which
-every release reads, until then. So two releases that follow each other work side by side.
+A claim or a commit is written in version 0, which every release reads, until all owners have read
+this version for an hour without interruption. So two releases that follow each other work side by
+side, and the older one can come back within the hour.
 """
 
 LIVE = "live"

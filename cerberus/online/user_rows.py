@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import secrets
 import struct
+import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,10 +100,8 @@ class OnlineStore:
         plan: What Feast's registry says of views, types and TTLs.
         spans: The window definition.
         topic: Whose partitions are followed.
-
-    Attributes:
-        spoken: The newest version of claims and commits that the owners of all partitions read, as
-            of the last read of users or states.
+        patience_s: How long the owners of all partitions must have read a version of claims and
+            commits, without interruption, before this process writes it.
 
     Raises:
         ModelMismatch: The plan was compiled for other windows.
@@ -114,6 +113,7 @@ class OnlineStore:
         plan: layout.Plan,
         spans: window.Spans,
         topic: str,
+        patience_s: float = 3600.0,
     ) -> None:
         streamed = declared.names(declared.streamed(spans.names))
         if (
@@ -125,7 +125,7 @@ class OnlineStore:
                 f"{','.join(spans.names)} kept for {spans.keep_ms} ms: run `python -m cerberus "
                 "features apply`, then `python -m cerberus features compile`"
             )
-        self.spoken = 0
+        self._versions = partition_states.Versions(patience_s, time.monotonic)
         self._client: Any = client  # its types know str keys only
         self._plan = plan
         self._spans = spans
@@ -143,6 +143,11 @@ class OnlineStore:
             [layout.field(each.view, each.name) for each in declared.of_window(span)]
             for span in spans.names
         ]
+
+    @property
+    def spoken(self) -> int:
+        """The version to write claims and commits in, as of the last read of users or states."""
+        return self._versions.spoken
 
     async def read(
         self, user_ids: Sequence[int], now_ms: int, timeout_s: float
@@ -350,7 +355,7 @@ class OnlineStore:
                 with contextlib.suppress(ValueError, TypeError):
                     told[int(field)] = fences.PartitionState.unpack(value)
         whole = 0 < len(told) == count
-        self.spoken = min(state.version for state in told.values()) if whole else 0
+        self._versions.hear(min(state.version for state in told.values()) if whole else 0)
         return told
 
     def _key(self, user_id: int) -> bytes:
