@@ -190,13 +190,13 @@ async def test_the_first_commit_of_a_log_that_was_empty_names_its_first_record(h
 
 
 async def test_commits_are_written_in_the_version_that_all_owners_read(here):
-    here.online._versions._patience_s = 0.0
+    here.online._partitions.versions._patience_s = 0.0
     written = []
     for version in (0, 1):
         async with running(one := here.consumer()):
             await drained(here, one)
             if version == 0:  # what an owner of an earlier release tells, behind any of ours
-                key, number = here.online._partitions_key, f"{PARTITIONS - 1}"
+                key, number = here.online._partitions.key, f"{PARTITIONS - 1}"
                 told = fences.PartitionState.unpack(await here.redis.hget(key, number))
                 early = dataclasses.replace(told, epoch=told.epoch + 1, version=0)
                 await here.redis.hset(key, number, early.pack())
@@ -207,7 +207,7 @@ async def test_commits_are_written_in_the_version_that_all_owners_read(here):
             await here.publish([(u, payment(f"{version}", u, at), at) for u in USERS])
             await drained(here, one)
         written.append([metadata for _, metadata in (await commits(here)).values()])
-        await here.redis.delete(here.online._partitions_key)
+        await here.redis.delete(here.online._partitions.key)
     assert not any(metadata.startswith("{") for metadata in written[0])
     assert all(metadata.startswith('{"version":1,') for metadata in written[1])
 

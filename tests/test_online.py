@@ -17,7 +17,7 @@ async def served(servers):
 
 
 async def test_versions_are_spoken_that_the_owners_of_all_partitions_read(served):
-    served.store._versions._patience_s = 0.0
+    served.store._partitions.versions._patience_s = 0.0
     await served.store.states()
     assert served.store.spoken == 0  # nobody tells it
     await served.live(version=1)
@@ -38,7 +38,7 @@ async def test_versions_are_spoken_that_the_owners_of_all_partitions_read(served
 @pytest.mark.parametrize("interruption", ["an owner that reads less", "a missing owner"])
 async def test_a_newer_version_is_spoken_after_an_hour_without_interruption(served, interruption):
     spoken, now_s = [], [0.0]
-    served.store._versions._clock = lambda: now_s[0]
+    served.store._partitions.versions._clock = lambda: now_s[0]
     await served.live(version=1)
     for now_s[0] in (0.0, 3_599.0):
         await served.store.states()

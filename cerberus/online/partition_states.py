@@ -1,6 +1,15 @@
 """Partitions in Redis: who is live, the trail of written rows, and when batch views were loaded."""
 
-from collections.abc import Callable
+import contextlib
+import itertools
+import secrets
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cerberus.features import fences
+from cerberus.online import pool as redis_pool
 
 MATERIALIZED = "cerberus:{materialized}"  # in braces: what a cluster's keys are placed by
 LOADING = f"{MATERIALIZED}:loading"
@@ -19,16 +28,35 @@ local trail = redis.call('HGET', KEYS[1], 'trail:' .. ARGV[1])
 if ARGV[4] ~= '' and trail ~= ARGV[4] and trail ~= ARGV[5] then return -1 end
 """
 # Further ARGV: the new trail.
-LEAVE_TRAIL = f"""{_FENCED}
+_LEAVE_TRAIL = f"""{_FENCED}
 redis.call('HSET', KEYS[1], 'trail:' .. ARGV[1], ARGV[6])
 return 1
 """
 # Further ARGV: state as JSON, whether to make what is not there, the number of partitions.
-WRITE_STATE = f"""{_FENCED}
+_WRITE_STATE = f"""{_FENCED}
 if not (stored and readable) and ARGV[7] == '0' then return -1 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[6], 'count', ARGV[8])
 return 1
 """
+
+
+@dataclass(slots=True)
+class Trail:
+    """What the last write of a partition's rows left beside them.
+
+    A store that was restored to an earlier moment, as after a crash or a failover, has another
+    trail than its writer remembers, and has lost rows.
+
+    Attributes:
+        left: Acknowledged; None before the first write.
+        tried: Sent last, acknowledged or not; None before the first write.
+    """
+
+    left: str | None = None
+    tried: str | None = None
+
+
+NO_TRAILS: Mapping[int, Trail] = types.MappingProxyType({})
 
 
 class Versions:
@@ -59,3 +87,117 @@ class Versions:
             self._heard, self._since_s = version, now_s
         if version <= self.spoken or now_s - self._since_s >= self._patience_s:
             self.spoken = version
+
+
+class PartitionStates:
+    """The hash of a topic's partitions in Redis: states, trails and the witness of a cluster.
+
+    Args:
+        client: The shared pool.
+        topic: Whose partitions are followed.
+        versions: Hears which version all owners read, at each reading.
+
+    Attributes:
+        key: Of the hash.
+    """
+
+    def __init__(self, client: Any, topic: str, versions: Versions) -> None:
+        self.key = f"cerberus:partitions:{topic}"
+        self.versions = versions
+        self._client = client
+        self._trails = map(f"{secrets.token_hex(8)}:{{}}".format, itertools.count())
+
+    async def write(
+        self,
+        count: int,
+        states: Mapping[int, fences.PartitionState],
+        *,
+        trails: Mapping[int, Trail] = NO_TRAILS,
+        create: bool = False,
+    ) -> set[int]:
+        """Say who is live: the state of owned partitions and how many there are, fenced.
+
+        Args:
+            count: How many partitions there are.
+            states: Of those owned.
+            trails: Of their rows.
+            create: Make the state of those that Redis does not know.
+
+        Returns:
+            The partitions of which Redis has lost rows: it does not know them, or not their trail.
+
+        Raises:
+            FeaturesUnavailable: not acknowledged within 2 s.
+        """
+        calls: list[redis_pool.Call] = []
+        for number, state in states.items():
+            trail = trails.get(number, Trail())
+            left, tried = trail.left or "", trail.tried or ""
+            known: list[int | str] = [number, state.epoch, state.offset, left, tried]
+            told: list[bytes | int] = [state.pack(), int(create), count]
+            calls.append((_WRITE_STATE, [self.key], [*known, *told]))
+        answers = await redis_pool.evaluate(self._client, calls)
+        return {p for p, answer in zip(states, answers, strict=True) if answer == -1}
+
+    async def follow(self, witness: str) -> None:
+        """Make the loss of one node of a cluster, which changes the witness, the loss of all.
+
+        States, trails and the sign that the batch views are loaded are forgotten when they stand
+        beside another witness; every owner notices that. Idempotent: yes.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer within 2 s; follow again.
+        """
+        new, loaded = witness.encode(), f"{MATERIALIZED}:witness"
+        if (old := await redis_pool.answers(self._client.get(loaded))) != new:
+            if old is not None:
+                await redis_pool.answers(self._client.delete(MATERIALIZED, LOADING))
+            await redis_pool.answers(self._client.set(loaded, new))
+        if (old := await redis_pool.answers(self._client.hget(self.key, "witness"))) != new:
+            if old is not None:
+                await redis_pool.answers(self._client.delete(self.key))
+            await redis_pool.answers(self._client.hset(self.key, "witness", new))
+
+    async def read(self) -> dict[int, fences.PartitionState]:
+        """Read what the owners say of all partitions.
+
+        Raises:
+            FeaturesUnavailable: Redis did not answer within 2 s.
+        """
+        return self.unpack(await redis_pool.answers(self._client.hgetall(self.key)))[1]
+
+    async def materialized_ms(self) -> int | None:
+        """Return when the batch views were last loaded; None when Redis has lost them."""
+        value = await redis_pool.answers(self._client.get(MATERIALIZED))
+        return None if value is None else int(value)
+
+    def unpack(self, found: Mapping[bytes, bytes]) -> tuple[int, dict[int, fences.PartitionState]]:
+        """Return how many partitions there are and their states, from the hash's fields.
+
+        A state that is broken counts as gone, and its owner writes it again. A topic that was
+        created again with fewer partitions leaves some behind.
+        """
+        states, count = {}, int(found.get(b"count", 0))
+        for field, value in found.items():
+            if field.isdigit() and int(field) < count:
+                with contextlib.suppress(ValueError, TypeError):
+                    states[int(field)] = fences.PartitionState.unpack(value)
+        whole = 0 < len(states) == count
+        self.versions.hear(min(state.version for state in states.values()) if whole else 0)
+        return count, states
+
+    def leave(
+        self, trail: Trail, partition: int, fence: fences.Fence
+    ) -> tuple[redis_pool.Call, str]:
+        """Return the call that leads a trail on behind rows, and the trail that it will leave."""
+        new = next(self._trails)
+        arguments: list[bytes | int | str] = [
+            partition,
+            fence.epoch,
+            fence.offset,
+            trail.left or "",
+            trail.tried or "",
+            new,
+        ]
+        trail.tried = new
+        return (_LEAVE_TRAIL, [self.key], arguments), new

@@ -5,12 +5,8 @@ trip. Rows are taken only when their fence is not older than the stored one, in 
 Commands are those of Redis 6.2.
 """
 
-import contextlib
-import itertools
-import secrets
 import struct
 import time
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -50,25 +46,6 @@ if tonumber(redis.call('HGET', KEYS[1], 'cerberus:split') or 0) < tonumber(ARGV[
 end
 return 1
 """
-
-
-@dataclass(slots=True)
-class Trail:
-    """What the last write of a partition's rows left beside them.
-
-    A store that was restored to an earlier moment, as after a crash or a failover, has another
-    trail than its writer remembers, and has lost rows.
-
-    Attributes:
-        left: Acknowledged; None before the first write.
-        tried: Sent last, acknowledged or not; None before the first write.
-    """
-
-    left: str | None = None
-    tried: str | None = None
-
-
-_NO_TRAILS: Mapping[int, Trail] = types.MappingProxyType({})
 
 
 class _Hash(NamedTuple, Generic[_T]):
@@ -125,11 +102,12 @@ class OnlineStore:
                 f"{','.join(spans.names)} kept for {spans.keep_ms} ms: run `python -m cerberus "
                 "features apply`, then `python -m cerberus features compile`"
             )
-        self._versions = partition_states.Versions(patience_s, time.monotonic)
         self._client: Any = client  # its types know str keys only
         self._plan = plan
         self._spans = spans
-        self._partitions_key = f"cerberus:partitions:{topic}"
+        self._partitions = partition_states.PartitionStates(
+            client, topic, partition_states.Versions(patience_s, time.monotonic)
+        )
         self._fields = _Hash(
             window=layout.field(declared.WINDOW_VIEW, "recent"),
             window_at=layout.ts_field(declared.WINDOW_VIEW),
@@ -137,7 +115,6 @@ class OnlineStore:
             credit_at=layout.ts_field(declared.CREDIT_VIEW),
             split_ms=b"cerberus:split",
         )
-        self._trails = map(f"{secrets.token_hex(8)}:{{}}".format, itertools.count())
         self._stats_at = layout.ts_field(declared.STATS_VIEW)
         self._stat_fields = [
             [layout.field(each.view, each.name) for each in declared.of_window(span)]
@@ -147,7 +124,7 @@ class OnlineStore:
     @property
     def spoken(self) -> int:
         """The version to write claims and commits in, as of the last read of users or states."""
-        return self._versions.spoken
+        return self._partitions.versions.spoken
 
     async def read(
         self, user_ids: Sequence[int], now_ms: int, timeout_s: float
@@ -160,12 +137,11 @@ class OnlineStore:
             FeaturesUnavailable: Redis did not answer in time.
         """
         pipe = self._client.pipeline(transaction=False)
-        pipe.hgetall(self._partitions_key)
+        pipe.hgetall(self._partitions.key)
         for user_id in user_ids:
             pipe.hmget(self._key(user_id), self._fields)
         found, *hashes = await redis_pool.answers(pipe.execute(), timeout_s)
-        states = self._told(found)
-        count = int(found.get(b"count", 0))
+        count, states = self._partitions.unpack(found)
         rows = []
         for user_id, values in zip(user_ids, hashes, strict=True):
             home = transactions.partition_of(user_id, count) if count else 0
@@ -213,7 +189,9 @@ class OnlineStore:
         }
         return scores, before is not None and after is not None
 
-    async def write(self, rows: Sequence[StreamRow], trail: Trail | None = None) -> bool:
+    async def write(
+        self, rows: Sequence[StreamRow], trail: partition_states.Trail | None = None
+    ) -> bool:
         """Store rows whose fence is not older than what is there. Idempotent: yes.
 
         Args:
@@ -232,21 +210,11 @@ class OnlineStore:
         if trail is None or not rows:
             await redis_pool.evaluate(self._client, calls)
             return False
-        fence, before, new = rows[-1].fence, trail.tried, next(self._trails)
-        trail.tried = new
+        leave, left = self._partitions.leave(trail, rows[-1].partition, rows[-1].fence)
         # Behind the rows: what loses one of them loses the trail.
-        arguments: list[int | str] = [
-            rows[-1].partition,
-            fence.epoch,
-            fence.offset,
-            trail.left or "",
-            before or "",
-            new,
-        ]
-        calls.append((partition_states.LEAVE_TRAIL, [self._partitions_key], arguments))
-        led_on = (await redis_pool.evaluate(self._client, calls))[-1]
+        led_on = (await redis_pool.evaluate(self._client, [*calls, leave]))[-1]
         if led_on == 1:
-            trail.left = new
+            trail.left = left
         return bool(led_on == -1)
 
     async def mark_split(self, newest: Mapping[int, int]) -> None:
@@ -264,55 +232,15 @@ class OnlineStore:
         count: int,
         states: Mapping[int, fences.PartitionState],
         *,
-        trails: Mapping[int, Trail] = _NO_TRAILS,
+        trails: Mapping[int, partition_states.Trail] = partition_states.NO_TRAILS,
         create: bool = False,
     ) -> set[int]:
-        """Say who is live: the state of owned partitions and how many there are, fenced.
-
-        Args:
-            count: How many partitions there are.
-            states: Of those owned.
-            trails: Of their rows.
-            create: Make the state of those that Redis does not know.
-
-        Returns:
-            The partitions of which Redis has lost rows: it does not know them, or not their trail.
-
-        Raises:
-            FeaturesUnavailable: not acknowledged within 2 s.
-        """
-        calls: list[redis_pool.Call] = []
-        for number, state in states.items():
-            trail = trails.get(number, Trail())
-            left, tried = trail.left or "", trail.tried or ""
-            known: list[int | str] = [number, state.epoch, state.offset, left, tried]
-            told: list[bytes | int] = [state.pack(), int(create), count]
-            calls.append((partition_states.WRITE_STATE, [self._partitions_key], [*known, *told]))
-        answers = await redis_pool.evaluate(self._client, calls)
-        return {p for p, answer in zip(states, answers, strict=True) if answer == -1}
+        """Say who is live; see `PartitionStates.write`."""
+        return await self._partitions.write(count, states, trails=trails, create=create)
 
     async def follow(self, witness: str) -> None:
-        """Make the loss of one node of a cluster, which changes the witness, the loss of all.
-
-        States, trails and the sign that the batch views are loaded are forgotten when they stand
-        beside another witness; every owner notices that. Idempotent: yes.
-
-        Raises:
-            FeaturesUnavailable: Redis did not answer within 2 s; follow again.
-        """
-        new, loaded = witness.encode(), f"{partition_states.MATERIALIZED}:witness"
-        if (old := await redis_pool.answers(self._client.get(loaded))) != new:
-            if old is not None:
-                await redis_pool.answers(
-                    self._client.delete(partition_states.MATERIALIZED, partition_states.LOADING)
-                )
-            await redis_pool.answers(self._client.set(loaded, new))
-        if (
-            old := await redis_pool.answers(self._client.hget(self._partitions_key, "witness"))
-        ) != new:
-            if old is not None:
-                await redis_pool.answers(self._client.delete(self._partitions_key))
-            await redis_pool.answers(self._client.hset(self._partitions_key, "witness", new))
+        """Make the loss of one node the loss of all; see `PartitionStates.follow`."""
+        await self._partitions.follow(witness)
 
     async def states(self) -> dict[int, fences.PartitionState]:
         """Read what the owners say of all partitions.
@@ -320,12 +248,11 @@ class OnlineStore:
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.
         """
-        return self._told(await redis_pool.answers(self._client.hgetall(self._partitions_key)))
+        return await self._partitions.read()
 
     async def materialized_ms(self) -> int | None:
         """Return when the batch views were last loaded; None when Redis has lost them."""
-        value = await redis_pool.answers(self._client.get(partition_states.MATERIALIZED))
-        return None if value is None else int(value)
+        return await self._partitions.materialized_ms()
 
     async def advise_policy(self) -> str | None:
         """Return a sentence when Redis may evict rows by itself, else None."""
@@ -343,20 +270,6 @@ class OnlineStore:
     async def close(self) -> None:
         """Close the pool."""
         await self._client.aclose()
-
-    def _told(self, found: Mapping[bytes, bytes]) -> dict[int, fences.PartitionState]:
-        """Read the states; one that is broken counts as gone, and its owner makes it anew.
-
-        A topic that was made anew with fewer partitions leaves some behind.
-        """
-        told, count = {}, int(found.get(b"count", 0))
-        for field, value in found.items():
-            if field.isdigit() and int(field) < count:
-                with contextlib.suppress(ValueError, TypeError):
-                    told[int(field)] = fences.PartitionState.unpack(value)
-        whole = 0 < len(told) == count
-        self._versions.hear(min(state.version for state in told.values()) if whole else 0)
-        return told
 
     def _key(self, user_id: int) -> bytes:
         return layout.entity_key(user_id, self._plan.project)

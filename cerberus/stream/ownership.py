@@ -4,7 +4,7 @@ import dataclasses
 
 from cerberus import partition
 from cerberus.features import evaluation, fences
-from cerberus.online import user_rows
+from cerberus.online import partition_states
 
 
 class Owned:
@@ -27,7 +27,7 @@ class Owned:
         self.part = part
         self.rebuilding = rebuilding
         self.restoring = restoring
-        self.trail = user_rows.Trail()
+        self.trail = partition_states.Trail()
         self.unloaded = False
         self.caught_up_ms: int | None = None
 
@@ -53,7 +53,7 @@ class Owned:
 
     def lost_trail(self) -> None:
         """Note that the online store knows neither the state nor the trail, so it lacks rows."""
-        self.trail = user_rows.Trail()
+        self.trail = partition_states.Trail()
         self.lost_rows()
 
     def restored(self) -> None:
