@@ -1,7 +1,7 @@
 """`python -m chaos.rolling`: this checkout takes over from an older commit, and gives back.
 
 Instances of both run in one group on real servers while records and requests flow. The status is 1
-where a roll-out of this version is seen by anybody, or a value differs from the log; 2 where the
+where a roll-out or a roll-back is seen by anybody, or a value differs from the log; 2 where the
 older commit cannot be had.
 """
 
@@ -84,7 +84,7 @@ def _answered(group: rollout.Rollout, answers: Sequence[questions.Answer]) -> No
         if answer.status not in (200, 409):
             told = answer.body.get("detail", "no answer")
             sentence = f"{answer.instance.name} answered {answer.status}: {told}"
-            group.blame(answer.instance.name, answer.sent_s, sentence)
+            group.told.wrong.append(sentence)
 
 
 def _assigned(
@@ -95,7 +95,7 @@ def _assigned(
     told.counts["partitions assigned"] = len(found)
     for start in found:
         if (sentence := releases.needless(start, log, stamps_ms)) is not None:
-            group.blame(start.owner, start.at_s, sentence)
+            told.wrong.append(sentence)
     if len(epochs := {start.epoch for start in found}) != 1:
         told.wrong.append(f"the topic has one life, but the epochs are {sorted(epochs)}")
     for before, start in releases.moves(found):
@@ -110,11 +110,11 @@ def _assigned(
 def _logged(group: rollout.Rollout) -> None:
     """Look for errors in the logs; aiokafka also calls one what it then repeats with success."""
     for instance in group.fleet.values():
-        for at_s, line in releases.told(instance):
+        for _, line in releases.told(instance):
             ours = not str(line.get("logger")).startswith("aiokafka")
             if ours and line.get("level") in ("ERROR", "CRITICAL"):
                 what = f"{instance.name} logs: {line.get('task')}: {line.get('message')}"
-                group.blame(instance.name, at_s, what)
+                group.told.wrong.append(what)
 
 
 async def _compare(group: rollout.Rollout, asker: questions.Asker, life: questions.Life) -> None:
@@ -148,10 +148,9 @@ def table(told: rollout.Told) -> Iterator[str]:
         yield f"{f'compared: {name}':<44}{count:>10,}"
     yield f"{'lost':<44}{sum(found.lost for found in told.findings):>10,}"
     yield f"{'double counted':<44}{sum(found.doubled for found in told.findings):>10,}"
-    for title, lines in (("differences", told.differences), ("after the roll-back", told.back)):
-        yield f"{title:<44}{len(lines):>10,}"
-        for line, count in collections.Counter(lines).most_common(_SHOWN):
-            yield f"  {count} x {line[:400]}"
+    yield f"{'differences':<44}{len(told.differences):>10,}"
+    for line, count in collections.Counter(told.differences).most_common(_SHOWN):
+        yield f"  {count} x {line[:400]}"
 
 
 def main() -> int:

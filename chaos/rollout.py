@@ -18,7 +18,7 @@ from chaos import cluster, compare, questions, releases, service, traffic
 USERS = range(1_000, 1_400)
 _UNLIKE = {"replayed", "latency_stats"}
 _LEAVE_S = 1.0  # a load balancer's last requests have arrived by then
-_BACK_S = 20.0
+_GIVE_UP_S = 20.0
 _ENDED = (0, -15, 128 + 15)
 
 
@@ -49,13 +49,11 @@ class Told:
 
     Attributes:
         wrong: What must not happen, a sentence each.
-        back: What happened to the older version after it came back: its right, but worth knowing.
         findings: Of the stores, the answers and what was kept of them.
         counts: Of records, answers, moves and comparisons, by name.
     """
 
     wrong: list[str] = field(default_factory=list)
-    back: list[str] = field(default_factory=list)
     findings: list[compare.Findings] = field(default_factory=list)
     counts: collections.Counter[str] = field(default_factory=collections.Counter)
 
@@ -84,16 +82,10 @@ class Rollout:
         self.target = target
         self.fleet = fleet
         self.plan = plan
-        self.within_s = plan.within_s
         self.told = Told()
         self.back_s = float("inf")
         self.rotation: list[service.Instance] = []
         target.instances = self.rotation
-
-    def blame(self, instance: str, at_s: float, sentence: str) -> None:
-        """Say what went wrong; what the older version suffers after it came back is only told."""
-        excused = instance.startswith("old") and at_s >= self.back_s
-        (self.told.back if excused else self.told.wrong).append(sentence)
 
     async def start(self, *names: str) -> None:
         """Start instances, and send them requests once they are healthy.
@@ -122,10 +114,10 @@ class Rollout:
         if one in self.rotation:
             self.rotation.remove(one)
         await asyncio.sleep(_LEAVE_S)
-        gone, ended_s = one.status, time.time()
+        gone = one.status
         status = gone if gone is not None else await asyncio.to_thread(one.end)
         if gone is not None or status not in _ENDED:
-            self.blame(name, ended_s, f"{name} ended with status {status}, not when asked to")
+            self.told.wrong.append(f"{name} ended with status {status}, not when asked to")
         one.kill()
         await self._settled(time.time(), f"all is live after {name} went")
 
@@ -135,18 +127,18 @@ class Rollout:
                 raise TimeoutError(f"{one.name} ended by itself, status {one.status}")
             return (await _health(one)).get("status_code") == 200
 
-        await cluster.until(serves, f"{one.name} serves", self.within_s)
+        await cluster.until(serves, f"{one.name} serves", self.plan.within_s)
 
     async def _settled(self, since_s: float, what: str) -> None:
         async def whole() -> bool:
-            if self.told.wrong and time.time() > since_s + _BACK_S:
-                raise TimeoutError(f"not within {_BACK_S:g} s, after what was found: {what}")
+            if self.told.wrong and time.time() > since_s + _GIVE_UP_S:
+                raise TimeoutError(f"not within {_GIVE_UP_S:g} s, after what was found: {what}")
             owned = [len((await _health(one)).get("partitions", ())) for one in self.rotation]
             return (
                 all(owned) and sum(owned) == cluster.PARTITIONS and await self.target.live(since_s)
             )
 
-        await cluster.until(whole, what, self.within_s)
+        await cluster.until(whole, what, self.plan.within_s)
 
     async def run(self, say: Callable[[str], None]) -> None:
         """Roll forward through a mixed group.
@@ -163,20 +155,11 @@ class Rollout:
         """Roll one instance back for a while, then forward again.
 
         Raises:
-            TimeoutError: Not every partition was live in time, though the newer version was back.
+            TimeoutError: Not every partition was live in time.
         """
         self.back_s = time.time()
-        self.within_s = min(_BACK_S, self.plan.within_s)
-        try:
-            await self._take([("start", "old-0"), ("end", "new-0")], say)
-        except TimeoutError as error:
-            self.told.back.append(str(error))
-        self.within_s = self.plan.within_s
-        if (first := self.fleet["new-0"]) not in self.rotation:
-            first.start()
-            await self._healthy(first)
-            self.rotation.append(first)
-        await self._take([("end", "old-0")], say)
+        steps = [("start", "old-0"), ("end", "new-0"), ("start", "new-0"), ("end", "old-0")]
+        await self._take(steps, say)
 
     async def _take(self, steps: Sequence[tuple[str, str]], say: Callable[[str], None]) -> None:
         for step, name in steps:
@@ -209,7 +192,7 @@ class Rollout:
                 for what in ill:
                     if (one.name, what) not in seen:
                         seen.add((one.name, what))
-                        self.blame(one.name, time.time(), f"{one.name}: {what}")
+                        self.told.wrong.append(f"{one.name}: {what}")
             await asyncio.sleep(1)
 
     async def compare_doors(self, asker: questions.Asker, rng: random.Random) -> None:
@@ -250,9 +233,8 @@ class Rollout:
         elif one.status == 200 and not other.body["replayed"]:
             differ.add("replayed")
         if differ:
-            old = first if first.startswith("old") else second
             sentence = f"{second} answers unlike {first}, who was asked before: {sorted(differ)}"
-            self.blame(old, one.sent_s, sentence)
+            self.told.wrong.append(sentence)
 
 
 async def _health(instance: service.Instance) -> dict[str, Any]:
