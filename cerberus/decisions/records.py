@@ -179,10 +179,36 @@ def from_columns(told: Mapping[str, Any]) -> Record:
         KeyError: A column is missing.
     """
     spans, stats, credit_score = read_features(told["features"])
+    return Record(
+        decision_id=told["decision_id"],
+        decision=models.Decision(
+            row=_row(told, stats, credit_score),
+            score=told["score"],
+            probability=told["probability"],
+            prediction=told["prediction"],
+            action=told["decision"],
+            model_sha256=told["model_sha256"],
+            policy_sha256=told["policy_sha256"],
+        ),
+        transaction=_transaction(told),
+        door=told["door"],
+        partition=told["fence_partition"],
+        decided_ms=told["decided_ms"],
+        spans=spans,
+        latency_ms=told["latency_ms"],
+        trace_id=told["trace_id"] or "",
+    )
+
+
+def _row(
+    told: Mapping[str, Any],
+    stats: tuple[window.WindowStats, ...] | None,
+    credit_score: int | None,
+) -> evaluation.FeatureRow:
     prefix = None
     if told["fence_epoch"] is not None:
         prefix = fences.Fence(told["fence_epoch"], told["fence_offset"], told["fence_as_of_ms"])
-    row = evaluation.FeatureRow(
+    return evaluation.FeatureRow(
         user_id=told["user_id"],
         as_of_ms=told["as_of_ms"],
         stats=stats,
@@ -192,34 +218,18 @@ def from_columns(told: Mapping[str, Any]) -> Record:
         degraded=tuple(told["degraded"]),
         approximate=told["approximate"],
     )
-    transaction = None
-    if told["transaction_id"] is not None:
-        transaction = transactions.Transaction(
-            transaction_id=told["transaction_id"],
-            user_id=told["user_id"],
-            amount_minor=told["amount_minor"],
-            currency=told["currency"] or "",
-            merchant_id=told["merchant_id"] or "",
-            event_ms=told["as_of_ms"],
-        )
-    return Record(
-        decision_id=told["decision_id"],
-        decision=models.Decision(
-            row=row,
-            score=told["score"],
-            probability=told["probability"],
-            prediction=told["prediction"],
-            action=told["decision"],
-            model_sha256=told["model_sha256"],
-            policy_sha256=told["policy_sha256"],
-        ),
-        transaction=transaction,
-        door=told["door"],
-        partition=told["fence_partition"],
-        decided_ms=told["decided_ms"],
-        spans=spans,
-        latency_ms=told["latency_ms"],
-        trace_id=told["trace_id"] or "",
+
+
+def _transaction(told: Mapping[str, Any]) -> transactions.Transaction | None:
+    if told["transaction_id"] is None:
+        return None
+    return transactions.Transaction(
+        transaction_id=told["transaction_id"],
+        user_id=told["user_id"],
+        amount_minor=told["amount_minor"],
+        currency=told["currency"] or "",
+        merchant_id=told["merchant_id"] or "",
+        event_ms=told["as_of_ms"],
     )
 
 
