@@ -18,7 +18,7 @@ from cerberus.postgres import stores
 from cerberus.serving import lookups
 from cerberus.serving import outbox as decision_outbox
 from cerberus.serving import predictor as serving_predictor
-from cerberus.stream import label_topic
+from cerberus.stream import dependencies, label_topic
 from cerberus.telemetry import metrics
 
 Run = Callable[[supervision.Progress], Awaitable[None]]
@@ -132,13 +132,15 @@ class Service:
     def consumer(self) -> consumer.Consumer:
         """The windowing task."""
         return consumer.Consumer(
-            self.config,
-            self.spans,
-            self.model,
-            self.online,
-            self.postgres,
-            self.claims,
-            self.clock,
+            dependencies.Dependencies(
+                self.config,
+                self.spans,
+                self.model,
+                self.online,
+                self.postgres,
+                self.claims,
+                self.clock,
+            )
         )
 
     @functools.cached_property

@@ -14,22 +14,9 @@ from typing import Any
 import aiokafka
 from aiokafka.errors import KafkaConnectionError, KafkaError, OffsetOutOfRangeError
 
-from cerberus import (
-    claims,
-    clock,
-    errors,
-    kafka,
-    partition,
-    settings,
-    supervision,
-    transactions,
-    window,
-)
-from cerberus.decisions import models
+from cerberus import errors, kafka, partition, supervision, transactions
 from cerberus.features import fences
-from cerberus.online import user_rows
-from cerberus.postgres import stores
-from cerberus.stream import assignment, liveness, ownership, sink, upstream
+from cerberus.stream import assignment, dependencies, liveness, ownership, sink, upstream
 
 log = logging.getLogger(__name__)
 
@@ -41,38 +28,22 @@ class Consumer:
     """The windowing task: one group member that owns some partitions.
 
     Args:
-        config: Settings.
-        spans: The window definition.
-        model: Decides.
-        online_store: Takes the rows.
-        postgres: Takes the facts.
-        claimed: Says which decision on a transaction was the first.
-        clock: The wall clock in ms since the Unix epoch.
+        given: Settings, stores and model.
 
     Attributes:
         problems: What is wrong now, a sentence each, by name.
         counts: Records since the start, by what became of them.
     """
 
-    def __init__(
-        self,
-        config: settings.Settings,
-        spans: window.Spans,
-        model: models.Model,
-        online_store: user_rows.OnlineStore,
-        postgres: stores.Stores,
-        claimed: claims.Claims,
-        clock: clock.Clock = clock.now_ms,
-    ) -> None:
+    def __init__(self, given: dependencies.Dependencies) -> None:
+        config, spans = given.config, given.spans
         self._config = config
         self._spans = spans
-        self._online = online_store
-        self._postgres = postgres
-        self._sink = sink.Sink(config, spans, model, online_store, postgres, claimed, clock)
-        self._resolver = assignment.Resolver(config, spans, postgres, clock)
-        self._liveness = liveness.Liveness(
-            config, online_store, postgres, self._sink, self._resolver, claimed, clock
-        )
+        self._online = given.online
+        self._postgres = given.postgres
+        self._sink = sink.Sink(given)
+        self._resolver = assignment.Resolver(given)
+        self._liveness = liveness.Liveness(given, self._sink, self._resolver)
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._client: Any = None
         self._generation = 0

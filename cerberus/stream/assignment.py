@@ -4,15 +4,15 @@ import asyncio
 import contextlib
 import dataclasses
 import sys
-from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from cerberus import clock, kafka, partition, settings, window
+from cerberus import kafka, partition
 from cerberus.postgres import facts, stores
-from cerberus.stream import ownership, starts
+from cerberus.stream import dependencies, ownership, starts
 
 _CALL_S = 10.0
 
@@ -37,24 +37,15 @@ class Resolver:
     """Finds the start of partitions from the group's commit and the log's extent.
 
     Args:
-        config: Settings.
-        spans: The window definition.
-        postgres: Knows the epochs.
-        clock: The wall clock in ms since the Unix epoch.
+        given: Settings, stores and model.
     """
 
-    def __init__(
-        self,
-        config: settings.Settings,
-        spans: window.Spans,
-        postgres: stores.Stores,
-        clock: clock.Clock = clock.now_ms,
-    ) -> None:
-        self._clock = clock
-        self._config = config
-        self._spans = spans
-        self._postgres = postgres
-        self._topic = config.kafka.topic(kafka.TRANSACTIONS)
+    def __init__(self, given: dependencies.Dependencies) -> None:
+        self._clock = given.clock
+        self._config = given.config
+        self._spans = given.spans
+        self._postgres = given.postgres
+        self._topic = given.config.kafka.topic(kafka.TRANSACTIONS)
         self._cluster = ""
         self._firsts: dict[TopicPartition, starts.First] = {}
 
@@ -106,14 +97,7 @@ class Resolver:
             StoreUnavailable: A store did not answer.
             TimeoutError, KafkaError: The brokers did not.
         """
-        wanted = sorted(tps)
-        async with kafka.admin(self._config.kafka) as admin, asyncio.timeout(_CALL_S):
-            self._cluster = await kafka.cluster_id(admin)
-            count = await kafka.partition_count(admin, self._topic)
-            commits = await self._commits(admin, wanted, count)
-            begins = await client.beginning_offsets(wanted)
-            ends = await client.end_offsets(wanted)
-            firsts = await first_records(client, wanted)
+        logs, commits, count = await self._ask(client, sorted(tps))
         epoch = await self._postgres.lives.epoch(self._cluster, self._topic, count)
         moved = max(
             self._moves(commits.values(), count),
@@ -121,8 +105,7 @@ class Resolver:
             default=None,
         )
         owned = {}
-        for tp in wanted:
-            log = starts.Log(begins[tp], ends[tp], firsts[tp], count)
+        for tp, log in logs.items():
             life = _Life(epoch, moved, commits[tp])
             if life.commit is None or log.ended(life.commit):
                 if await self._postgres.lives.has_rows(self._topic, epoch, tp.partition):
@@ -135,8 +118,22 @@ class Resolver:
                 life = _Life(life.commit.epoch, life.commit.moved, life.commit)
             kept = _kept(log, life, parked.get(tp))
             owned[tp] = kept or await self._fresh(client, tp, log, life)
-        self._firsts |= firsts
+        self._firsts |= {tp: log.first for tp, log in logs.items()}
         return Resolved(count, owned)
+
+    async def _ask(
+        self, client: Any, wanted: Sequence[TopicPartition]
+    ) -> tuple[dict[TopicPartition, starts.Log], dict[TopicPartition, starts.Commit | None], int]:
+        """Ask the brokers for the extent of logs, the group's commits and the partition count."""
+        async with kafka.admin(self._config.kafka) as admin, asyncio.timeout(_CALL_S):
+            self._cluster = await kafka.cluster_id(admin)
+            count = await kafka.partition_count(admin, self._topic)
+            commits = await self._commits(admin, wanted, count)
+            begins = await client.beginning_offsets(wanted)
+            ends = await client.end_offsets(wanted)
+            firsts = await first_records(client, wanted)
+        logs = {tp: starts.Log(begins[tp], ends[tp], firsts[tp], count) for tp in wanted}
+        return logs, commits, count
 
     async def _commits(
         self, admin: Any, wanted: Iterable[TopicPartition], count: int

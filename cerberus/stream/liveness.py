@@ -14,11 +14,9 @@ from typing import Any
 import aiokafka
 from aiokafka.errors import KafkaError
 
-from cerberus import claims, clock, errors, kafka, partition, settings, supervision
+from cerberus import errors, kafka, partition, supervision
 from cerberus.features import fences
-from cerberus.online import user_rows
-from cerberus.postgres import stores
-from cerberus.stream import assignment, ownership, sink
+from cerberus.stream import assignment, dependencies, ownership, sink
 
 _TELL_S, _MARK_MS = 1.0, 2_000
 _SEED_S = 0.25
@@ -36,37 +34,26 @@ class Liveness:
     The partitions are given with each call: a view of those owned, which may change during it.
 
     Args:
-        config: Settings.
-        online_store: Takes the states.
-        postgres: Knows what lies before a replay's reach.
+        given: Settings, stores and model.
         rows: Sends rows again.
         resolver: Knows which log each partition was resolved on.
-        claimed: Sees a node of a Redis Cluster lose its data.
-        clock: The wall clock in ms since the Unix epoch.
 
     Attributes:
         ended: Partitions whose log was found to be another since; whoever reads it clears it.
     """
 
     def __init__(
-        self,
-        config: settings.Settings,
-        online_store: user_rows.OnlineStore,
-        postgres: stores.Stores,
-        rows: sink.Sink,
-        resolver: assignment.Resolver,
-        claimed: claims.Claims,
-        clock: clock.Clock = clock.now_ms,
+        self, given: dependencies.Dependencies, rows: sink.Sink, resolver: assignment.Resolver
     ) -> None:
-        self._resend_s = config.stream.resend_s
-        self._topic = config.kafka.topic(kafka.TRANSACTIONS)
-        self._online = online_store
-        self._postgres = postgres
+        self._resend_s = given.config.stream.resend_s
+        self._topic = given.config.kafka.topic(kafka.TRANSACTIONS)
+        self._online = given.online
+        self._postgres = given.postgres
         self._rows = rows
         self._resolver = resolver
-        self._claims = claimed
-        self._clock = clock
-        self._clustered = config.redis.cluster
+        self._claims = given.claims
+        self._clock = given.clock
+        self._clustered = given.config.redis.cluster
         self._count = 0
         self._marks: dict[aiokafka.TopicPartition, tuple[int, int]] = {}
         self._since_s: dict[aiokafka.TopicPartition, float] = {}

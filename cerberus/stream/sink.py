@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import aiokafka
 
-from cerberus import claims, clock, kafka, partition, settings, window
-from cerberus.decisions import models, records
+from cerberus import kafka, partition, window
+from cerberus.decisions import records
 from cerberus.features import evaluation
 from cerberus.online import user_rows
-from cerberus.postgres import facts, stores
-from cerberus.stream import ownership
+from cerberus.postgres import facts
+from cerberus.stream import dependencies, ownership
 
 _ROWS = 500
 
@@ -40,37 +40,22 @@ class Sink:
     """Stores batches; every method raises when a store does not acknowledge, and may be repeated.
 
     Args:
-        config: Settings.
-        spans: The window definition.
-        model: Decides.
-        online_store: Takes the rows.
-        postgres: Takes the facts.
-        claimed: Says which decision on a transaction was the first.
-        clock: The wall clock in ms since the Unix epoch.
+        given: Settings, stores and model.
 
     Attributes:
         otherwise: How many transactions had been decided with other content by a request.
     """
 
-    def __init__(
-        self,
-        config: settings.Settings,
-        spans: window.Spans,
-        model: models.Model,
-        online_store: user_rows.OnlineStore,
-        postgres: stores.Stores,
-        claimed: claims.Claims,
-        clock: clock.Clock = clock.now_ms,
-    ) -> None:
-        self._config = config
-        self._spans = spans
-        self._model = model
-        self._online = online_store
-        self._postgres = postgres
-        self._topic = config.kafka.topic(kafka.TRANSACTIONS)
-        self._claims = claimed
-        self._clock = clock
-        self._publisher = kafka.Publisher(config)
+    def __init__(self, given: dependencies.Dependencies) -> None:
+        self._config = given.config
+        self._spans = given.spans
+        self._model = given.model
+        self._online = given.online
+        self._postgres = given.postgres
+        self._topic = given.config.kafka.topic(kafka.TRANSACTIONS)
+        self._claims = given.claims
+        self._clock = given.clock
+        self._publisher = kafka.Publisher(given.config)
         self._kept = False
         self.otherwise = 0
 
