@@ -19,6 +19,11 @@ it may not be: 5 s of staleness, and a second in which the number of partitions 
 KILL_S = 2.0
 """A decision that was answered this long before its instance was killed is kept: 200 ms until it is
 sent to the stores, and what a busy machine takes to store it."""
+LIMITS = httpx.Limits(
+    max_connections=None,
+    max_keepalive_connections=50,
+    keepalive_expiry=2.0,  # before the servers' 5 s, or a question could meet a closing connection
+)
 _ASK_S = 5.0
 _OUTCOMES = {
     0: "connection refused or broken",
@@ -82,9 +87,8 @@ class Asker:
 
     async def run(self) -> None:
         """Ask until cancelled; a slow answer delays no other question."""
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=50)
         async with (
-            httpx.AsyncClient(timeout=_ASK_S, limits=limits) as client,
+            httpx.AsyncClient(timeout=_ASK_S, limits=LIMITS) as client,
             asyncio.TaskGroup() as group,
         ):
             next_s = time.monotonic()

@@ -200,7 +200,7 @@ class Rollout:
 
         Half of them are new and come to the stream afterwards, as payments do.
         """
-        async with httpx.AsyncClient(timeout=5.0) as client:
+        async with httpx.AsyncClient(timeout=5.0, limits=questions.LIMITS) as client:
             while True:
                 await asyncio.sleep(0.15)
                 if len(self.rotation) < 2:
