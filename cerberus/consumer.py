@@ -1,8 +1,8 @@
-"""From the log to the stores: poll, observe, store, commit, in that order, for ever.
+"""From the log to the stores: poll, observe, store, commit, in that order.
 
-The log is the state. On assignment a partition's windows are replayed in silence up to the group's
-commit; then every effect is stored before the next commit. Delivery is at least once, effects are
-idempotent, so a crash or a rebalance at any point ends in the same values.
+The log is the state. On assignment a partition's windows are replayed without effects up to the
+group's commit; then every effect is stored before the next commit. Delivery is at least once,
+effects are idempotent, so a crash or a rebalance at any point leads to the same values.
 """
 
 import asyncio
@@ -68,7 +68,7 @@ class Consumer:
         return self._liveness.remaining_s(self._parts)
 
     async def run(self, progress: supervision.Progress) -> None:
-        """Consume until told to stop; a new client is built at each call."""
+        """Consume until asked to stop; each call builds a new client."""
         for held in (self._parts, self._parked, self._fresh, self._committed):
             held.clear()
         self._upstream.forget()
@@ -84,7 +84,7 @@ class Consumer:
             await self._sink.close()
 
     async def _connect(self, progress: supervision.Progress) -> bool:
-        """Join the group, however long the brokers are away; False when told to stop."""
+        """Join the group, however long the brokers are down; return False when asked to stop."""
         while not progress.stopping.is_set():
             self._client = kafka.consumer(self._config)
             self._client.subscribe([self._topic], listener=_Listener(self))
@@ -115,7 +115,7 @@ class Consumer:
     async def _turn(self, progress: supervision.Progress) -> None:
         generation = self._generation
         if ended := self._liveness.ended & self._parts.keys():
-            log.warning("the topic was made anew", extra={"action": "topic_ended"})
+            log.warning("the topic was created again", extra={"action": "topic_ended"})
             self._hold(ended)
         self._liveness.ended.clear()
         if self._fresh and "schema" not in self.problems:
@@ -159,7 +159,7 @@ class Consumer:
         return polled
 
     async def _resolve(self, generation: int, progress: supervision.Progress) -> None:
-        """Find where each new partition starts, seek there, and let it flow."""
+        """Find where each new partition starts, seek there and resume it."""
         fresh = set(self._fresh)
         try:
             resolved = await self._resolver.resolve(self._client, fresh, self._parked)
@@ -194,11 +194,11 @@ class Consumer:
         generation: int,
         progress: supervision.Progress,
     ) -> sink.Batch | None:
-        """Let the records take effect on the windows; None when they are no longer ours."""
+        """Apply records to the windows; return None when their partitions are no longer ours."""
         batch = sink.Batch()
         for tp, records in polled.items():
             if (owned := self._parts.get(tp)) is None:
-                continue  # held since: it will be sought to where it starts
+                continue  # held in the meantime: `_resolve` seeks to its start
             self._resolver.begins(tp, owned.part, records[0])
             for at in range(0, len(records), _CHUNK_RECORDS):
                 chunk = records[at : at + _CHUNK_RECORDS]
@@ -211,7 +211,7 @@ class Consumer:
                 for record, verdict in zip(chunk, verdicts, strict=True):
                     self._take(owned.part, record, verdict, batch)
         for tp, owned in self._parts.items():
-            # Passes transaction markers, which are no records.
+            # It also passes transaction markers, which are not records.
             position = await self._client.position(tp)
             if generation != self._generation:
                 return None
@@ -245,7 +245,7 @@ class Consumer:
         generation: int,
         progress: supervision.Progress,
     ) -> bool:
-        """Fetch what the users did before the replay's reach; False when no longer ours."""
+        """Fetch users' events from before the replay; return False when no longer ours."""
         part = owned.part
         if not part.seeds:
             return True
@@ -267,7 +267,7 @@ class Consumer:
         generation: int,
         progress: supervision.Progress,
     ) -> bool:
-        """Repeat a call until the stores acknowledge it; False when its work is no longer ours."""
+        """Repeat a call until the stores acknowledge it; return False when no longer ours."""
         paused: set[aiokafka.TopicPartition] = set()
         while generation == self._generation:
             try:
@@ -282,7 +282,7 @@ class Consumer:
                 break
             if progress.stopping.is_set():
                 break
-            # The poll loop stays alive, or the group would take the partitions away.
+            # Keep polling, or the group takes the partitions away.
             paused |= self._client.assignment() - self._client.paused()
             self._client.pause(*paused)
             await self._poll(_RETRY_MS)
@@ -305,7 +305,7 @@ class Consumer:
                 self._committed[tp] = self._parts[tp].part.commit = offset
 
     async def _tell(self, generation: int, progress: supervision.Progress, *, now: bool) -> None:
-        """Say who is live; what hinders that does not hinder consuming."""
+        """Write who is live; a failure to do so does not stop consuming."""
         if not self._liveness.look(self._client, self._parts, progress, now=now):
             return
         if not self._upstream.splits():
@@ -320,7 +320,7 @@ class Consumer:
             self.problems.pop("store", None)
 
     def _hold(self, tps: Iterable[aiokafka.TopicPartition]) -> None:
-        """Let partitions stand still until they are resolved (again)."""
+        """Pause partitions until they are resolved again."""
         for tp in tps:
             self._parts.pop(tp, None)
             self._client.seek(tp, 0)
@@ -333,13 +333,13 @@ class Consumer:
         self.problems[name] = sentence
 
     def assigned(self, tps: Iterable[aiokafka.TopicPartition]) -> None:
-        """Hold new partitions still until `run` has found where they start."""
+        """Pause new partitions until `run` has found where they start."""
         self._generation += 1
         self._fresh.clear()
         self._hold(tps)
 
     def revoked(self) -> None:
-        """Set all state aside; what is stored of it may be used again."""
+        """Set all state aside; it can be used again where its effects are stored."""
         self._generation += 1
         self._parked |= self._parts
         for held in (self._parts, self._committed, self._fresh):

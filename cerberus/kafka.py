@@ -24,7 +24,7 @@ TRANSACTIONS, DEAD_LETTERS = "transactions", "transactions.dlq"
 DECISIONS, LABELS, LABEL_DEAD_LETTERS = "decisions", "labels", "labels.dlq"
 GROUP, LABEL_GROUP = "cerberus", "cerberus-labels"
 METADATA_MS = 1_000
-"""How long a new partition, or a topic that was made anew, may go unnoticed."""
+"""How long a new partition, or a topic that was created again, may go unnoticed."""
 _TOPIC_EXISTS = 36
 _CALL_S, _COMMIT_S = 15.0, 5.0
 _PAUSE_S = 0.1
@@ -114,7 +114,7 @@ async def create_topics(config: settings.Settings) -> list[str]:
             kafka.topic(name),
             config.stream.partitions,
             config.stream.replication,
-            # aiokafka wants an assignment, if an empty one, beside the broker's own replication.
+            # aiokafka requires an assignment, even an empty one, with the broker's own replication.
             replica_assignments={} if config.stream.replication == -1 else None,
             topic_configs=configs,
         )
@@ -137,7 +137,7 @@ async def create_topics(config: settings.Settings) -> list[str]:
 
 
 async def _coordinator(client: Any, group: str) -> None:
-    """Wait until a group can be joined: new brokers first make the topic of its offsets."""
+    """Wait until a group can be joined: new brokers first create the offsets topic."""
     async with asyncio.timeout(_CALL_S):
         while True:
             with contextlib.suppress(GroupCoordinatorNotAvailableError):
@@ -193,12 +193,12 @@ async def advise_retention(config: settings.Settings, keep_ms: int) -> str | Non
 def consumer(
     config: settings.Settings, group: str = GROUP, reset: str = "none"
 ) -> "aiokafka.AIOKafkaConsumer":
-    """Build a group's consumer; nothing is committed by itself.
+    """Build a group's consumer; nothing is committed automatically.
 
     Args:
         config: Settings.
         group: Without the prefix.
-        reset: Where a partition without a commit begins: "none" (it is sought) or "earliest".
+        reset: Where a partition without a commit begins: "none" (the caller seeks) or "earliest".
     """
     client = aiokafka.AIOKafkaConsumer(
         **client_options(config.kafka),
@@ -219,9 +219,9 @@ def consumer(
 
 
 async def commit(client: Any, due: Mapping[aiokafka.TopicPartition, Any], action: str) -> bool:
-    """Commit offsets, or say within 5 s, as `action`, that the brokers did not take them.
+    """Commit offsets within 5 s; when the brokers do not take them, log `action`, return False.
 
-    Nothing is lost then: what was stored is read and stored again, to the same values.
+    Nothing is lost then: what was stored is read and stored again, with the same values.
     """
     try:
         async with asyncio.timeout(_COMMIT_S):
@@ -235,9 +235,9 @@ async def commit(client: Any, due: Mapping[aiokafka.TopicPartition, Any], action
 def producer(config: settings.Settings, linger_ms: int = 5) -> "aiokafka.AIOKafkaProducer":
     """Build a producer that waits for all replicas. Build a new one after a send error.
 
-    Not an idempotent one: aiokafka's never lets go of a record while no broker answers, and fails
-    its next send after one refused record. A record that is sent twice is one identity, or one
-    name, and counts once.
+    It is not idempotent: such a producer of aiokafka's never gives up a record while no broker
+    answers, and fails its next send after one refused record. A record that is sent twice has one
+    identity, or one name, and counts once.
     """
     client = aiokafka.AIOKafkaProducer(
         **client_options(config.kafka),
@@ -261,7 +261,7 @@ class Message(NamedTuple):
 
 
 def dead_letter(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> Message:
-    """Lay out a record that cannot be read, as it is, for a topic of such records."""
+    """Lay out a record that cannot be read, unchanged, for a dead-letter topic."""
     headers = [
         ("topic", record.topic.encode()),
         ("partition", b"%d" % record.partition),
@@ -273,12 +273,12 @@ def dead_letter(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> Mes
         headers.append(("omitted", b"too long to be copied: read it where the headers say"))
         key = value = None
     if key is None and value is None:
-        value = b""  # aiokafka sends no record without both
+        value = b""  # aiokafka refuses a record without both
     return Message(topic, key, value, headers)
 
 
 class Publisher:
-    """Publishes batches; what failed is to be published again, in whole.
+    """Publishes batches; one that failed must be published again as a whole.
 
     Args:
         config: Settings.
@@ -291,7 +291,7 @@ class Publisher:
     async def publish(self, messages: Iterable[Message]) -> None:
         """Send messages in order and wait until all are acknowledged, at most 15 s.
 
-        They are taken one by one, and the loop is given up between some.
+        They are taken one by one, and the event loop gets a turn after every ten.
 
         Raises:
             StoreUnavailable: Not all were.
@@ -305,7 +305,7 @@ class Publisher:
                     sent.append(await self._send(message))
                 await asyncio.gather(*sent)
         except (TimeoutError, OSError, KafkaError) as error:
-            # Or what it still holds would come between the records of the next attempt.
+            # Otherwise what it still holds would mix with the records of the next attempt.
             await self.close()
             raise errors.StoreUnavailable(f"Kafka took no records: {error!r}") from error
 
@@ -335,7 +335,7 @@ class Publisher:
 
 
 def _pause_between_questions(inner: Any) -> None:
-    """Make a client wait after a question for metadata that no broker has answered.
+    """Make a client wait after a request for metadata that no broker has answered.
 
     aiokafka 0.14 repeats it thousands of times a second while a producer holds records whose
     partition has no leader, as when a broker has just gone.
@@ -352,9 +352,9 @@ def _pause_between_questions(inner: Any) -> None:
 
 
 async def stop(client: Any) -> None:
-    """Stop a client; after 5 s without a broker it goes on stopping by itself.
+    """Stop a client; after 5 s without a broker it continues to stop in the background.
 
-    A stop of aiokafka's that is cut off would leave tasks and connections behind for ever.
+    Cancelling aiokafka's own `stop` would leave tasks and connections behind.
     """
     stopping = asyncio.create_task(client.stop())
     _stopping.add(stopping)

@@ -1,7 +1,7 @@
 """A synthetic population's transactions onto the log.
 
-The record's key is the user and its timestamp the event time. Labels never ride in a transaction:
-that one was fraud goes to topic `labels`, later, as it does in life. Until then Postgres keeps it.
+The record's key is the user and its timestamp the event time. A transaction never carries its
+label: a fraud is reported on topic `labels` later, as in real life. Until then Postgres keeps it.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class Producer:
 
     Args:
         config: Settings; `rate` is in transactions a second.
-        postgres: Says which instance is the one.
+        postgres: Says which instance produces, and keeps labels until they are due.
         clock: The wall clock in ms since the Unix epoch.
     """
 
@@ -51,7 +51,7 @@ class Producer:
         self.sent = 0
 
     async def run(self, progress: supervision.Progress) -> None:
-        """Produce until told to stop."""
+        """Produce until asked to stop."""
         if self._config.rate == 0:
             log.info("idle: %s", self._config.rate_reason, extra={"action": "producer_idle"})
             await progress.stopping.wait()
@@ -98,8 +98,8 @@ class Producer:
 
     async def _send(self, client: Any, due: list[synthetic.Labelled]) -> None:
         config = self._config
-        # Kept before the frauds are sent: a crash in between leaves a label too many, which says
-        # nothing, and never a fraud that would pass for genuine.
+        # Stored before the frauds are sent: a crash in between leaves a label without a
+        # transaction, which is harmless, and never a fraud that would pass for genuine.
         if frauds := [labelled.transaction for labelled in due if labelled.fraud]:
             await self._postgres.labels.expect(
                 [
@@ -111,7 +111,7 @@ class Producer:
         self.sent += len(due)
 
     async def _tell(self, client: Any, now_ms: int) -> None:
-        """Publish the labels that are due, then let go of them; twice changes nothing."""
+        """Publish the labels that are due, then mark them; repeating it changes nothing."""
         if now_ms - self._told_ms < _TELL_MS:
             return
         self._told_ms = now_ms

@@ -1,4 +1,4 @@
-"""Where a newly assigned partition starts to read, and from where on it has effects."""
+"""Finds where a newly assigned partition starts to read, and where its effects begin."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ class Resolved:
 
 
 class _Life(NamedTuple):
-    """Under which epoch a partition goes on, and from which commit; None: from its start."""
+    """The epoch and the commit from which a partition continues; None: from the log's start."""
 
     epoch: int
     moved: partition.Moved | None
@@ -63,22 +63,22 @@ class Resolver:
         ).metadata(self._cluster, version)
 
     def ended(self, firsts: Mapping[TopicPartition, starts.First]) -> set[TopicPartition]:
-        """Return the partitions whose log is another than when they were resolved.
+        """Return the partitions whose log is not the one on which they were resolved.
 
         Args:
             firsts: Offset and timestamp of their first records now.
         """
         over = {tp for tp, first in firsts.items() if starts.differ(self._firsts.get(tp), first)}
-        # Where retention has taken the first record away, the next one stands for it.
+        # Where retention has deleted the first record, the next one replaces it.
         self._firsts |= {tp: first for tp, first in firsts.items() if first and tp not in over}
         return over
 
     def begins(
         self, tp: TopicPartition, part: partition.Partition, record: partition.Record
     ) -> None:
-        """Let a record stand for the first of a log that was empty when it was resolved.
+        """Take a record as the first one of a log that was empty when it was resolved.
 
-        Only where reading began: what a writer took back before it is found by asking alone.
+        Only where reading began: an aborted record before it is found only by asking.
         """
         if self._firsts.get(tp) is None and record.offset == part.begin:
             self._firsts[tp] = record.offset, record.timestamp
@@ -114,7 +114,7 @@ class Resolver:
                     )
                 life = _Life(epoch, moved, None)
             elif life.commit.count == count:
-                # Its rows stand, also where other partitions had to begin again.
+                # Its rows stay valid even if other partitions have to begin again.
                 life = _Life(life.commit.epoch, life.commit.moved, life.commit)
             kept = _kept(log, life, parked.get(tp))
             owned[tp] = kept or await self._fresh(client, tp, log, life)
@@ -144,8 +144,8 @@ class Resolver:
             self._config.kafka.topic(kafka.GROUP), partitions=sorted(everyone)
         )
         if missing := everyone - stored.keys():
-            # A coordinator that still loads answers with nothing, which is not "no commit".
-            raise KafkaError(f"the group's coordinator says nothing of {sorted(missing)}")
+            # A coordinator that is still loading returns nothing; that does not mean "no commit".
+            raise KafkaError(f"the group's coordinator returns nothing about {sorted(missing)}")
         return {
             tp: starts.Commit.read(found.offset, found.metadata, self._cluster)
             if found.offset >= 0
@@ -156,14 +156,14 @@ class Resolver:
     def _moves(
         self, commits: Iterable[starts.Commit | None], count: int
     ) -> Iterator[partition.Moved]:
-        """Yield until when each commit's topic had another number of partitions, and which."""
+        """Yield until when each commit's topic had another partition count, and that count."""
         now_ms = self._clock()
         for commit in commits:
             if commit is None or not commit.count:
                 continue
             before = commit.moved
             if commit.count != count:
-                # Of two changes within a window nothing tells who stayed.
+                # After two changes within a window, nothing tells who stayed.
                 once = before is None or before.until_ms < now_ms - self._spans.keep_ms
                 until_ms = now_ms + self._spans.max_future_skew_ms
                 yield partition.Moved(until_ms, commit.count if once else None)
@@ -219,28 +219,28 @@ async def seed(
     next_ms: int,
     user_ids: Collection[int] | None = None,
 ) -> AsyncGenerator[None, None]:
-    """Let what the log's replay does not reach take effect on a partition; of all users when None.
+    """Apply to a partition the stored events that the log's replay does not reach.
 
-    In pages, so that any amount of it costs the memory of the windows alone. The partition may go
-    on reading between two: a user counts as seeded when the last one is in. Repeating any part of
-    it changes nothing. Deadline: 10 s a page.
+    They come in pages, so that any number of them needs only the memory of the windows. The
+    partition may read on between pages; users count as seeded after the last one. Repeating any
+    part of it changes nothing. Deadline: 10 s a page.
 
     Args:
-        postgres: Has it.
+        postgres: Has the events.
         topic: Of the partition.
-        part: Whose windows.
+        part: The partition.
         next_ms: Event time of the next valid record.
-        user_ids: Whose events.
+        user_ids: Users whose events are applied; None: all.
 
     Yields:
-        After each page.
+        None, after each page.
 
     Raises:
         StoreUnavailable: Postgres did not answer; seed again.
     """
     met = set(user_ids or ())
     after_ms = sys.maxsize
-    # Once more where the first record was read in between, and lies further back.
+    # Again if the first record was read in between and lies further back.
     while (reach_ms := part.seed_after_ms(next_ms)) < after_ms:
         after_ms = reach_ms
         if part.seeds_log:

@@ -1,4 +1,4 @@
-"""Labels from topic `labels` to Postgres: poll, store, commit, in that order, for ever.
+"""Labels from topic `labels` to Postgres: poll, store, commit, in that order.
 
 A label that is read twice is known the second time, so a crash or a rebalance at any point loses
 nothing and changes nothing; no state is kept between two polls.
@@ -48,7 +48,7 @@ class LabelConsumer:
         self.problem: str | None = None
 
     async def run(self, progress: supervision.Progress) -> None:
-        """Store what comes, until told to stop; after a fault from the last commit on."""
+        """Store labels until asked to stop; after a fault, continue from the last commit."""
         while not progress.stopping.is_set():
             try:
                 await self._postgres.schema.migrate()
@@ -56,7 +56,7 @@ class LabelConsumer:
                 await self._consume(progress)
             except (TimeoutError, KafkaError, errors.StoreUnavailable) as error:
                 self.problem = repr(error)
-                log.warning("labels wait: %r", error, extra={"action": "labels_wait"})
+                log.warning("labels are waiting: %r", error, extra={"action": "labels_wait"})
                 progress.lagging(False)
                 await progress.wait(_RETRY_S)
 

@@ -1,8 +1,8 @@
-"""Who is live: how far each partition is behind the log's end, and what Redis must know of it.
+"""Who is live: how far each partition is behind the log's end, and what Redis has lost.
 
-An owner writes its partitions' states with every batch and each second. Redis that has lost a
-state, or the trail that rows leave, has lost rows, too; then all live rows are sent again. What one
-node of a cluster loses is made the loss of all.
+An owner writes its partitions' states with every batch and each second. If Redis has lost a
+state or the trail that rows leave, it has lost rows too, and all live rows are sent again. The loss
+of one node of a cluster is treated as the loss of all.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ def states(parts: Parts) -> dict[int, fences.PartitionState]:
 
 
 class Liveness:
-    """Tells who is live, and restores what Redis has lost.
+    """Writes who is live, and restores what Redis has lost.
 
     The partitions are given with each call: a view of those owned, which may change during it.
 
@@ -39,7 +39,7 @@ class Liveness:
         resolver: Knows which log each partition was resolved on.
 
     Attributes:
-        ended: Partitions whose log was found to be another since; whoever reads it clears it.
+        ended: Partitions whose log was found to be another one; the reader clears it.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Liveness:
     def succeed(
         self, resolved: assignment.Resolved, told: Mapping[int, fences.PartitionState]
     ) -> None:
-        """Follow the owners before.
+        """Take over from the former owners.
 
         Args:
             resolved: What is owned from now on.
-            told: What the owners before have said last; the rows are theirs, and as old.
+            told: The states that the former owners wrote last; the rows are theirs, and as old.
         """
         self._count = resolved.count
         for tp, owned in resolved.owned.items():
@@ -104,16 +104,16 @@ class Liveness:
         return {tp.partition: took * (1 - p) / p for tp, (took, p) in done.items() if p > 0}
 
     def look(self, client: Any, parts: Parts, progress: supervision.Progress, *, now: bool) -> bool:
-        """See who is at the log's end, and ask each second where that is; waits for no answer.
+        """Note which partitions are at the log's end; ask each second where it is, without waiting.
 
         Args:
-            client: Is asked.
+            client: The consumer that asks.
             parts: Those owned.
-            progress: Hears whether any of them lags.
-            now: Whether there is something to tell before the second is over.
+            progress: Is notified whether any of them lags.
+            now: Whether there is something to write before the second is over.
 
         Returns:
-            Whether it is time to tell.
+            Whether `tell` is due.
         """
         self._looked_s = time.monotonic()
         due = self._looked_s - self._told_s >= _TELL_S
@@ -130,7 +130,7 @@ class Liveness:
         return True
 
     async def tell(self, parts: Parts, beat: Callable[[], None]) -> None:
-        """Say who is live, as of the last look, and send again the rows that Redis has lost.
+        """Write who is live, as of the last look, and send again the rows that Redis has lost.
 
         Idempotent: yes.
 
@@ -140,8 +140,8 @@ class Liveness:
         """
         due = self._looked_s - self._told_s >= _TELL_S
         if due:
-            self._scores_lost = None  # an import lets them be loaded anew
-            await self._online.states()  # of all owners: they say which versions they read
+            self._scores_lost = None  # an import makes them be loaded again
+            await self._online.states()  # all owners' states say which versions they read
             if self._clustered:
                 await self._online.follow(await self._claims.witness())
         await self._restore(parts, beat)
@@ -149,9 +149,9 @@ class Liveness:
             self._told_s = time.monotonic()
 
     async def _mark(self, client: Any, parts: Parts) -> None:
-        """Ask where the log begins and ends; without an answer the age of the last one shows.
+        """Ask where the log begins and ends; without an answer, the last one ages.
 
-        In a task of its own: the question waits behind a fetch that waits for records.
+        It runs in a task of its own, because it waits behind a fetch that waits for records.
         """
         asked_ms, owned = self._clock(), list(parts)
         with contextlib.suppress(TimeoutError, KafkaError):
@@ -159,10 +159,10 @@ class Liveness:
                 ends = await client.end_offsets(owned) if owned else {}
                 self.ended |= self._resolver.ended(await assignment.first_records(client, owned))
             known = client.partitions_for_topic(self._topic) or ()
-            # Where there are more, records wait that nobody reads yet.
+            # If there are more, the new ones may have records that nobody reads yet.
             if len(known) == self._count:
                 self._marks = {
-                    # An open transaction hides what stands behind it from the end that was asked.
+                    # The end that is returned leaves out what follows an open transaction.
                     tp: (max(end, client.highwater(tp) or 0), asked_ms)
                     for tp, end in ends.items()
                     if tp in parts
@@ -171,9 +171,9 @@ class Liveness:
     async def _restore(self, parts: Parts, beat: Callable[[], None]) -> None:
         """Write the partitions' states; where Redis has lost a state or a trail, it has lost rows.
 
-        The state is then made anew as "restoring", then the rows follow, then the next state is
-        written only if those still stand: no loss between goes unseen. Until the credit scores are
-        loaded again, too, it stays "restoring".
+        The state is then created again as "restoring", the rows follow, and the next state is
+        written only if both are still there, so a loss in between is noticed. The state stays
+        "restoring" until the credit scores are loaded again, too.
         """
         due = time.monotonic() - self._resent_s >= self._resend_s
         if self._scores_lost is not False:
@@ -197,10 +197,10 @@ class Liveness:
             await self._write_states(parts)
 
     async def _seed(self, part: partition.Partition, beat: Callable[[], None]) -> bool:
-        """Fetch for a moment what lies before the replay's reach; True when nothing is missing.
+        """Fetch events from before the replay for a moment; return True when none is missing.
 
         The consumer goes on in between, or its group and its other partitions would miss it. One
-        partition at a time: each holds a connection of the pool until its last page.
+        partition is fetched at a time: each holds a connection of the pool until its last page.
         """
         if not part.seeds:
             return True
@@ -218,10 +218,10 @@ class Liveness:
         return True
 
     async def _give_up_seeding(self, parts: Parts) -> None:
-        """Let go of what is no longer owned, or no longer reaches any window."""
+        """Stop fetching for partitions that are no longer owned or need nothing any more."""
         mine = {owned.part for owned in parts.values()}
         for part in [p for p in self._seeding if p not in mine or p.replaying or not p.seeds]:
-            # One that a dead connection ends with an error leaves the others to be let go of.
+            # An error from a dead connection must not leave the others open.
             with contextlib.suppress(errors.CerberusError):
                 await self._seeding.pop(part).aclose()
 
@@ -234,7 +234,7 @@ class Liveness:
             owned.unloaded = self._scores_lost
 
     async def _write_states(self, parts: Parts) -> bool:
-        """Write the states and say whether Redis has lost rows."""
+        """Write the states and return whether Redis has lost rows."""
         mine = {owned.part.number: owned for owned in parts.values()}
         lost = await self._online.write_states(
             self._count,

@@ -1,4 +1,4 @@
-"""A partition that this process owns: the prefix, and how its effects stand in the online store."""
+"""A partition that this process owns: the prefix, and the state of its rows in the online store."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from cerberus.online import partition_states
 
 
 class Owned:
-    """A pure partition, and what its owner has done about it.
+    """A pure partition and its owner's bookkeeping.
 
     Args:
         part: The windows at a prefix.
@@ -32,9 +32,9 @@ class Owned:
         self.caught_up_ms: int | None = None
 
     def follow(self, last: fences.PartitionState | None) -> bool:
-        """Go on from what the former owner said last; return whether it left nothing to restore.
+        """Continue from the former owner's last state; return whether it left nothing to restore.
 
-        Its trail does not tell of what it has not finished.
+        Its trail does not show what it had not finished.
         """
         if last is not None:
             self.caught_up_ms = max(self.caught_up_ms or 0, last.caught_up_ms)
@@ -61,7 +61,7 @@ class Owned:
         self.restoring = False
 
     def state(self) -> fences.PartitionState:
-        """Return what those who read its rows must know."""
+        """Return the state that readers of its rows need."""
         told = self.part.state()
         state = told.state
         if state == fences.LIVE and self.rebuilding:

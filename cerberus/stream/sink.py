@@ -1,7 +1,7 @@
-"""What a batch of the log leaves behind: facts in Postgres, rows in Redis, records in Kafka.
+"""The effects of a batch of the log: facts in Postgres, rows in Redis, records in Kafka.
 
-All at once; the caller commits when all have acknowledged. Repeating a batch, or any part of it,
-changes nothing: facts have identities, rows have fences, records have names.
+All are stored concurrently; the caller commits when all have been acknowledged. Repeating a batch,
+or any part of it, changes nothing: facts have identities, rows have fences, records have names.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ _ROWS = 500
 
 @dataclasses.dataclass(slots=True)
 class Batch:
-    """What one poll leaves to store; numbers are those of partitions.
+    """What one poll leaves to be stored; the numbers are partitions.
 
     Attributes:
         observed: Valid transactions, in the log's order within a partition.
-        rejected: Records for the dead-letter topic, with the reason.
+        rejected: Records for the dead-letter topic, each with the reason.
     """
 
     observed: list[tuple[int, partition.Observed]] = dataclasses.field(default_factory=list)
@@ -73,7 +73,7 @@ class Sink:
         results = await asyncio.gather(
             self._write_touched(owned, beat),
             self._keep(batch, accepted, decided),
-            return_exceptions=True,  # all have ended before the batch is tried again
+            return_exceptions=True,  # all must end before the batch is tried again
         )
         for result in results:
             if result is not None:
@@ -89,7 +89,7 @@ class Sink:
         accepted: Sequence[tuple[int, partition.Observed]],
         decided: Sequence[records.Record],
     ) -> None:
-        """Postgres first: what the topic has shown is then found there, however old its claim."""
+        """Write Postgres first, so that it has what the topic shows, however old its claim."""
         await self._write_facts(batch, accepted, decided)
         await self._publish(batch.rejected, decided)
 
@@ -145,7 +145,7 @@ class Sink:
     async def _decide(
         self, accepted: Sequence[tuple[int, partition.Observed]]
     ) -> list[records.Record]:
-        """Return the one decision on each transaction, which a request may have had first."""
+        """Return the one decision on each transaction; a request may have made it first."""
         now_ms = self._clock()
         paid = [seen.transaction for _, seen in accepted]
         old = [transaction for transaction in paid if self._claims.old(transaction, now_ms)]
@@ -210,7 +210,7 @@ class Sink:
 
 
 def _is_new(seen: partition.Observed) -> bool:
-    """Say whether nothing stands under this identity yet, in any life of the topic."""
+    """Return whether nothing is stored under this identity yet, in any life of the topic."""
     return seen.outcome not in (window.Outcome.DUPLICATE, window.Outcome.CONFLICT)
 
 

@@ -14,7 +14,7 @@ First = tuple[int, int] | None
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Commit:
-    """The group's commit of a partition; all but the offset stands in its metadata.
+    """The group's commit of a partition; all but the offset is in its metadata.
 
     Attributes:
         offset: Effects of records below it are stored.
@@ -22,8 +22,8 @@ class Commit:
         moved: As in `partition.Start`.
         epoch: Of the fences.
         count: How many partitions the topic had; None when the metadata are not ours.
-        first: Offset and timestamp of the log's first record then, which tell a topic from
-            another that was made later under its name; None when there was no record.
+        first: Offset and timestamp of the log's first record then, which distinguish the topic
+            from a later one of the same name; None when there was no record.
         known_from_ms: As in `partition.Start`.
         since_epoch: As in `partition.Start`.
     """
@@ -65,7 +65,7 @@ class Commit:
     def read(cls, offset: int, metadata: str, cluster: str) -> "Commit":
         """Read what `metadata` wrote in any version; fields that are not known are ignored.
 
-        Of what another cluster, another hand or a later version wrote only the offset stands.
+        Of what another cluster, another program or a later version wrote, only the offset is used.
         """
         try:
             told = orjson.loads(metadata) if metadata.startswith("{") else _numbered(metadata)
@@ -88,7 +88,7 @@ class Commit:
 
 
 def _numbered(metadata: str) -> dict[str, Any]:
-    """Read version 0 of a commit's metadata, where 0 and -1 stand for what is not known."""
+    """Read version 0 of a commit's metadata, where 0 and -1 mean unknown."""
     cluster, *numbers = metadata.split()
     frontier_ms, until_ms, former, epoch, count, at, stamp_ms, known_from_ms, since_epoch = map(
         int, numbers
@@ -113,11 +113,11 @@ def _pair(told: Sequence[Any]) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Log:
-    """What the brokers say of one partition.
+    """What the brokers say about one partition.
 
     Attributes:
         begin: Its first offset.
-        end: Behind its last one.
+        end: The offset after its last one.
         first: Offset and timestamp of its first record; None when there is none.
         count: How many partitions the topic has.
     """
@@ -128,13 +128,13 @@ class Log:
     count: int
 
     def ended(self, commit: Commit) -> bool:
-        """Say whether the commit is of a topic that was deleted and made again since."""
+        """Return whether the commit is of a topic that has been deleted and created again."""
         return commit.offset > self.end or differ(commit.first, self.first)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Facts:
-    """What the stores say of one partition, and what was asked of the brokers for its sake.
+    """What the stores know about one partition, and what the brokers were asked for it.
 
     Attributes:
         epoch: Of the fences from now on.
@@ -157,7 +157,7 @@ class Facts:
 
 
 def differ(before: First, now: First) -> bool:
-    """Say whether a log is another than before: a first record only ever moves forward."""
+    """Return whether a log is another one: the first record of one log only moves forward."""
     if before is None or now is None:
         return False
     return now[0] < before[0] or (now[0] == before[0] and now[1] != before[1])
@@ -177,10 +177,10 @@ def replay_from_ms(commit: Commit | None, spans: window.Spans, replay_span_ms: i
 def plan_start(
     log: Log, commit: Commit | None, spans: window.Spans, facts: Facts
 ) -> partition.Start:
-    """Return where to start; never behind an offset that can matter to a window at the commit.
+    """Return where to start; never after an offset that can matter to a window at the commit.
 
-    A window that the log alone cannot fill is seeded; one that nothing can fill is doubted, by
-    `known_from_ms`.
+    A window that the log alone cannot fill is seeded; `known_from_ms` casts doubt on one that
+    nothing can fill.
     """
     frontier_ms = commit.frontier_ms if commit else None
     committed = commit.offset if commit else 0
@@ -197,7 +197,7 @@ def plan_start(
     # Remembered, because the store never had what was missing at the first reading.
     known_from_ms = commit.known_from_ms if commit else 0
     if (gap and begin > 0) or known_from_ms is None:
-        # Until there is a record to tell; what is gone may lie ahead of the clock by the skew.
+        # Until a record tells; what is gone may lie ahead of the clock by the skew.
         emptied_ms = max(facts.now_ms + spans.max_future_skew_ms, known_from_ms or 0)
         known_from_ms = None if log.end > log.begin else emptied_ms
     return partition.Start(
@@ -214,7 +214,7 @@ def plan_start(
 
 
 def lacks_rows(start: partition.Start, commit: Commit | None, spans: window.Spans) -> bool:
-    """Say whether the online store cannot have the rows of all whose windows are not empty.
+    """Return whether the online store cannot have the rows of all whose windows are not empty.
 
     Those who have not paid since the epoch rose have no row of it yet, and those whose payments
     were only imported have none at all.

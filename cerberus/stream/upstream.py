@@ -8,16 +8,17 @@ from cerberus.stream import sink
 _BREAK_RECORDS, _BREAK_S = 200, 60.0
 _SPLIT = (
     "records of one user are in several partitions: key every record with user_id as ASCII digits "
-    "and the default (murmur2) partitioner; where partitions were added it passes by itself"
+    "and the default (murmur2) partitioner; after partitions were added, this passes by itself"
 )
 
 
 class Upstream:
-    """Whoever writes the topic, judged by its records.
+    """Judges the topic's writers by their records.
 
     Args:
-        max_rejected_share: Of a minute's records, where they are 200 or more.
-        longest_ms: Of the windows: how long the values of a split user stay in doubt.
+        max_rejected_share: The most of a minute's records that may be refused, if they are 200
+            or more.
+        longest_ms: The longest window: how long the values of a split user stay in doubt.
     """
 
     def __init__(self, max_rejected_share: float, longest_ms: int) -> None:
@@ -31,12 +32,12 @@ class Upstream:
         self._judged.clear()
 
     def split(self) -> str:
-        """Note a record outside its user's partition; return what to say of it."""
+        """Note a record outside its user's partition; return what to say about it."""
         self._split_s = time.monotonic()
         return _SPLIT
 
     def splits(self) -> bool:
-        """Say whether a window may still hold such a record."""
+        """Return whether a window may still hold such a record."""
         return time.monotonic() - self._split_s <= self._longest_s
 
     def breaks_schema(self, batch: sink.Batch) -> str | None:
@@ -52,6 +53,6 @@ class Upstream:
             return None
         return (
             f"{refused} of {seen} records in a minute were refused, the last because "
-            f"{batch.rejected[-1][1] if rejected else 'of its form'}: consuming has stopped; mend "
+            f"{batch.rejected[-1][1] if rejected else 'of its form'}: consuming has stopped; fix "
             "the topic's writer, then restart with CERBERUS_MAX_REJECTED_SHARE=1 to set them aside"
         )
