@@ -1,9 +1,9 @@
-"""One decision a transaction: the first is claimed in Redis before anyone is told of it.
+"""One decision per transaction: the first one is claimed in Redis before it is returned.
 
 Whichever door comes first wins; the other door, repeats and concurrent requests get that decision.
-Redis vouches for what was claimed lately: within `claim_ms`, and since it was last emptied or began
-anew. What may have been decided before that is looked up in Postgres first, once the decisions of
-that moment have reached it. A claim takes about 1 kB.
+Redis vouches for recent claims: those made within `claim_ms` and since it was last emptied or
+restarted. What may have been decided earlier is looked up in Postgres first, once the decisions of
+that moment are stored there. A claim takes about 1 kB.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from cerberus.postgres import ledger
 log = logging.getLogger(__name__)
 
 _BUCKETS = 64
-# Longer than whoever judged a transaction young, or looked it up, may wait before it claims: else
-# the claim before could run out meanwhile. A write to Postgres has ended by then, too.
+# Longer than may pass between judging a transaction young, or looking it up, and claiming it; or an
+# earlier claim could expire in between. A write to Postgres has ended by then, too.
 _MARGIN_MS = 30_000
 _RENEWED = 50
 _WRITING_MS = 200
@@ -38,9 +38,10 @@ if not since or tonumber(since) < tonumber(ARGV[1]) then redis.call('SET', KEYS[
 return 1
 """
 
-# KEYS[1] the bucket's mark: since when, ms, all claims in it are here; the others: claims. ARGV:
-# now in ms, then for each claim its life in ms, what must be later than the mark, and its value.
-# Returns for each claim 1 taken, the value that stands already, or minus the mark: it is too young.
+# KEYS[1] is the bucket's mark: the time, ms, since which all its claims are here; the other keys
+# are claims. ARGV: now in ms, then for each claim its life in ms, what must be later than the mark,
+# and its value. Returns for each claim 1 if it was taken, the value that stands already, or minus
+# the mark if that is too young.
 _CLAIM = """
 local since = redis.call('GET', KEYS[1])
 if not since then
@@ -67,8 +68,8 @@ return found
 """
 
 
-# ARGV: now in ms, the server's run, the marks' prefix, how many buckets, a token. A cluster's node
-# leaves the others' marks alone. The token makes a run that is set anew another value.
+# ARGV: now in ms, the server's run, the marks' prefix, the number of buckets, a token. A cluster's
+# node leaves the others' marks alone. The token gives a run that is set again another value.
 _RECOGNISE = """
 for bucket = 0, tonumber(ARGV[4]) - 1 do
   local mark = ARGV[3] .. '{' .. bucket .. '}'
@@ -87,10 +88,10 @@ return 1
 
 
 def recognise(config: settings.Settings, clock: clock.Clock = clock.now_ms) -> redis_pool.Connected:
-    """Return what looks, at each new connection, whether this server has begun anew.
+    """Return a hook that checks, at each new connection, whether this server was restarted.
 
-    One that was restarted or has taken over may have lost the last claims, so it vouches only for
-    those from now on. Where INFO is forbidden, that goes unnoticed.
+    A server that was restarted or has taken over may have lost the latest claims, so it vouches
+    only for claims from now on. Where INFO is forbidden, that goes unnoticed.
     """
     prefix = _prefix(config)
 
@@ -104,7 +105,7 @@ def recognise(config: settings.Settings, clock: clock.Clock = clock.now_ms) -> r
                 await connection.send_command("EVAL", _RECOGNISE, 0, *arguments, check_health=False)
                 await connection.read_response()
         except redis.exceptions.ClusterDownError:
-            raise  # it has begun anew: it is recognised when it takes part again
+            raise  # it was restarted, and is recognised when it takes part again
         except redis.exceptions.ResponseError as error:
             log.debug("Redis does not say which run it is: %s", error)
 
@@ -112,7 +113,7 @@ def recognise(config: settings.Settings, clock: clock.Clock = clock.now_ms) -> r
 
 
 def key(config: settings.Settings, decision_id: uuid.UUID) -> str:
-    """Return where a decision is claimed."""
+    """Return the key of a decision's claim."""
     return f"{_mark(config, decision_id.int % _BUCKETS)}:{decision_id.hex}"
 
 
@@ -121,7 +122,7 @@ def _prefix(config: settings.Settings) -> str:
 
 
 def _mark(config: settings.Settings, bucket: int) -> str:
-    return f"{_prefix(config)}{{{bucket}}}"  # in braces: what a cluster's keys are placed by
+    return f"{_prefix(config)}{{{bucket}}}"  # a cluster places keys by what is in braces
 
 
 class Claims:
@@ -131,7 +132,7 @@ class Claims:
         config: Settings.
         client: The shared pool of Redis.
         kept: Where decisions are looked up.
-        spoken: Returns the version that all readers of claims know.
+        spoken: Returns the version to write claims in.
         clock: The wall clock in ms since the Unix epoch.
     """
 
@@ -146,7 +147,7 @@ class Claims:
         self._claim_ms = config.decisions.claim_ms
         self._skew_ms = config.windows.max_future_skew_ms
         self._config = config
-        # What was answered when Redis lost its claims has reached Postgres after this.
+        # After this long, Postgres has what was answered when Redis lost its claims.
         self._settling_ms = 2 * config.decisions.flush_ms + _WRITING_MS
         self._since_ms = 0
         self._runs = [b""] * _BUCKETS
@@ -156,15 +157,15 @@ class Claims:
         self._clock = clock
 
     def old(self, transaction: transactions.Transaction, now_ms: int) -> bool:
-        """Say whether a claim may have run out, so that Postgres must be asked first."""
+        """Return whether a claim may have expired, so that Postgres must be asked first."""
         return transaction.event_ms - self._skew_ms <= now_ms - self._claim_ms
 
     async def look_up(
         self, wanted: Sequence[transactions.Transaction]
     ) -> dict[uuid.UUID, decision_records.Record]:
-        """Return what Postgres knows of transactions, by the decisions' names.
+        """Return the decisions on transactions that Postgres has, by their names.
 
-        Within a second after Redis has lost claims it waits for what was decided then.
+        Within a second after Redis has lost claims, it first waits for what was decided then.
 
         Raises:
             StoreUnavailable: Postgres did not answer.
@@ -175,18 +176,19 @@ class Claims:
         return await self._ledger.find(wanted)
 
     async def doubt(self, now_ms: int) -> None:
-        """Say that Redis may have lost claims: from now on it vouches for new ones only.
+        """Note that Redis may have lost claims: from now on it vouches for new ones only.
 
         Raises:
-            FeaturesUnavailable: Redis did not answer; say it again.
+            FeaturesUnavailable: Redis did not answer; call again.
         """
         marks = [_mark(self._config, bucket) for bucket in range(_BUCKETS)]
         await redis_pool.evaluate(self._client, [(_DOUBT, [mark], [now_ms]) for mark in marks])
 
     async def witness(self) -> str:
-        """Return what changes when a node of a Redis Cluster is emptied, begins anew or takes over.
+        """Return what changes when a node of a Redis Cluster is emptied, restarts or takes over.
 
-        The runs of all buckets' servers, in one round trip; one that is missing is set anew.
+        It is made of the runs of all buckets' servers, read in one round trip; a missing run is
+        set again.
 
         Raises:
             FeaturesUnavailable: Not every node answered within 2 s.
@@ -199,7 +201,7 @@ class Claims:
             pipe.get(name)
         _, *found = await redis_pool.answers(pipe.execute())
         runs: list[bytes] = found[::2]
-        # Who was only emptied is no other server: claims need not be doubted twice.
+        # A server that was only emptied is the same one: claims need not be doubted twice.
         self._runs = [run.partition(b"#")[0] for run in runs]
         return hashlib.sha256(b" ".join(runs)).hexdigest()[:16]
 
@@ -212,16 +214,14 @@ class Claims:
         *,
         brief: bool = False,
     ) -> list[decision_records.Record | None]:
-        """Return for each record, of a transaction each, the decision that stands.
-
-        In one round trip.
+        """Return for each record the decision that stands on its transaction, in one round trip.
 
         Args:
-            records: Decided, not yet told to anyone.
+            records: Decided, not yet returned to anyone; each has a transaction.
             now_ms: Wall clock.
-            looked_up: Names of those that Postgres did not know.
+            looked_up: Names of those that Postgres does not have.
             timeout_s: To wait for Redis.
-            brief: Whether Postgres will have those looked up soon.
+            brief: Whether those looked up will be in Postgres soon.
 
         Returns:
             The record itself where it was first, else the earlier one; None where Redis cannot
@@ -251,7 +251,7 @@ class Claims:
     ) -> list[decision_records.Record]:
         """Claim, looking up what Redis cannot vouch for, and return the decisions that stand.
 
-        For whoever stores them at once: what was looked up is claimed briefly, or a backlog's
+        For callers that store them at once: what was looked up is claimed briefly, or a backlog's
         claims would fill Redis.
 
         Raises:
@@ -267,7 +267,7 @@ class Claims:
             claimed = await self.claim(left, now_ms, names, brief=True)
             if None in claimed:
                 raise errors.NeedsOperator(
-                    "a claim in Redis is of a later version, or broken: wait until it has run out, "
+                    "a claim in Redis is of a later version or broken: wait until it has expired, "
                     "or update this process"
                 )
             known |= {r.decision_id: r for r in claimed if r is not None}
@@ -277,7 +277,7 @@ class Claims:
         return [stands for stands in found if stands is not None]
 
     async def renew(self, records: Sequence[decision_records.Record]) -> None:
-        """Let the claims of answers that Postgres does not have yet live on, and stand again.
+        """Extend the claims of answers that Postgres does not have yet; set missing ones again.
 
         Raises:
             FeaturesUnavailable: Redis did not answer; renew again.
@@ -315,7 +315,7 @@ class Claims:
             try:
                 return decision_records.unpack(answer)
             except ValueError as error:
-                # Not a reason to decide again: somebody may have been answered.
+                # Do not decide again: somebody may have been answered.
                 log.error("claim unreadable: %s", error, extra={"action": "claim_unreadable"})
                 return None
         if answer == 1:

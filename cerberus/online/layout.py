@@ -117,7 +117,7 @@ def decode(data: bytes) -> Scalar:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What serving must know of the applied registry.
+    """What serving must know about the applied registry.
 
     Attributes:
         project: Feast's project.
@@ -130,7 +130,7 @@ class Plan:
     schema: Mapping[str, Mapping[str, str]]
 
     def alive(self, view: str, stamp: bytes, now_ms: int) -> bool:
-        """Say whether a row stamped so may be served: `now − stamp ≤ ttl`, as in training.
+        """Return whether a row with this stamp may be served: `now − stamp ≤ ttl`, as in training.
 
         Feast's own online reads do not check this. A stamp ahead of `now` is alive: a stream's
         frontier may lead the clock by the allowed skew.
@@ -145,10 +145,10 @@ class Plan:
 
     @classmethod
     def load(cls, path: pathlib.Path) -> "Plan":
-        """Read what `pack` wrote, of a later version too: fields that are not known are ignored.
+        """Read what `pack` wrote, of a later version too: unknown fields are ignored.
 
         Raises:
-            ModelMismatch: saying how to make it anew.
+            ModelMismatch: The message says how to write it again.
         """
         try:
             told = orjson.loads(path.read_bytes())

@@ -11,12 +11,12 @@ from typing import Any
 from cerberus.features import fences
 from cerberus.online import pool as redis_pool
 
-MATERIALIZED = "cerberus:{materialized}"  # in braces: what a cluster's keys are placed by
+MATERIALIZED = "cerberus:{materialized}"  # a cluster places keys by what is in braces
 LOADING = f"{MATERIALIZED}:loading"
 
-# Of the topic's hash of partitions, KEYS[1]. ARGV: partition, epoch, offset, the trail that was
-# left and the one that was tried. Goes on unless the fence is older (0) or the trail is another
-# (-1); an empty one is not asked for.
+# KEYS[1] is the topic's hash of partitions. ARGV: partition, epoch, offset, the trail that was left
+# and the one that was tried. Goes on unless the fence is older (0) or the trail differs (-1); an
+# empty trail is not compared.
 _FENCED = """
 local stored = redis.call('HGET', KEYS[1], ARGV[1])
 local readable, s = pcall(cjson.decode, stored)
@@ -32,7 +32,7 @@ _LEAVE_TRAIL = f"""{_FENCED}
 redis.call('HSET', KEYS[1], 'trail:' .. ARGV[1], ARGV[6])
 return 1
 """
-# Further ARGV: state as JSON, whether to make what is not there, the number of partitions.
+# Further ARGV: state as JSON, whether to create a missing one, the number of partitions.
 _WRITE_STATE = f"""{_FENCED}
 if not (stored and readable) and ARGV[7] == '0' then return -1 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[6], 'count', ARGV[8])
@@ -44,8 +44,8 @@ return 1
 class Trail:
     """What the last write of a partition's rows left beside them.
 
-    A store that was restored to an earlier moment, as after a crash or a failover, has another
-    trail than its writer remembers, and has lost rows.
+    A store that was set back to an earlier moment, as by a crash or a failover, does not have the
+    trail that its writer remembers, and has lost rows.
 
     Attributes:
         left: Acknowledged; None before the first write.
@@ -115,19 +115,19 @@ class PartitionStates:
         trails: Mapping[int, Trail] = NO_TRAILS,
         create: bool = False,
     ) -> set[int]:
-        """Say who is live: the state of owned partitions and how many there are, fenced.
+        """Write the states of owned partitions and how many partitions there are, fenced.
 
         Args:
             count: How many partitions there are.
             states: Of those owned.
             trails: Of their rows.
-            create: Make the state of those that Redis does not know.
+            create: Whether to create states that Redis does not have.
 
         Returns:
-            The partitions of which Redis has lost rows: it does not know them, or not their trail.
+            The partitions of which Redis has lost rows: it lacks their state or their trail.
 
         Raises:
-            FeaturesUnavailable: not acknowledged within 2 s.
+            FeaturesUnavailable: Redis did not acknowledge within 2 s.
         """
         calls: list[redis_pool.Call] = []
         for number, state in states.items():
@@ -142,8 +142,8 @@ class PartitionStates:
     async def follow(self, witness: str) -> None:
         """Make the loss of one node of a cluster, which changes the witness, the loss of all.
 
-        States, trails and the sign that the batch views are loaded are forgotten when they stand
-        beside another witness; every owner notices that. Idempotent: yes.
+        States, trails and the mark that the batch views are loaded are deleted when another witness
+        stands beside them; every owner notices that. Idempotent: yes.
 
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s; follow again.
@@ -159,7 +159,7 @@ class PartitionStates:
             await redis_pool.answers(self._client.hset(self.key, "witness", new))
 
     async def read(self) -> dict[int, fences.PartitionState]:
-        """Read what the owners say of all partitions.
+        """Read what the owners say about all partitions.
 
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.

@@ -16,7 +16,7 @@ import redis.exceptions
 from cerberus import errors, settings
 
 CALL_S = 2.0
-"""Of a command to Redis."""
+"""Deadline of a command to Redis, s."""
 
 REDIS_DOWN = (
     TimeoutError,
@@ -37,7 +37,7 @@ def options(config: settings.Settings) -> dict[str, Any]:
         "socket_timeout": CALL_S,
         "socket_connect_timeout": CALL_S,
         "health_check_interval": 15,
-        "driver_info": None,  # else each connection reads files, then sends what 6.2 has not
+        "driver_info": None,  # else each connection reads files, then sends what 6.2 does not know
     }
     if config.redis.url.startswith("rediss://"):
         found["ssl"] = True
@@ -75,7 +75,7 @@ async def answers(command: Awaitable[Any], timeout_s: float = CALL_S) -> Any:
     """Await what Redis answers.
 
     Raises:
-        FeaturesUnavailable: It did not, in time.
+        FeaturesUnavailable: It did not answer in time.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -87,7 +87,7 @@ async def answers(command: Awaitable[Any], timeout_s: float = CALL_S) -> Any:
 
 
 async def evaluate(client: Any, calls: Sequence[Call], timeout_s: float = CALL_S) -> list[Any]:
-    """Run scripts in one round trip, in a few where a server has lost them.
+    """Run scripts in one round trip, or in a few if a server has lost them.
 
     Raises:
         FeaturesUnavailable: Redis did not answer in time.
@@ -96,7 +96,7 @@ async def evaluate(client: Any, calls: Sequence[Call], timeout_s: float = CALL_S
     async def call() -> list[Any]:
         pipe = client.pipeline(transaction=False)
         for script, keys, arguments in calls:
-            # Not `pipe.evalsha`: its cluster form refuses what the cluster itself can do.
+            # Not `pipe.evalsha`: its cluster form refuses what the cluster itself accepts.
             pipe.execute_command("EVALSHA", _sha(script), len(keys), *keys, *arguments)
         found: list[Any] = await answers(pipe.execute(), timeout_s)
         return found

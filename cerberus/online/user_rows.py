@@ -1,8 +1,8 @@
 """The online store: Redis in Feast's own layout, plus the service's keys under `cerberus:`.
 
-A user is one hash that all views share, so one HMGET reads all; a batch is one pipelined round
-trip. Rows are taken only when their fence is not older than the stored one, in one atomic step.
-Commands are those of Redis 6.2.
+All views of a user share one hash, so one HMGET reads them; a batch is one pipelined round trip. A
+row is taken only if its fence is not older than the stored one, in one atomic step. Commands are
+those of Redis 6.2.
 """
 
 import struct
@@ -24,11 +24,11 @@ _T = TypeVar("_T")
 _UNREADABLE = (ValueError, IndexError, struct.error)
 
 # KEYS[1] the user's hash. ARGV: the field of `recent`, epoch, offset, as_of_ms, then field and
-# value pairs. Returns 1 taken, 0 an older fence.
+# value pairs. Returns 1 if the row was taken, 0 if its fence is older.
 _WRITE_ROW = """
 local stored = redis.call('HGET', KEYS[1], ARGV[1])
 if stored and #stored > 25 then
-  local at = 2  -- behind the tag stands the length, seven bits a byte
+  local at = 2  -- the length follows the tag, seven bits a byte
   while string.byte(stored, at) > 127 do at = at + 1 end
   local _, epoch, offset, as_of = struct.unpack('>I1I4i8i8', stored, at + 1)
   local e, o, t = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -76,7 +76,7 @@ class OnlineStore:
         client: The shared pool.
         plan: What Feast's registry says of views, types and TTLs.
         spans: The window definition.
-        topic: Whose partitions are followed.
+        topic: The topic whose partitions are followed.
         patience_s: How long the owners of all partitions must have read a version of claims and
             commits, without interruption, before this process writes it.
 
@@ -147,8 +147,8 @@ class OnlineStore:
             home = transactions.partition_of(user_id, count) if count else 0
             state = states.get(home)
             if state is not None and state.count not in (0, count):
-                state = None  # who owned it before does not know who has moved there
-            # One user's broken value must not take the batch's other users with it.
+                state = None  # its former owner does not know who has moved there
+            # One user's broken value must not fail the batch's other users.
             stored: _Hash[bytes | None] = _Hash(*values)
             recent, broken_window = _readable(self._window, stored.window, stored.window_at, now_ms)
             score, broken_score = _readable(self._score, stored.credit, stored.credit_at, now_ms)
@@ -172,7 +172,7 @@ class OnlineStore:
         """Read the credit scores of distinct users in one round trip; None where there is none.
 
         Returns:
-            The scores, and whether they were loaded before and after: else one may be missing.
+            The scores, and whether they were loaded before and after; if not, one may be missing.
 
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.
@@ -196,13 +196,13 @@ class OnlineStore:
 
         Args:
             rows: Of one partition, when there is a trail.
-            trail: Followed and led on.
+            trail: Compared, then led on.
 
         Returns:
-            Whether Redis has lost earlier rows: it has not the trail.
+            Whether Redis has lost earlier rows, because it does not have the trail.
 
         Raises:
-            FeaturesUnavailable: not all was acknowledged within 2 s; write again.
+            FeaturesUnavailable: Not all was acknowledged within 2 s; write again.
         """
         calls: list[redis_pool.Call] = [
             (_WRITE_ROW, [self._key(row.user_id)], self._row_arguments(row)) for row in rows
@@ -211,17 +211,17 @@ class OnlineStore:
             await redis_pool.evaluate(self._client, calls)
             return False
         leave, left = self._partitions.leave(trail, rows[-1].partition, rows[-1].fence)
-        # Behind the rows: what loses one of them loses the trail.
+        # After the rows, so that what loses one of them loses the trail.
         led_on = (await redis_pool.evaluate(self._client, [*calls, leave]))[-1]
         if led_on == 1:
             trail.left = left
         return bool(led_on == -1)
 
     async def mark_split(self, newest: Mapping[int, int]) -> None:
-        """Say of users until when (ms) they have events outside their partition. Idempotent: yes.
+        """Record until when (ms) users have events outside their partition. Idempotent: yes.
 
         Raises:
-            FeaturesUnavailable: not all was acknowledged within 2 s; write again.
+            FeaturesUnavailable: Not all was acknowledged within 2 s; write again.
         """
         await redis_pool.evaluate(
             self._client, [(_MARK_SPLIT, [self._key(u)], [ms]) for u, ms in newest.items()]
@@ -235,7 +235,7 @@ class OnlineStore:
         trails: Mapping[int, partition_states.Trail] = partition_states.NO_TRAILS,
         create: bool = False,
     ) -> set[int]:
-        """Say who is live; see `PartitionStates.write`."""
+        """Write who is live; see `PartitionStates.write`."""
         return await self._partitions.write(count, states, trails=trails, create=create)
 
     async def follow(self, witness: str) -> None:
@@ -243,7 +243,7 @@ class OnlineStore:
         await self._partitions.follow(witness)
 
     async def states(self) -> dict[int, fences.PartitionState]:
-        """Read what the owners say of all partitions.
+        """Read what the owners say about all partitions.
 
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.
@@ -264,7 +264,7 @@ class OnlineStore:
             return None
         return (
             f"Redis evicts rows (maxmemory-policy {found['maxmemory-policy']}): "
-            "set it to noeviction, or users will look new and transactions be decided twice"
+            "set it to noeviction, or users will look new and transactions will be decided twice"
         )
 
     async def close(self) -> None:
