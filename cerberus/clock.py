@@ -1,4 +1,4 @@
-"""The wall clock: whoever reads the time is given it, so that a test can set it."""
+"""The wall clock. It is passed to everything that reads the time, so that a test can set it."""
 
 import time
 from collections.abc import Callable

@@ -30,7 +30,7 @@ class Record(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """A valid transaction, and what it was to the windows.
+    """A valid transaction and what the windows made of it.
 
     Attributes:
         transaction: As decoded.
@@ -211,7 +211,7 @@ class Partition:
         return {user_id: user.newest_ms for user_id, user in found.items() if user}
 
     def unseeded(self, user_ids: Iterable[int]) -> set[int]:
-        """Return which of the users may have events that only the store can tell of."""
+        """Return which of the users may have events that only the store has."""
         return set(user_ids) - self._seeded
 
     def seed(
@@ -220,12 +220,12 @@ class Partition:
         past: Iterable[transactions.Transaction] = (),
         imported: Iterable[transactions.Transaction] = (),
     ) -> None:
-        """Take in what was done before `origin`, then before any log: all, or a part of it.
+        """Add events from before `origin`, then from before any log: all, or a part of them.
 
         Args:
-            user_ids: Of whom nothing is missing after this; until then nobody is shown their rows.
-            past: What the log told before `origin`, of whomever.
-            imported: What no log has told, of whomever; after all of `past`.
+            user_ids: Users who miss nothing after this; until then their rows are not written.
+            past: The log's events before `origin`, of any users.
+            imported: Events that no log has, of any users; after all of `past`.
         """
         for transaction in past:
             self.windows.seed(transaction)
@@ -241,7 +241,7 @@ class Partition:
                 self._touch(user_id)
 
     def _meet(self, transaction: transactions.Transaction) -> None:
-        """Make room for what the log tells: it stands where the same was imported."""
+        """Make room for what the log tells: it replaces the same event where that was imported."""
         if not self._imported:
             return
         if not self.seeds_imported:
@@ -259,14 +259,14 @@ class Partition:
     def take(
         self, record: Record, verdict: transactions.Transaction | Rejected
     ) -> Observed | Rejected | None:
-        """Let the next record of the log take effect, the same at every door and every replay.
+        """Apply the next record of the log, in the same way at every door and every replay.
 
         Args:
             record: The next one of the log.
-            verdict: What `judge` said of it.
+            verdict: What `judge` returned for it.
 
         Returns:
-            What must be stored of it; None below the commit, where that is stored already.
+            What must be stored; None below the commit, where that is stored already.
         """
         if self.known_from_ms is None:
             # What the log no longer holds may be later than its first record by the slack.
@@ -287,7 +287,7 @@ class Partition:
         return Observed(verdict, outcome, self.fence, rank, row)
 
     def skip_to(self, position: int) -> None:
-        """Go past what is no record, such as the marker of a writer's transaction."""
+        """Pass what is not a record, such as the marker of a writer's transaction."""
         self.offset = max(self.offset, position)
 
     def resume(self, commit: int) -> None:
@@ -320,8 +320,8 @@ class Partition:
     ) -> Iterator[tuple[int, bytes, tuple[window.WindowStats, ...]]]:
         """Yield (user id, packed window, aggregates) as of the fence.
 
-        Only of those with any event, and whose home this is: another partition's row would stand
-        in the way of the home's.
+        Only for users with events whose home this is: a row from another partition would stand in
+        the way of the home's.
         """
         windows, fence = self.windows, self.fence
         lower_ms = max(fence.as_of_ms - windows.spans.keep_ms, self.known_from_ms or -1)
@@ -333,7 +333,7 @@ class Partition:
                 yield user_id, packed, windows.stats(user_id, fence.as_of_ms)
 
     def state(self) -> fences.PartitionState:
-        """Return what those who read its rows must know of the prefix.
+        """Return what readers of its rows need to know about the prefix.
 
         While it replays, the offset is the commit: the rows of that prefix are stored.
         """

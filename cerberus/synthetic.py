@@ -1,8 +1,8 @@
-"""A seeded population and its traffic: for a living demonstration, never for a claim of detection.
+"""A seeded population and its traffic: for demonstrations, never for claims about detection.
 
 Amounts are 5 to 150 for genuine transactions and 5,000 to 10,000 for the 5 % that are fraud, so
 a rule on the amount alone finds nearly all: what a model scores on this traffic measures the
-generator. Labels never ride in a transaction: frauds are found out later, the others never told of.
+generator. A transaction never carries its label: frauds are reported later, the others never.
 """
 
 import random
@@ -19,7 +19,7 @@ MERCHANTS = 200
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A transaction and the truth about it, which reaches the service apart and later."""
+    """A transaction and the truth about it, which reaches the service separately and later."""
 
     transaction: transactions.Transaction
     fraud: bool
@@ -32,7 +32,7 @@ def credit_score(user_id: int, seed: int) -> int:
 
 
 def found_out(fraud: transactions.Transaction, seed: int, mean_s: float) -> labels.Label:
-    """Draw when a fraud is found out, exponentially late, and as what; the same for each seed."""
+    """Draw when a fraud is found out, exponentially late, and its label; a seed repeats both."""
     draw = random.Random(f"label {seed} {fraud.transaction_id}")
     late_ms = round(draw.expovariate(1.0) * mean_s * 1000)
     label = labels.CHARGEBACK if draw.random() < CHARGEBACK_SHARE else labels.FRAUD

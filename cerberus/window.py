@@ -99,7 +99,7 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Events in order, each field of shape (n,); `totals` runs on from the cents `before`."""
+    """Events in order, each field of shape (n,); `totals` continues from the cents `before`."""
 
     times: npt.NDArray[np.int64]
     totals: npt.NDArray[np.int64]
@@ -176,7 +176,7 @@ class UserWindow:
         return WindowStats(stop - start, self._total_before(stop) - self._total_before(start))
 
     def remove(self, event_ms: int, id_hash: int) -> None:
-        """Take an event out again, if it is here. Cost: O(n)."""
+        """Remove an event, if it is here. Cost: O(n)."""
         ids, totals = self.ids, self.totals
         start = bisect_left(self.times, event_ms, self._head)
         stop = bisect_right(self.times, event_ms, start)
@@ -193,7 +193,7 @@ class UserWindow:
             return
         head = self._head = bisect_right(self.times, until_ms, self._head)
         if head >= _COMPACT_AT and head * 2 >= len(self.times):
-            # Totals begin again at zero, or a busy user's would leave 64 bits one day.
+            # Totals restart at zero, or a busy user's would overflow 64 bits one day.
             np.frombuffer(self.totals, np.int64)[:] -= self.totals[head - 1]
             for column in (self.times, self.totals, self.ids, self.merchants):
                 del column[:head]
@@ -202,7 +202,7 @@ class UserWindow:
     def columns(self, after_ms: int, until_ms: int = _FOR_EVER) -> "Columns":
         """Return the events of `(after_ms, until_ms]`, in order, without copying them.
 
-        The columns look into the state: let go of them before the next insert.
+        The columns are views of the state: release them before the next insert.
         """
         first = bisect_right(self.times, after_ms, self._head)
         end = bisect_right(self.times, until_ms, first)
@@ -233,7 +233,7 @@ class PartitionWindows:
         self._keep_ms = spans.keep_ms
         self._spans_ms = spans.spans_ms
         self._users: dict[int, UserWindow] = {}
-        # Each user stands in one bucket, that of the newest event when it was put there.
+        # Each user is in one bucket: that of its newest event when it was put there.
         self._buckets: dict[int, list[int]] = {}
         self._due: list[int] = []
 
@@ -242,11 +242,11 @@ class PartitionWindows:
 
     @property
     def users(self) -> Iterator[int]:
-        """The users who have something left."""
+        """The users with kept events."""
         return iter(self._users)
 
     def observe(self, transaction: transactions.Transaction) -> Outcome:
-        """Let the next transaction of the log take effect. Cost: amortised O(log n)."""
+        """Apply the next transaction of the log. Cost: amortised O(log n)."""
         event_ms = transaction.event_ms
         if event_ms > self.frontier_ms:
             self.frontier_ms = event_ms
@@ -276,18 +276,18 @@ class PartitionWindows:
         )
 
     def seed(self, transaction: transactions.Transaction) -> Outcome:
-        """Put in a transaction from before where reading began; moves no frontier."""
+        """Add a transaction from before reading began, without moving the frontier."""
         if transaction.event_ms <= self.lower_ms:
             return Outcome.EXPIRED
         return self._insert(transaction)
 
     def withdraw(self, transaction: transactions.Transaction) -> None:
-        """Take a transaction out again, as if it had never come; moves no frontier."""
+        """Remove a transaction as if it had never come, without moving the frontier."""
         if (user := self._users.get(transaction.user_id)) is not None:
             user.remove(transaction.event_ms, transaction.id_hash64)
 
     def stats(self, user_id: int, as_of_ms: int) -> tuple[WindowStats, ...]:
-        """Summarise one user's transactions in `(as_of − span, as_of]`, one entry a span.
+        """Summarise one user's transactions in `(as_of − span, as_of]`, one entry per span.
 
         Exact when `as_of − span ≥ lower_ms`. Equals a recomputation over the log's prefix, in any
         arrival order inside the slack.
@@ -317,7 +317,7 @@ class PartitionWindows:
         members.append(user_id)
 
     def _sweep(self) -> None:
-        """Drop users with nothing left; each user is looked at once a kept length."""
+        """Drop users with nothing left; each user is checked once per kept length."""
         gone = self.lower_ms // _SWEEP_MS
         while self._due and self._due[0] < gone:
             for user_id in self._buckets.pop(heapq.heappop(self._due)):

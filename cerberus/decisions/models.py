@@ -24,7 +24,7 @@ FRAUD, LEGIT = "FRAUD", "LEGIT"
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What stands beside a model file and says what it needs and what it is worth.
+    """The document beside a model file that says what it needs and how good it is.
 
     Attributes:
         features: Input names in column order.
@@ -37,7 +37,7 @@ class Manifest:
         seed: Of the simulation and of the training.
         data_range: First and last event time, RFC 3339.
         parameters: Of XGBoost.
-        xgboost_version: That trained it.
+        xgboost_version: The version that trained it.
         sha256: Of the model file.
     """
 
@@ -65,8 +65,8 @@ class Decision:
         probability: Calibrated probability of fraud, 0..1.
         prediction: FRAUD or LEGIT, by the model's own threshold.
         action: approve, review or decline, by the policy.
-        model_sha256: Which model said so.
-        policy_sha256: Which policy.
+        model_sha256: The model that made it.
+        policy_sha256: The policy that was applied.
     """
 
     row: evaluation.FeatureRow
@@ -79,7 +79,7 @@ class Decision:
 
 
 def manifest_path(model_path: pathlib.Path) -> pathlib.Path:
-    """Return where the manifest of a model file stands."""
+    """Return the path of a model file's manifest."""
     return model_path.with_suffix(".manifest.json")
 
 
@@ -114,11 +114,11 @@ class Model:
         spans: Sequence[str],
         policy_path: pathlib.Path = settings.POLICY_PATH,
     ) -> "Model":
-        """Load a model file and hold it against its manifest and the deployment's windows.
+        """Load a model file and check it against its manifest and the deployment's windows.
 
         Raises:
-            ModelMismatch: saying what does not fit and how to mend it.
-            ConfigError: naming what is wrong in the policy.
+            ModelMismatch: The message says what does not fit and how to fix it.
+            ConfigError: The message names what is wrong in the policy.
         """
         rules = policy.Policy.load(policy_path)
         mend = "train one with `python models/train_model.py` or set CERBERUS_MODEL"
@@ -143,7 +143,7 @@ class Model:
         """Make a model from the bytes of its file.
 
         Raises:
-            ValueError: It is no model, or not its manifest's.
+            ValueError: It is not a model, or not the manifest's.
         """
         booster = xgboost.Booster({"nthread": 1})
         try:
@@ -160,7 +160,7 @@ class Model:
         return self.manifest.sha256
 
     def decide(self, rows: Sequence[evaluation.FeatureRow]) -> list[Decision]:
-        """Decide a batch; a row's decision does not depend on the others, to the bit."""
+        """Make decisions on a batch; a row's does not depend on the others, bit by bit."""
         if not rows:
             return []
         margin = self._booster.inplace_predict(
@@ -186,7 +186,7 @@ class Model:
 
 
 def read_manifest(content: bytes) -> Manifest:
-    """Read what stands beside a model file; fields that are not known are ignored.
+    """Read a manifest; unknown fields are ignored.
 
     Raises:
         TypeError, ValueError: It is not a manifest of this version.

@@ -20,10 +20,10 @@ class Policy:
     """Thresholds on the calibrated probability, and what a doubtful answer may approve.
 
     Attributes:
-        review_at: From this probability on somebody looks at it, 0..1.
-        decline_at: From this one on it is declined; not below `review_at`.
+        review_at: At or above this probability a person looks at it, 0..1.
+        decline_at: At or above this one it is declined; not below `review_at`.
         approve_degraded_minor: The most that is approved while an answer is degraded, cents.
-        sha256: Its version: of the file, hexadecimal.
+        sha256: Its version: the SHA-256 of the file, hexadecimal.
         content: The file.
     """
 
@@ -38,7 +38,7 @@ class Policy:
         """Read a policy file.
 
         Raises:
-            ConfigError: naming the field that is wrong.
+            ConfigError: The message names the field that is wrong.
         """
         try:
             return cls.parse(path.read_bytes())
@@ -52,7 +52,7 @@ class Policy:
         """Read the content of a policy file.
 
         Raises:
-            ValueError: naming the field that is wrong.
+            ValueError: The message names the field that is wrong.
         """
         told = orjson.loads(content)
         if not isinstance(told, dict):
@@ -69,7 +69,7 @@ class Policy:
     def decide(self, probability: float, amount_minor: int | None, degraded: Sequence[str]) -> str:
         """Return approve, review or decline.
 
-        What is degraded is approved up to the cap only; an amount that is not known is above it.
+        A degraded answer approves up to the cap only; an unknown amount counts as above it.
         """
         if probability >= self.decline_at:
             return DECLINE

@@ -1,4 +1,4 @@
-"""A decision with all that it was taken from: claimed, stored, published, shown, and repeatable."""
+"""A decision with all its inputs: it is claimed, stored, published, shown, and can be repeated."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from cerberus.features import declared, evaluation, fences
 
 HTTP, STREAM = "http", "stream"
 VERSION = 1
-"""Of the bytes of a record that `Record.pack` writes for other processes."""
+"""The version of the bytes that `Record.pack` writes for other processes."""
 COLUMNS = {
     "decision_id": "uuid",
     "as_of_ms": "bigint",

@@ -1,7 +1,7 @@
 """The features that are computed, declared once: their names, types and places.
 
-Whatever names a feature takes it from here: the model's inputs, Feast's views and fields, Postgres'
-columns, answers and their schema. Pure.
+Everything that names a feature reads it from here: the model's inputs, Feast's views and fields,
+Postgres' columns, answers and their schema. Pure.
 """
 
 import functools

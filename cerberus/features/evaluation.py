@@ -34,7 +34,7 @@ class FeatureRow:
     """The inputs of one decision, with all that is needed to judge and repeat it.
 
     Attributes:
-        user_id: Whose.
+        user_id: The user.
         as_of_ms: The moment that the values describe.
         stats: One entry a span, exact integers; None when they cannot be had.
         credit_score: 300 to 850; None when unknown or expired.
@@ -73,7 +73,7 @@ class OnlineRow:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """By what rows are evaluated.
+    """The rules by which rows are evaluated.
 
     Attributes:
         spans: The window definition.

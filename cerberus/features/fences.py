@@ -1,4 +1,4 @@
-"""Which prefix of a partition's log a row describes, and what a partition's owner says of it."""
+"""Which prefix of a partition's log a row describes, and what a partition's owner says about it."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,21 +35,21 @@ class Fence(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PartitionState:
-    """What the owner of a partition says of it, refreshed at least each second.
+    """What the owner of a partition says about it, refreshed at least each second.
 
     Attributes:
         epoch: As in `Fence`.
-        offset: Where the owner stands.
+        offset: Where the owner's prefix ends (exclusive).
         state: `LIVE`, or the `Doubt` that it is replaying (windows up to the commit), rebuilding (a
             new epoch) or restoring (what the store has lost).
-        caught_up_ms: Wall clock at which the owner last stood at the log's end.
+        caught_up_ms: Wall clock at which the owner was last at the log's end.
         known_from_ms: Events at or before this time may be missing, because the log began later.
         progress: Share of the replay that is done, 0..1.
         moved_ms: Events at or before it may be in another partition, if the user's was another
             when there were `former` partitions.
         former: How many partitions there were before the number last changed; 0 when unknown.
         count: How many there are.
-        version: As `SPOKEN` of its owner; 0 for releases that do not tell it.
+        version: `SPOKEN` of its owner; 0 for releases that do not write it.
     """
 
     epoch: int
