@@ -17,7 +17,7 @@ from aiokafka.admin import NewPartitions
 from cerberus import assembly, kafka, settings, stack, window
 from cerberus.features import declared
 from cerberus.jobs import feast as feast_store
-from cerberus.learning import training
+from cerberus.learning import simulation, training
 from cerberus.online import layout, user_rows
 from cerberus.online import pool as redis_pool
 from cerberus.postgres import pool as postgres_pool
@@ -253,7 +253,7 @@ async def opened(
 def pin_model(config: settings.Settings, spans: window.Spans) -> layout.Plan:
     """Train a small model where the settings want one, and write the plan beside it."""
     training.train(
-        training.Plan(spans=config.windows.spans, events=3_000), config.model.path, lambda _: None
+        simulation.Plan(spans=config.windows.spans, events=3_000), config.model.path, lambda _: None
     )
     plan = layout.Plan(
         project=layout.PROJECT,

@@ -13,7 +13,7 @@ from changes import changed, rebuilt
 from cerberus import assembly, clock, kafka, settings, supervision, transactions, window
 from cerberus.api import routes
 from cerberus.features import declared, evaluation
-from cerberus.learning import training
+from cerberus.learning import simulation, training
 from cerberus.online import layout
 from cerberus.serving import predictor
 from cerberus.telemetry import metrics
@@ -149,7 +149,7 @@ class World:
 def trained(environ, directory, spans):
     """Train a small model of these windows, and add to the settings that it decides."""
     model_path = directory / "fraud_model.json"
-    training.train(training.Plan(spans=spans, events=3_000), model_path, lambda line: None)
+    training.train(simulation.Plan(spans=spans, events=3_000), model_path, lambda line: None)
     keep_ms = window.Spans(spans).keep_ms
     views = {"user_window": keep_ms, "user_transaction_stats": keep_ms, "user_credit": 0}
     schema = {declared.STATS_VIEW: dict.fromkeys(declared.names(declared.streamed(spans)), "")}

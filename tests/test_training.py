@@ -21,9 +21,9 @@ import cerberus.__main__
 from cerberus import settings, synthetic, transactions
 from cerberus.decisions import models
 from cerberus.features import declared
-from cerberus.learning import training
+from cerberus.learning import measures, simulation, training
 
-SMALL = training.Plan(events=20_000)
+SMALL = simulation.Plan(events=20_000)
 SPAN_MS = 600_000
 START_MS = 1_800_000_000_000
 SCRIPT = pathlib.Path(__file__).parent.parent / "models" / "train_model.py"
@@ -31,7 +31,7 @@ SCRIPT = pathlib.Path(__file__).parent.parent / "models" / "train_model.py"
 
 @pytest.fixture(scope="module")
 def parts():
-    return list(training.examples(SMALL))
+    return list(simulation.examples(SMALL))
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def history():
     """Repeat the traffic behind SMALL, per user in order of time, without the stream's code."""
     people = synthetic.Population(SMALL.sample, 1000, "USD", SMALL.seed)
     users = collections.defaultdict(list)
-    phases = [*training.RATES * 3, None, *training.RATES, None, *training.RATES]
+    phases = [*simulation.RATES * 3, None, *simulation.RATES, None, *simulation.RATES]
     for i, rate in enumerate(phases):
-        start_ms = training.START_MS + i * SPAN_MS
+        start_ms = simulation.START_MS + i * SPAN_MS
         for paid in people.traffic(start_ms, rate * SMALL.sample / 1000) if rate else ():
             if paid.transaction.event_ms >= start_ms + SPAN_MS:
                 break
@@ -122,10 +122,10 @@ def test_a_genuine_transaction_within_ten_minutes_of_the_users_fraud_is_labelled
 
 
 def test_a_sample_of_the_users_keeps_the_rate_per_user():
-    assert training.Plan().sample == 1000
-    long = training.Plan(spans=("10m", "1h"))
+    assert simulation.Plan().sample == 1000
+    long = simulation.Plan(spans=("10m", "1h"))
     assert 100 < long.sample < 200
-    assert training.Plan(events=10**9).sample == 1000
+    assert simulation.Plan(events=10**9).sample == 1000
 
 
 labelled = st.lists(
@@ -146,7 +146,7 @@ def test_auc_is_the_share_of_pairs_in_the_right_order(rows):
         for is_good, good in rows
         if is_bad and not is_good
     ]
-    assert training.auc(*_columns(rows)) == pytest.approx(sum(pairs) / len(pairs))
+    assert measures.auc(*_columns(rows)) == pytest.approx(sum(pairs) / len(pairs))
 
 
 @given(labelled)
@@ -156,7 +156,7 @@ def test_average_precision_is_precision_over_the_gain_in_recall(rows):
         flagged = [fraud for fraud, score in rows if score >= cut]
         expected += sum(flagged) / len(flagged) * (sum(flagged) - hits_before) / total
         hits_before = sum(flagged)
-    assert training.average_precision(*_columns(rows)) == pytest.approx(expected)
+    assert measures.average_precision(*_columns(rows)) == pytest.approx(expected)
 
 
 @given(labelled)
@@ -169,30 +169,30 @@ def test_the_threshold_has_the_greatest_f1_of_all_cuts(rows):
     values = sorted({score for _, score in rows})
     cuts = [(low + high) / 2 for low, high in itertools.pairwise(values)]
     if cuts:
-        assert f1(training.threshold(*_columns(rows))) == pytest.approx(max(map(f1, cuts)))
+        assert f1(measures.threshold(*_columns(rows))) == pytest.approx(max(map(f1, cuts)))
 
 
 def test_of_equal_thresholds_the_middle_of_the_widest_gap_is_taken():
     fraud = np.array([False, False, True, True, True])
-    assert training.threshold(fraud, np.array([0.0, 0.1, 0.7, 0.8, 1.0])) == pytest.approx(0.4)
+    assert measures.threshold(fraud, np.array([0.0, 0.1, 0.7, 0.8, 1.0])) == pytest.approx(0.4)
     # The cuts below .9 and below .6 both have F1 = 2/3.
     fraud = np.array([True, False, False, True, False])
-    assert training.threshold(fraud, np.array([0.9, 0.8, 0.7, 0.6, 0.1])) == pytest.approx(0.35)
+    assert measures.threshold(fraud, np.array([0.9, 0.8, 0.7, 0.6, 0.1])) == pytest.approx(0.35)
 
 
 def test_the_measures_of_a_case_computed_by_hand():
     fraud, p = np.array([True, False, True, False]), np.array([0.9, 0.8, 0.7, 0.1])
-    assert training.auc(fraud, p) == pytest.approx(3 / 4)
-    assert training.average_precision(fraud, p) == pytest.approx(1 / 2 + 2 / 3 / 2)
-    assert training.brier(fraud, p) == pytest.approx((0.01 + 0.64 + 0.09 + 0.01) / 4)
-    assert training.calibration_error(fraud, p) == pytest.approx((0.1 + 0.8 + 0.3 + 0.1) / 4)
+    assert measures.auc(fraud, p) == pytest.approx(3 / 4)
+    assert measures.average_precision(fraud, p) == pytest.approx(1 / 2 + 2 / 3 / 2)
+    assert measures.brier(fraud, p) == pytest.approx((0.01 + 0.64 + 0.09 + 0.01) / 4)
+    assert measures.calibration_error(fraud, p) == pytest.approx((0.1 + 0.8 + 0.3 + 0.1) / 4)
 
 
 def test_the_calibration_error_weighs_bins_by_their_rows_and_keeps_one_in_the_last():
     fraud = np.array([True, False, True, False])
     p = np.array([0.55, 0.58, 0.95, 1.0])
-    assert training.calibration_error(fraud, p) == pytest.approx((0.13 + 0.95) / 4)
-    assert training.calibration_error(fraud, fraud.astype(float)) == 0
+    assert measures.calibration_error(fraud, p) == pytest.approx((0.13 + 0.95) / 4)
+    assert measures.calibration_error(fraud, fraud.astype(float)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(traine
     path, *_ = trained
     again, other = tmp_path / "again.json", tmp_path / "other.json"
     training.train(SMALL, again, lambda line: None)
-    training.train(training.Plan(events=20_000, seed=8), other, lambda line: None)
+    training.train(simulation.Plan(events=20_000, seed=8), other, lambda line: None)
     assert again.read_bytes() == path.read_bytes()
     assert models.manifest_path(again).read_bytes() == models.manifest_path(path).read_bytes()
     assert other.read_bytes() != path.read_bytes()
@@ -230,7 +230,7 @@ def test_what_is_trained_loads_and_its_manifest_says_where_it_comes_from(trained
 
 def test_more_windows_are_one_argument_more(tmp_path):
     path, spans = tmp_path / "model.json", ("10m", "1h")
-    training.train(training.Plan(spans=spans, events=10_000), path, lambda line: None)
+    training.train(simulation.Plan(spans=spans, events=10_000), path, lambda line: None)
     model = models.Model.load(path, spans)
     assert model.manifest.features == declared.names(declared.inputs(spans))
 
@@ -263,7 +263,7 @@ def test_the_script_run_from_anywhere_gives_the_committed_model(tmp_path):
     for inexact in ("sha256", "xgboost_version", "calibrator", "threshold", "metrics"):
         del new[inexact], old[inexact]
     assert new == old
-    rows = [example.row for example in itertools.chain(*training.examples(SMALL))]
+    rows = [example.row for example in itertools.chain(*simulation.examples(SMALL))]
     decisions = [
         [d.probability for d in models.Model.load(p, ("10m",)).decide(rows)]
         for p in (path, settings.MODEL_PATH)

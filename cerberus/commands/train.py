@@ -20,10 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; return 0, or 1 when the files cannot be written."""
-    from cerberus.learning import training  # a second of imports that no other command needs
+    from cerberus.learning import (
+        simulation,
+        training,
+    )  # a second of imports that no other command needs
 
     try:
-        training.train(training.Plan(spans=arguments.spans, seed=arguments.seed), arguments.out)
+        training.train(simulation.Plan(spans=arguments.spans, seed=arguments.seed), arguments.out)
     except OSError as error:
         print(f"cannot write the model: {error}; give another --out", file=sys.stderr)
         return 1
