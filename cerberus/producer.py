@@ -117,7 +117,7 @@ class Producer:
         self._told_ms = now_ms
         if due := await self._postgres.labels.due(now_ms):
             await _deliver(client, [_label(self._config, label, now_ms) for label in due])
-            await self._postgres.labels.told(due)
+            await self._postgres.labels.published(due)
 
 
 @contextlib.asynccontextmanager

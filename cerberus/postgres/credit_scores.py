@@ -31,11 +31,11 @@ class CreditScores:
         self._pool = pool
 
     async def were_served(self) -> bool:
-        """Say whether any were ever loaded to the online store."""
+        """Say whether any score was ever loaded into the online store."""
         async with postgres_pool.connection(self._pool) as connection:
             return bool(await connection.fetchval(_WERE_SERVED))
 
     async def seed(self, scores: Sequence[tuple[int, int]], at: datetime.datetime) -> None:
-        """Add (user id, score) rows that hold from `at` on. Idempotent: yes, existing rows stay."""
+        """Add (user id, score) rows, valid from `at` on. Idempotent: yes, existing rows stay."""
         async with postgres_pool.connection(self._pool) as connection:
             await connection.execute(_SEED, at, *postgres_pool.columns(scores, 2))

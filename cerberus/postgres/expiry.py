@@ -1,4 +1,4 @@
-"""What is older than is kept leaves Postgres, whole months at a time.
+"""Removal of rows older than the retention from Postgres, whole months at a time.
 
 Calls raise `StoreUnavailable` when Postgres does not answer within 10 s.
 """
@@ -20,30 +20,30 @@ _ROWS = {f"{table}_default": f"{column} < $1" for table, column in months.TABLES
     _STATS: f"event_timestamp < {_TIME.format('$1')}",
     "labels": "labelled_ms < $1",
 }
-"""What lies in no month's partition, and which rows of it are older than $1."""
+"""Tables without a partition for each month, and the condition for rows older than $1."""
 _DUE = {table: f"SELECT EXISTS (SELECT FROM {table} WHERE {_ROWS[table]})" for table in _ROWS} | {
     _STATS: "SELECT NOT EXISTS (SELECT FROM retention "
     f"WHERE table_name = '{_STATS}' AND kept_from_ms >= $1)"
 }
-"""Whether a table is to be read: the history once a month, for an index would cost each event."""
+"""Whether a table has to be read; the history once a month: an index would slow every event."""
 _WITH = {
     "transactions_default": f"DELETE FROM {_STATS} AS s USING gone WHERE s.user_id = gone.user_id "
     f"AND s.event_timestamp >= {_TIME.format('gone.event_ms')} "
     f"AND s.event_timestamp < {_TIME.format('(gone.event_ms + 1)')}"
 }
-"""So what comes late there is found by the transaction that was stored with it."""
+"""Late rows of the history are found through the transaction that was stored with them."""
 _CLEAR = f"""
 INSERT INTO retention (table_name, kept_from_ms) VALUES ('{_STATS}', $1)
 ON CONFLICT (table_name) DO UPDATE SET kept_from_ms = excluded.kept_from_ms
 """
 BY_MONTH = tuple(months.TABLES)
-"""Tables of which whole months are dropped."""
+"""Tables whose whole months are dropped."""
 BY_ROW = tuple(_ROWS)
-"""Tables of which rows are deleted."""
+"""Tables whose rows are deleted."""
 
 
 class Expiry:
-    """Removes what is older than is kept. Every call is idempotent.
+    """Removes rows older than the retention. Every call is idempotent.
 
     Args:
         pool: The shared pool.
@@ -53,22 +53,26 @@ class Expiry:
         self._pool = pool
 
     async def drop(self, table: str, before: datetime.datetime) -> bool:
-        """Drop the months of one of `BY_MONTH` that were over at `before`, which begins one.
+        """Drop the months of a table in `BY_MONTH` that end at or before `before`.
+
+        Args:
+            table: One of `BY_MONTH`.
+            before: The first moment of a month.
 
         Returns:
-            Whether all were dropped: at one that stays in use it ends, after 8 s.
+            Whether all were dropped. It stops at the first one that stays in use for 8 s.
         """
         async with postgres_pool.connection(self._pool) as connection:
             dropped, all_gone = await months.drop(connection, table, before)
         for name in dropped:
-            log.info("%s is dropped", name, extra={"action": "month_dropped"})
+            log.info("dropped %s", name, extra={"action": "month_dropped"})
         return all_gone
 
     async def clear(self, table: str, before: datetime.datetime) -> AsyncGenerator[int, None]:
-        """Delete the rows of one of `BY_ROW` that are older than `before`.
+        """Delete the rows of a table in `BY_ROW` that are older than `before`.
 
         Yields:
-            How many rows each statement has deleted; nothing for a table that has nothing old.
+            How many rows each statement has deleted; nothing for a table without old rows.
         """
         before_ms, count = months.to_ms(before), 0
         async with postgres_pool.connection(self._pool) as connection:
@@ -80,4 +84,4 @@ class Expiry:
                 yield deleted
             if table == _STATS:
                 await connection.execute(_CLEAR, before_ms)
-        log.info("%s: %d rows removed", table, count, extra={"action": "rows_removed"})
+        log.info("%s: removed %d rows", table, count, extra={"action": "rows_removed"})

@@ -1,6 +1,6 @@
-"""Facts in Postgres: transactions, the history of windows that Feast reads, and how far both are.
+"""Facts in Postgres: transactions, the history of windows that Feast reads, and log positions.
 
-Every write is idempotent: a replay or a zombie writes the same rows or older ones, which lose.
+Every write is idempotent: a replay or a zombie writes the same rows, or older ones, which lose.
 Calls raise `StoreUnavailable` when Postgres does not answer within 10 s.
 """
 
@@ -17,7 +17,7 @@ from cerberus.postgres import ledger, schema
 from cerberus.postgres import pool as postgres_pool
 
 IMPORTED = "import"
-"""Stands for the topic of a transaction that is in no log."""
+"""The topic of a transaction that is in no log."""
 _PAGE = 2_000
 _WRITE_TRANSACTIONS = """
 INSERT INTO transactions AS t (topic, user_id, event_ms, transaction_id, amount_minor, currency,
@@ -84,10 +84,10 @@ class Prefix:
     """What one partition of a log holds before a fence.
 
     Attributes:
-        topic: Of the log.
-        partition: Of the topic.
+        topic: The log's topic.
+        partition: Number of the partition.
         fence: Its epoch and offset end the prefix.
-        since_epoch: What was stored under an epoch from this one on is of the same log.
+        since_epoch: Rows stored under this epoch or a later one belong to the same log.
     """
 
     topic: str
@@ -124,13 +124,13 @@ class Facts:
         stats: Sequence[StatsFact],
         decided: Sequence[records.Record],
     ) -> None:
-        """Store a batch in one statement, so all or nothing. Idempotent: yes. Cost: 30 µs a fact.
+        """Store a batch in one statement: all or nothing. Idempotent: yes. Cost: 30 µs a fact.
 
-        A transaction of several statements would hold its locks, and keep the partitions' next
-        owner waiting, for as long as a process is frozen between two of them.
+        If a process froze between two statements of a transaction, the transaction would hold its
+        locks and block the partitions' next owner for as long.
 
-        Of several facts with one identity the lowest offset of the newest epoch stands; of several
-        rows for one user and moment the greatest fence; of several decisions the first.
+        Of several facts with one identity, the lowest offset of the newest epoch wins; of several
+        rows for one user and moment, the greatest fence; of several decisions, the first.
         """
         query, arguments = postgres_pool.together(
             (_WRITE_TRANSACTIONS, [topic, *_transaction_columns(facts)]),
@@ -148,9 +148,9 @@ class Facts:
         )
 
     def seed(self, before: Prefix, after_ms: int, user_ids: Collection[int] | None = None) -> Pages:
-        """Yield what happened after `after_ms` in a log's prefix; all users when None.
+        """Yield the transactions after `after_ms` in a log's prefix; all users when None.
 
-        In no order, all as it stood at the start. Deadline: 10 s a page.
+        They come in no order, from one snapshot. Deadline: 10 s a page.
         """
         fence = before.fence
         epochs = (before.since_epoch, fence.epoch)
@@ -160,7 +160,7 @@ class Facts:
     def imported(
         self, after_ms: int, until_ms: int, user_ids: Collection[int] | None = None
     ) -> Pages:
-        """Yield what was imported of `(after_ms, until_ms]` as `seed` does; all users when None."""
+        """Yield the imported transactions in `(after_ms, until_ms]`, as `seed` does."""
         return self._pages(_IMPORTED, (after_ms, until_ms), user_ids)
 
     async def _pages(
@@ -186,7 +186,7 @@ def _transaction_columns(facts: Sequence[TransactionFact]) -> list[list[Any]]:
 
 
 def _position_columns(facts: Sequence[TransactionFact]) -> list[list[Any]]:
-    """Lay out how far each partition is stored: one behind the last record."""
+    """Lay out how far each partition is stored: the offset after the last record."""
     return postgres_pool.columns([(f.epoch, f.partition, f.log_offset + 1) for f in facts], 3)
 
 

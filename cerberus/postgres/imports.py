@@ -1,8 +1,8 @@
-"""What happened before the log, in Postgres: facts, their history for Feast, and how far files are.
+"""Imported data in Postgres: facts from before the log, their history for Feast, files' progress.
 
-An imported transaction is a row of `transactions` under topic "import": epoch 0, its line as the
-offset. So every row of the log wins over it. Calls raise `StoreUnavailable` when Postgres does not
-answer in time.
+An imported transaction is a row of `transactions` under topic "import", with epoch 0 and its line
+as the offset, so every row of the log wins over it. Calls raise `StoreUnavailable` when Postgres
+does not answer in time.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ UPDATE imports SET rows_done = $2, lines_done = $3, bytes_done = $4, added = $5,
     rejects_bytes = $7, finished_at = CASE WHEN $8 THEN clock_timestamp() END
 WHERE fingerprint = $1
 """
-# Of several rows of one identity the first stands.
+# Of several rows with one identity, the first wins.
 _ADD_TRANSACTIONS = f"""
 WITH given AS (
     SELECT * FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::bigint[], $5::text[],
@@ -52,7 +52,7 @@ WITH given AS (
 )
 SELECT count(*) FROM added
 """
-# Known when they happened: that is when they had reached the bank.
+# `seen_ms` is the label's own time: that is when the bank knew it.
 _ADD_LABELS = """
 WITH added AS (
     INSERT INTO labels (transaction_id, user_id, label, source, labelled_ms, seen_ms)
@@ -75,8 +75,9 @@ WITH added AS (
 )
 SELECT count(*) FROM added
 """
-# `near` reaches back over the longest window, and ahead to the last event that one of these is in.
-# A frame by time holds all of a millisecond; those behind the row in its order are taken out again.
+# `near` reaches back over the longest window, and ahead to the last event whose window holds a new
+# row. A frame by time includes the whole millisecond, so rows that come after the current one
+# within it are subtracted again.
 _COMPUTE = """
 WITH due AS (
     DELETE FROM history_due WHERE user_id IN (
@@ -116,7 +117,7 @@ Position = tuple[int, int, int]
 
 
 class Score(NamedTuple):
-    """A credit score, which holds from `event_ms` on."""
+    """A credit score, valid from `event_ms` on."""
 
     user_id: int
     event_ms: int
@@ -125,14 +126,14 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a file is.
+    """How far the import of a file is.
 
     Attributes:
         position: How many rows, lines and bytes of it are stored.
-        added: Rows that were not there before.
-        rejected: Rows that were refused.
-        rejects_bytes: How much of the file of rejects tells of them.
-        finished: Whether nothing is left.
+        added: How many rows were new.
+        rejected: How many rows were rejected.
+        rejects_bytes: Length of the file of rejects that describes them.
+        finished: Whether the whole file is imported.
     """
 
     position: Position = (0, 0, 0)
@@ -143,10 +144,10 @@ class Progress:
 
 
 class Imports:
-    """Writes what was imported, and `imports`: how far each file is.
+    """Writes imported rows, and each file's progress to `imports`.
 
     Args:
-        pool: The shared pool; the tables are there.
+        pool: The shared pool; the tables must exist.
         spans: Names of the windows, such as ("10m",).
     """
 
@@ -156,7 +157,7 @@ class Imports:
         self._compute = _computing(window.Spans(tuple(spans)))
 
     async def begin(self, fingerprint: str, kind: str, name: str, size_bytes: int) -> Progress:
-        """Return how far a file is; it is noted when it is new."""
+        """Return how far a file is; a new file is recorded."""
         async with postgres_pool.connection(self._pool) as connection:
             found = await connection.fetchrow(_BEGIN, fingerprint, kind, name, size_bytes)
         position = (found["rows_done"], found["lines_done"], found["bytes_done"])
@@ -166,17 +167,17 @@ class Imports:
     async def store(
         self, fingerprint: str, kind: str, records: Sequence[tuple[int, Any]], progress: Progress
     ) -> Progress:
-        """Store records of a kind, each with its line, and how far their file is, in one go.
+        """Store records of a kind and the progress of their file in one transaction.
 
-        Idempotent: yes. Of transactions of one identity the first stands, and whatever the log
-        said; their history is due from then on. Labels and scores are known since they were given,
-        and since they hold.
+        Idempotent: yes. Of transactions with one identity the first wins, and a row of the log
+        wins over both; their history is due from then on. A label counts as known from its
+        `labelled_at` on, a score from its `timestamp` on.
 
         Args:
-            fingerprint: Of the file.
+            fingerprint: Identifies the file and how it is read.
             kind: "transactions", "labels" or "credit_scores".
-            records: Transactions, labels or `Score`s.
-            progress: How far the file is with them, but for what `added` rises by.
+            records: Transactions, labels or `Score`s, each with its line.
+            progress: How far the file is with them; `added` does not count them yet.
 
         Returns:
             The progress that was stored.
@@ -191,9 +192,9 @@ class Imports:
         return progress
 
     async def _make_months(self, times_ms: Collection[int]) -> None:
-        """Make partitions for the months of these times, where that can be done in some seconds.
+        """Make partitions for the months of these times, where it takes only seconds.
 
-        A month once begun in the default partition stays there.
+        A month that already has rows in the default partition stays there.
         """
         wanted = {months.of_ms(ms) for ms in times_ms} - self._months
         async with postgres_pool.connection(self._pool) as connection:
@@ -201,16 +202,16 @@ class Imports:
         self._months |= wanted
 
     async def due(self) -> int:
-        """Return for how many users the history must be computed."""
+        """Return how many users wait for their history to be computed."""
         async with postgres_pool.connection(self._pool) as connection:
             return int(await connection.fetchval("SELECT count(*) FROM history_due"))
 
     async def compute(self, users: int) -> int:
-        """Compute the history of up to that many users; return of how many it was.
+        """Compute the history of up to `users` users and return of how many it was computed.
 
-        One row an imported transaction, as `sink` writes it for one of the log that came in the
-        order of event times, by id within a millisecond: itself and all that is stored before it
-        counts. What the log's transactions left stays. Idempotent: yes.
+        Each imported transaction gets one row, as `sink` would write it for a log in the order of
+        event times, by id within a millisecond: it counts itself and everything stored before it.
+        Rows of the log's own transactions stay. Idempotent: yes.
         """
         async with postgres_pool.connection(self._pool) as connection:
             return int(await connection.fetchval(self._compute, users, timeout=_STATEMENT_S))
@@ -244,7 +245,7 @@ def _computing(spans: window.Spans) -> str:
 async def _add(
     connection: asyncpg.Connection, kind: str, records: Sequence[tuple[int, Any]]
 ) -> int:
-    """Store records and return how many are new."""
+    """Store records and return how many were new."""
     if kind == "transactions":
         rows: list[Any] = [_transaction(line, paid) for line, paid in records]
         query, width = _ADD_TRANSACTIONS, 7

@@ -1,7 +1,7 @@
-"""Accuracy in production: decisions against labels, once these have had time to arrive.
+"""Accuracy in production: decisions compared with labels, once labels have had time to arrive.
 
-Only mature decisions are judged. Before that silence says nothing, and a recall would be too high:
-the frauds that nobody has found yet would be missing from it.
+Only mature decisions are judged. Earlier, a missing label means nothing, and recall would be too
+high, because it would leave out the frauds that nobody has found yet.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from cerberus import errors, transactions
 from cerberus.postgres import pool as postgres_pool
 
 REPORT_S = 30.0
-"""How long Postgres may take for a report that a client waits for."""
+"""How long Postgres may take for a report while a client waits."""
 _DAY_MS = 86_400_000
-# OFFSET 0: each row is judged once, not once a figure.
+# OFFSET 0 makes Postgres judge each row once, not once for every figure.
 _COUNT = f"""
 SELECT model_sha256, day,
     count(truth) FILTER (WHERE matured) AS matured,
@@ -49,8 +49,8 @@ class Question:
     """Which decisions a report is about.
 
     Attributes:
-        since_ms: Those as of this moment or later, ms since the Unix epoch; None: all.
-        model: Those of models whose version, a sha256 in hex, begins with this; "": all.
+        since_ms: Decisions as of this moment or later, ms since the Unix epoch; None for all.
+        model: Prefix of the model's version, a sha256 in hex; "" for all models.
     """
 
     since_ms: int | None = None
@@ -59,18 +59,19 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What is known of a set of decisions on transactions; flagged is review or decline.
+    """Counts and sums over a set of decisions on transactions; flagged is review or decline.
 
     Attributes:
-        matured: How many are old enough and have a truth; all but the last two are of these.
-        positives: Of them, frauds.
-        flagged: Of them, reviewed or declined.
-        found: Of them, frauds that were reviewed or declined.
+        matured: Decisions that are old enough and have a known truth; all figures but the last
+            two count only these.
+        positives: Frauds among them.
+        flagged: Reviewed or declined.
+        found: Frauds that were reviewed or declined.
         caught_minor: Fraud that was declined, cents.
         reviewed_minor: Fraud that was reviewed, cents.
         missed_minor: Fraud that was approved, cents.
-        wrongly_declined_minor: Genuine and declined, cents.
-        excluded: Old enough, but declined and never labelled: nobody can know.
+        wrongly_declined_minor: Genuine amounts that were declined, cents.
+        excluded: Old enough, but declined and never labelled, so the truth is unknown.
         immature: Not old enough.
     """
 
@@ -92,17 +93,17 @@ class Figures:
 
     @property
     def precision(self) -> float | None:
-        """Of what was flagged, the share that was fraud; None when nothing was."""
+        """Share of fraud among flagged decisions; None when nothing was flagged."""
         return _share(self.found, self.flagged)
 
     @property
     def recall(self) -> float | None:
-        """Of the frauds, the share that was flagged; None when there were none."""
+        """Share of frauds that were flagged; None when there were none."""
         return _share(self.found, self.positives)
 
     @property
     def false_positive_rate(self) -> float | None:
-        """Of the genuine, the share that was flagged; None when there were none."""
+        """Share of genuine transactions that were flagged; None when there were none."""
         return _share(self.flagged - self.found, self.matured - self.positives)
 
     def public(self) -> dict[str, Any]:
@@ -150,13 +151,13 @@ class Judged:
         """Judge each model's decisions by day, newest first. Cost: about 2 µs a decision.
 
         Args:
-            now_ms: What is mature and known is judged as of here, ms since the Unix epoch.
+            now_ms: The moment whose knowledge counts, ms since the Unix epoch.
             asked: Which decisions.
             timeout_s: How long Postgres may take.
 
         Raises:
             Overloaded: Another report is being made.
-            DecisionsUnavailable: It took longer.
+            DecisionsUnavailable: The report took longer than `timeout_s`.
             StoreUnavailable: Postgres did not answer.
         """
         place = (now_ms, asked.since_ms or 0, asked.model)
@@ -187,7 +188,7 @@ class Judged:
             rules = await connection.fetchrow(_RULES)
             async with connection.transaction(readonly=True):
                 await connection.execute("SET LOCAL jit = off")  # it takes longer than it saves
-                # Whoever asked gives up first.
+                # The caller gives up first.
                 return rules, await connection.fetch(_COUNT, *arguments, timeout=2 * timeout_s)
 
 

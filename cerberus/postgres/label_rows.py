@@ -1,4 +1,4 @@
-"""Labels in Postgres: every one is kept, and which one stood at any moment can be asked.
+"""Labels in Postgres: all are kept, so it is known which one was valid at any moment.
 
 Calls raise `StoreUnavailable` when Postgres does not answer within 10 s.
 """
@@ -42,7 +42,7 @@ class LabelRows:
         pool: The shared pool.
 
     Attributes:
-        counts: Labels since the start, by what became of them: stored, known, invalid.
+        counts: Labels since the start by outcome: stored, known, invalid.
     """
 
     def __init__(self, pool: asyncpg.Pool) -> None:
@@ -50,11 +50,11 @@ class LabelRows:
         self.counts: collections.Counter[str] = collections.Counter()
 
     async def write(self, told: Sequence[labels.Label], seen_ms: int) -> list[bool]:
-        """Store labels, and say of each whether it is new. Idempotent: yes; `seen_ms` stays.
+        """Store labels, and say for each whether it is new. Idempotent: yes; `seen_ms` stays.
 
         Args:
-            told: In any order, repetitions included.
-            seen_ms: Now: a label is known from the moment that it is first stored.
+            told: Labels in any order, repetitions included.
+            seen_ms: The time now: a label is known from the moment when it is first stored.
         """
         if not told:
             return []
@@ -87,14 +87,14 @@ class LabelRows:
             for row in rows
         ]
 
-    async def told(self, due: Sequence[labels.Label]) -> None:
+    async def published(self, due: Sequence[labels.Label]) -> None:
         """Remove synthetic labels that were published. Idempotent: yes."""
         async with postgres_pool.connection(self._pool) as connection:
             await connection.execute(_FORGET, [each.transaction_id for each in due])
 
 
 async def write_rules(connection: asyncpg.Connection, rules: labels.Rules) -> None:
-    """Tell the views when a decision is mature, and what counts as fraud. Idempotent: yes."""
+    """Store for the views when a decision is mature and what counts as fraud. Idempotent: yes."""
     told = (rules.maturity_ms, rules.friendly_fraud_positive)
     if await connection.execute(_WRITE_RULES, *told) != "UPDATE 0":
         log.info("the rules of labels are now %s", rules, extra={"action": "label_rules_written"})

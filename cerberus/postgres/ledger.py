@@ -1,4 +1,4 @@
-"""Decisions in Postgres: one row a transaction, never changed; and the models that took them.
+"""Decisions in Postgres, one row a transaction, never changed, and the models that made them.
 
 Calls raise `StoreUnavailable` when Postgres does not answer within 10 s.
 """
@@ -15,7 +15,7 @@ from cerberus.decisions import models, policy
 from cerberus.decisions import records as decision_records
 from cerberus.postgres import pool as postgres_pool
 
-# What unnest cannot carry, or the table holds in another form: how it is sent, stored and read.
+# How columns are sent, stored and read that unnest cannot carry or the table holds in another form.
 _SENT = {"features": "text", "degraded": "text", "latency_ms": "text"}
 _STORED = {
     "features": "features::jsonb",
@@ -44,7 +44,8 @@ _SELECT = "SELECT {} FROM decisions".format(
 _FIND = f"""{_SELECT}
 WHERE (decision_id, as_of_ms) IN (SELECT * FROM unnest($1::uuid[], $2::bigint[]))
 """
-# The planner must not see the limit: it sorts where it expects less than a page, and may be wrong.
+# The limit is hidden from the planner, which would sort where it expects less than a page, and its
+# estimate may be wrong.
 _OF = """{select}
 WHERE {key} = $1 AND (as_of_ms, decision_id) < ($2, $3)
 ORDER BY as_of_ms DESC, decision_id DESC LIMIT (SELECT $4::bigint)
@@ -61,7 +62,7 @@ Position = tuple[int, uuid.UUID]
 
 
 def insert(records: Iterable[decision_records.Record]) -> tuple[str, list[list[Any]]]:
-    """Return the statement that stores records, and its arguments; what is there stays."""
+    """Return the statement that stores records, and its arguments; existing rows stay."""
     by_id = {record.decision_id: record for record in records}
     # Sorted, so that two writers lock rows in one order.
     return _INSERT, postgres_pool.columns(
@@ -80,7 +81,7 @@ class Ledger:
         self._pool = pool
 
     async def write(self, records: Sequence[decision_records.Record]) -> None:
-        """Store records; the first of a name stays. Idempotent: yes."""
+        """Store records; the first one under an id stays. Idempotent: yes."""
         query, arguments = insert(records)
         async with postgres_pool.connection(self._pool) as connection:
             await connection.execute(query, *arguments)
@@ -96,7 +97,7 @@ class Ledger:
     async def find(
         self, wanted: Sequence[transactions.Transaction]
     ) -> dict[uuid.UUID, decision_records.Record]:
-        """Return the decisions that were taken on transactions, by their names."""
+        """Return the decisions that were made on transactions, by their ids."""
         if not wanted:
             return {}
         names = [decision_records.of_transaction(transaction) for transaction in wanted]
@@ -104,14 +105,14 @@ class Ledger:
         return {record.decision_id: record for record in rows}
 
     async def get(self, decision_id: uuid.UUID) -> decision_records.Record | None:
-        """Return the decision of this name."""
+        """Return the decision with this id, or None."""
         found = await self._fetch(f"{_SELECT} WHERE decision_id = $1", decision_id)
         return found[0] if found else None
 
     async def of_transaction(
         self, transaction_id: str, limit: int, before: Position = LAST
     ) -> list[decision_records.Record]:
-        """Return the decisions on all transactions of this id as `of_user` does a user's."""
+        """Return the decisions on all transactions with this id, in the order of `of_user`."""
         return await self._fetch(_OF_TRANSACTION, transaction_id, *before, limit)
 
     async def of_user(
@@ -135,9 +136,9 @@ class Ledger:
                 yield [_record(row) for row in page]
 
     async def model(self, model_sha256: str, policy_sha256: str) -> models.Model | None:
-        """Return the model and policy of these versions; None when they are not kept.
+        """Return the model and policy of these versions.
 
-        Nor when this version of the service cannot read them.
+        None when they are not kept, or when this version of the service cannot read them.
         """
         query = "SELECT sha256, content, manifest FROM artifacts WHERE sha256 = ANY($1)"
         async with postgres_pool.connection(self._pool) as connection:

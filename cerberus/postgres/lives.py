@@ -1,4 +1,4 @@
-"""Lives of the log in Postgres: the epoch of each, where it began, and what of it is stored.
+"""Lives of the log in Postgres: the epoch of each, where it began, and how far it is stored.
 
 Calls raise `StoreUnavailable` when Postgres does not answer within 10 s.
 """
@@ -48,9 +48,9 @@ class Lives:
     ) -> int:
         """Return the epoch of a topic's present life.
 
-        It rises when the cluster or the number of partitions changes, and when the caller has
-        seen that epoch `ended` is over (several callers may; it rises once). It follows the clock,
-        so that a database which lost its data goes on above the fences that Redis has kept.
+        It rises when the cluster or the number of partitions changes, and when the caller has seen
+        that epoch `ended` is over; several callers may report that, and it rises once. It follows
+        the clock, so a database that lost its data continues above the fences that Redis kept.
         """
         async with postgres_pool.connection(self._pool) as connection:
             risen = await connection.fetchval(_EPOCH, topic, cluster, partitions, ended)
@@ -62,25 +62,28 @@ class Lives:
     async def has_rows(
         self, topic: str, epoch: int, partition: int, *, since_epoch: int | None = None
     ) -> bool:
-        """Say whether effects of this partition were stored.
+        """Say whether effects of this partition were stored under a range of epochs.
 
-        Under an epoch from `since_epoch` up to `epoch`; when None, under `epoch` alone.
+        The range is `since_epoch` to `epoch`, or `epoch` alone when `since_epoch` is None.
         """
         since = epoch if since_epoch is None else since_epoch
         async with postgres_pool.connection(self._pool) as connection:
             return bool(await connection.fetchval(_HAS_ROWS, topic, since, epoch, partition))
 
     async def imported_until(self, topic: str, epoch: int, partition: int, begin_ms: int) -> int:
-        """Return until when imported transactions count in a log's windows; 0 when there are none.
+        """Return the time until which imported transactions count in a log's windows.
 
-        That is where the log began when this life of it was first read: the log itself has what
-        came later. Idempotent: yes; the first `begin_ms` of a life stays.
+        This is where the log began when this life of it was first read; everything later is in the
+        log itself. Idempotent: yes; the first `begin_ms` of a life stays.
 
         Args:
-            topic: Of the log.
-            epoch: Of this life.
-            partition: Of the topic.
-            begin_ms: Where the log begins now; stored when it was not known.
+            topic: The log's topic.
+            epoch: The epoch of this life.
+            partition: Number of the partition.
+            begin_ms: Where the log begins now; stored if this life has no begin yet.
+
+        Returns:
+            Ms since the Unix epoch; 0 when no imported transaction lies before it.
         """
         async with postgres_pool.connection(self._pool) as connection:
             return await connection.fetchval(_BEGIN, topic, epoch, partition, begin_ms) or 0

@@ -1,4 +1,4 @@
-"""Locks across instances: Postgres says who is the only one."""
+"""Locks across instances, held in Postgres."""
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,8 +26,8 @@ class Locks:
         """Try to be the only holder of `name` across instances, while the block lasts.
 
         Yields:
-            None when another holds it; else a function to be awaited every few seconds, which
-            raises `StoreUnavailable` when the hold was lost.
+            None when another instance holds it; else a function to await every few seconds, which
+            raises `StoreUnavailable` when the lock was lost.
 
         Raises:
             StoreUnavailable: Postgres did not answer within 10 s.
@@ -46,6 +46,5 @@ class Locks:
 
             yield still_held if held else None
         finally:
-            await postgres_pool.release(
-                self._pool, connection
-            )  # the pool's reset lets go of the lock
+            # The pool resets the connection, which releases the lock.
+            await postgres_pool.release(self._pool, connection)

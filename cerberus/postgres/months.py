@@ -1,7 +1,7 @@
-"""Tables by month: partitions are made before their month begins, and dropped in whole.
+"""Tables by month: partitions are made before their month begins, and dropped as a whole.
 
-Both need a lock that readers and writers of the table wait behind. So the wait for it is cut short
-and left to a later attempt: a row whose month has no partition is kept in the default one.
+Both need a lock that blocks readers and writers of the table. The wait for it is therefore short,
+and a later attempt follows: until then, rows go to the default partition.
 """
 
 import asyncio
@@ -14,25 +14,25 @@ from typing import Any
 import asyncpg
 
 TABLES = {"transactions": "event_ms", "decisions": "as_of_ms"}
-"""The partitioned tables, and what in ms they are partitioned by."""
+"""The partitioned tables, and the column in ms that they are partitioned by."""
 AHEAD = 3
 """How many months have partitions, this one included."""
 _LOCK_MS, _WORK_MS = 500, 3_000
 _PAUSE_S = 1.0
 TRIES = 5
-"""How often it is tried to change what others use, where that has time."""
+"""How many attempts a change gets while others use the table and the caller can wait."""
 _BLOCKS = 512
 _OF_TABLE = """
 SELECT c.relname::text FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
 WHERE i.inhparent = $1::regclass ORDER BY 1
 """
-# Another makes it, or the default partition has rows of it.
+# Another instance makes it, or the default partition has rows of that month.
 _NEVER = (
     asyncpg.CheckViolationError,
     asyncpg.DuplicateTableError,
     asyncpg.UniqueViolationError,
 )
-# Another reads or writes there, or the default partition takes long to search.
+# Others read or write the table, or the default partition takes long to search.
 _IN_USE = (
     asyncpg.LockNotAvailableError,
     asyncpg.QueryCanceledError,
@@ -57,7 +57,7 @@ def to_ms(moment: datetime.datetime) -> int:
 
 
 def kept_from(now: datetime.datetime, days: int) -> datetime.datetime:
-    """Return the beginning of the oldest month of which something is kept for `days`."""
+    """Return the beginning of the oldest month that overlaps the last `days` days."""
     return start_of(now.astimezone(datetime.UTC) - datetime.timedelta(days=days))
 
 
@@ -75,10 +75,10 @@ async def add(
     starts: Iterable[datetime.datetime],
     tries: int = 1,
 ) -> list[str]:
-    """Add the partitions of the months that begin then, and return which were missing.
+    """Add the partitions of the months that begin at `starts`, and return the names of new ones.
 
-    Idempotent: yes. A month whose first rows are in the default partition already stays there, and
-    one whose lock is not had within 0.5 s, however often that is tried, is left to the next call.
+    Idempotent: yes. A month that already has rows in the default partition stays there. A month
+    whose lock is not granted within 0.5 s in any of the `tries` is left to the next call.
     """
     made = []
     for start in starts:
@@ -96,12 +96,13 @@ async def add(
 async def drop(
     connection: asyncpg.Connection, table: str, before: datetime.datetime
 ) -> tuple[list[str], bool]:
-    """Drop the partitions of months that were over at `before`, which begins one.
+    """Drop the partitions of months that end at or before `before`, the first moment of a month.
 
     Idempotent: yes.
 
     Returns:
-        Those dropped, and whether all were: at one that stays in use it ends, after 8 s.
+        The names of dropped partitions, and whether all are dropped. It stops at the first one
+        that stays in use for 8 s.
     """
     dropped: list[str] = []
     for (name,) in await connection.fetch(_OF_TABLE, table):
@@ -116,16 +117,16 @@ async def drop(
 async def delete(
     connection: asyncpg.Connection, table: str, condition: str, value: Any, also: str = ""
 ) -> AsyncIterator[int]:
-    """Delete the rows for which `condition` holds of $1, 4 MB of the table a statement.
+    """Delete the rows that meet a condition, 4 MB of the table a statement.
 
-    Reads the table once, by place: it needs no index, and no batch is searched for twice.
+    It reads the table once, block by block, so it needs no index and searches no block twice.
 
     Args:
-        connection: To the tables.
-        table: To read.
-        condition: In SQL.
-        value: $1.
-        also: What else each statement deletes, in SQL; the rows deleted here are `gone`.
+        connection: A connection outside a transaction.
+        table: The table to read.
+        condition: SQL that refers to `value` as $1.
+        value: The argument $1.
+        also: SQL that deletes more in each statement; it refers to the rows deleted here as `gone`.
 
     Yields:
         How many rows each statement has deleted.
@@ -143,7 +144,7 @@ async def delete(
 
 
 async def _changed(connection: asyncpg.Connection, statement: str, tries: int) -> bool:
-    """Change a table without holding anyone up; False when it stays in use."""
+    """Change a table without blocking others for long; False when it stays in use."""
     for left in reversed(range(tries)):
         with contextlib.suppress(*_IN_USE):
             async with connection.transaction():
@@ -161,6 +162,6 @@ def _name(table: str, start: datetime.datetime) -> str:
 
 
 def _over(name: str, before: datetime.datetime) -> bool:
-    """Say whether a partition is of a month that was over at `before`; the default one is not."""
+    """Say whether a partition's month ends at or before `before`; False for the default one."""
     found = re.search(r"_(\d{4})_(\d\d)$", name)
     return found is not None and (int(found[1]), int(found[2])) < (before.year, before.month)

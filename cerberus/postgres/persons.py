@@ -1,4 +1,4 @@
-"""One user in Postgres: what there is, and its removal.
+"""One user's rows in Postgres: finding and removing them.
 
 Calls raise `StoreUnavailable` when Postgres does not answer; a statement may take 10 minutes.
 """
@@ -27,7 +27,8 @@ SELECT transaction_id, event_ms FROM transactions WHERE user_id = $1
 UNION SELECT transaction_id, as_of_ms FROM decisions
 WHERE user_id = $1 AND transaction_id IS NOT NULL
 """
-# A label without a user speaks of all transactions of its id: it stays when another has one.
+# A label without a user applies to all transactions with its id, so it stays when another user has
+# such a transaction.
 _SHARED = "SELECT transaction_id FROM labels WHERE user_id IS NULL AND transaction_id = ANY($1)"
 _OTHERS = """
 SELECT transaction_id FROM transactions WHERE transaction_id = ANY($1) AND user_id <> $2
@@ -38,13 +39,14 @@ _LABELS = "user_id = $1 OR user_id IS NULL AND transaction_id = ANY($2)"
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """What Postgres has of one user.
+    """What Postgres holds on one user.
 
     Attributes:
-        user_id: Whose.
-        rows: How many, by table.
-        decision_ids: Of the transactions, sorted: claims in Redis are named after them.
-        label_ids: Transaction ids whose labels name no user, and which no other user has.
+        user_id: The user.
+        rows: Number of rows by table.
+        decision_ids: Decision ids of the user's transactions, sorted; claims in Redis are named
+            after them.
+        label_ids: Transaction ids whose labels name no user and that no other user has.
     """
 
     user_id: int
@@ -78,7 +80,7 @@ class Persons:
         return Person(user_id, rows, tuple(sorted(decision_ids)), tuple(label_ids))
 
     async def remove(self, person: Person) -> dict[str, int]:
-        """Delete it all in one transaction; return how many rows, by table. Idempotent: yes."""
+        """Delete all rows in one transaction; return their number by table. Idempotent: yes."""
         user_id, removed = person.user_id, {}
         async with postgres_pool.connection(self._pool) as connection, connection.transaction():
             removed["labels"] = await _delete(

@@ -1,6 +1,6 @@
-"""The pools that all parts share: Redis and Postgres, a deadline on each call, and what is "down".
+"""The shared pool of connections to Postgres, its deadlines, and which errors mean "down".
 
-Commands are those of Redis 6.2. Nothing is sent before the first use of a pool.
+Nothing is sent before the first use of the pool.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ import asyncpg
 from cerberus import errors, settings
 
 QUERY_S = 10
-"""Of a statement to Postgres."""
+"""Deadline of a statement, and of a wait for a connection."""
 NO_IDLING = f"SET LOCAL idle_in_transaction_session_timeout = '{QUERY_S}s'"
-"""First in a transaction of several statements: a process that is frozen in one would otherwise let
-no other start, and no month go."""
+"""The first statement of a transaction with several: otherwise a process that froze in it would
+keep others from starting, and months from being dropped."""
 _REFUSED = (
     asyncpg.InvalidPasswordError,
     asyncpg.InvalidAuthorizationSpecificationError,
@@ -41,14 +41,14 @@ T = TypeVar("T")
 
 
 def connect(config: settings.Settings) -> asyncpg.Pool:
-    """Make the shared pool; await it to open it. Nothing is sent before the first use."""
+    """Make the shared pool; await it to open it."""
     return asyncpg.create_pool(
         config.postgres.url, min_size=0, max_size=8, timeout=5, command_timeout=QUERY_S
     )
 
 
 async def close(pool: asyncpg.Pool, within_s: float) -> None:
-    """Close the pool; a connection that does not end is cut."""
+    """Close the pool; connections that do not close in time are aborted."""
     try:
         async with asyncio.timeout(within_s):
             await pool.close()
@@ -62,8 +62,8 @@ async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
 
     Raises:
         StoreUnavailable: Postgres did not answer within 10 s.
-        NeedsOperator: Tables of this version are missing; they are made by `migrate`.
-        ConfigError: It refuses us for good.
+        NeedsOperator: Tables of this version are missing; `migrate` makes them.
+        ConfigError: Postgres refuses the credentials or the database.
     """
     with unavailable():
         borrowed = await pool.acquire(timeout=QUERY_S)
@@ -78,14 +78,20 @@ async def release(pool: asyncpg.Pool, borrowed: asyncpg.Connection) -> None:
     try:
         await pool.release(borrowed, timeout=2)
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-        # The pool ends it by itself when the release took too long.
+        # The pool has terminated it already if the release took too long.
         with contextlib.suppress(asyncpg.InterfaceError):
             borrowed.terminate()
 
 
 @contextlib.contextmanager
 def unavailable() -> Iterator[None]:
-    """Tell what is wrong with Postgres in the service's own errors."""
+    """Translate errors of Postgres into the service's own.
+
+    Raises:
+        StoreUnavailable: Postgres did not answer.
+        NeedsOperator: Tables of this version are missing.
+        ConfigError: Postgres refuses the credentials or the database.
+    """
     try:
         yield
     except _REFUSED as error:
@@ -100,11 +106,11 @@ def unavailable() -> Iterator[None]:
 
 
 class Turns:
-    """Lets a few calls at a time use Postgres, so that the pool is left to other purposes.
+    """Lets only a few calls at a time use Postgres, so that other work finds free connections.
 
     Args:
-        at_once: How many have a connection.
-        waiting: How many there may be at most, these included.
+        at_once: How many calls may hold a connection.
+        waiting: How many calls may run or wait at most.
     """
 
     def __init__(self, at_once: int, waiting: int = 200) -> None:
@@ -114,11 +120,11 @@ class Turns:
     async def call(
         self, deadline_s: float, function: Callable[..., Awaitable[T]], *arguments: Any
     ) -> T:
-        """Call when it is its turn.
+        """Wait for a turn, then call the function.
 
         Raises:
-            Overloaded: Too many wait already.
-            TimeoutError: Turn and answer did not come in time.
+            Overloaded: Too many calls wait already.
+            TimeoutError: There was no turn or no answer within `deadline_s`.
         """
         if not self._left:
             raise errors.Overloaded
@@ -130,7 +136,8 @@ class Turns:
         self._left -= 1
         asking = asyncio.ensure_future(turn())
         try:
-            # No `timeout` around it: a frozen Postgres keeps its connection for 2 s more.
+            # Not `asyncio.timeout`: it would wait 2 s more for a frozen Postgres to give back the
+            # connection.
             await asyncio.wait({asking}, timeout=deadline_s)
         finally:
             self._left += 1
@@ -141,14 +148,14 @@ class Turns:
 
 
 def columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:
-    """Turn rows into the arrays that `unnest` takes; no rows give empty arrays."""
+    """Turn rows into the arrays that `unnest` takes, `width` empty ones when there are no rows."""
     return (
         [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(width)]
     )
 
 
 def together(*writes: tuple[str, Sequence[Any]]) -> tuple[str, list[Any]]:
-    """Make one statement of several, and one list of their arguments."""
+    """Combine several statements into one, and their arguments into one list."""
     parts: list[str] = []
     arguments: list[Any] = []
     for query, values in writes:

@@ -38,7 +38,7 @@ class Schema:
     Args:
         pool: The shared pool.
         spans: Names of the windows, such as ("10m",); each has two columns in the history.
-        label_rules: For the views, written once; None leaves them as they are.
+        label_rules: Rules for the views, written once; None leaves them as they are.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Schema:
     async def migrate(self, now: datetime.datetime | None = None) -> list[str]:
         """Bring the schema up to date and return what was applied. Idempotent: yes.
 
-        Each numbered file is applied once, under a lock; columns of new windows are added, and the
-        views get the rules of labels, all of it or nothing. Then the coming months' partitions are
-        added, each by itself, where that can be done at once.
+        In one transaction, under a lock, it applies each numbered file once, adds columns of new
+        windows and writes the rules of labels for the views. Then it adds the partitions of the
+        coming months, each by itself, and skips those whose lock is not free.
         """
         async with postgres_pool.connection(self._pool) as connection, connection.transaction():
             await connection.execute(postgres_pool.NO_IDLING)
@@ -66,7 +66,7 @@ class Schema:
                 await label_rows.write_rules(connection, self._label_rules)
         self._rules_written = True
         coming = months.coming(now or datetime.datetime.now(datetime.UTC))
-        # Not in the transaction above: whoever writes would wait until it ends.
+        # Not in the transaction above: writers would wait until it ends.
         async with postgres_pool.connection(self._pool) as connection:
             for table in months.TABLES:
                 await months.add(connection, table, coming)
@@ -81,7 +81,7 @@ class Schema:
             await connection.execute(f"ALTER TABLE {_STATS} ADD COLUMN {column} {kind}")
 
     async def check(self) -> None:
-        """Ask Postgres for nothing, so that its silence is noticed.
+        """Send Postgres a trivial query to see whether it answers.
 
         Raises:
             StoreUnavailable: Postgres does not answer.

@@ -1,4 +1,4 @@
-"""Everything that is kept in Postgres, by what it says."""
+"""The parts of Postgres, put together on one pool."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ class Stores:
         schema: Brings the tables up to date.
         lives: Epochs of the log, and where each life of it began.
         facts: Transactions and the history of windows.
-        locks: Which instance is the only one.
+        locks: Locks across instances.
         ledger: Decisions, and the models that made them.
         labels: The truth about transactions.
         judged: Decisions compared with labels.
-        credit_scores: As Feast reads them.
-        imports: What happened before the log.
-        expiry: Removes what is older than is kept.
-        persons: Finds and removes one user.
+        credit_scores: Credit scores, as Feast reads them.
+        imports: Transactions, labels and scores from before the log.
+        expiry: Removes rows older than the retention.
+        persons: Finds and removes one user's rows.
     """
 
     schema: schema.Schema
@@ -58,7 +58,7 @@ def on(pool: asyncpg.Pool, spans: Sequence[str], label_rules: labels.Rules | Non
     Args:
         pool: The shared pool.
         spans: Names of the windows, such as ("10m",).
-        label_rules: Written to the views by the first migration; None leaves them as they are.
+        label_rules: Rules that the first migration writes for the views; None leaves those there.
     """
     return Stores(
         schema=schema.Schema(pool, spans, label_rules),
