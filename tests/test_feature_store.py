@@ -224,5 +224,5 @@ def test_a_store_that_does_not_answer_is_said_in_one_line(tmp_path):
     ):
         with pytest.raises(errors.StoreUnavailable, match=r"^[^\n]*refused[^\n]*$"):
             call()
-    with pytest.raises(errors.StoreUnavailable, match=r"did not end in 0\.05 s"):
+    with pytest.raises(errors.StoreUnavailable, match=r"did not finish within 0\.05 s"):
         feast_store.apply(config, directory, deadline_s=0.05)

@@ -2,7 +2,7 @@
 
 Only this module of the package imports Feast, and only inside its functions: the import takes
 seconds and 110 MB, so the serving process starts `python -m cerberus materialize` and calls
-nothing here. Calls block; whoever started the child ends it at the deadline.
+nothing here. Calls block; the parent kills the child at the deadline.
 """
 
 import asyncio
@@ -29,9 +29,9 @@ REPO = pathlib.Path(__file__).parent.parent.parent / "feature_repo"
 _SERVED = (declared.STATS_VIEW, declared.WINDOW_VIEW, declared.CREDIT_VIEW)
 _TYPES = {"Int64", "Float64", "Bytes"}
 _BATCH_ROWS = 10_000
-# Feast leaves no other way to set an option of its sessions: it writes "-c search_path=", this
-# text and ",public", and what it passes wins over PGOPTIONS. Without nested loops 10,000 rows of
-# history take seconds instead of minutes.
+# Feast offers no other way to set an option of its sessions: it sends "-c search_path=" followed by
+# this text and ",public", which overrides PGOPTIONS. Without nested loops, 10,000 rows of history
+# take seconds instead of minutes.
 _SESSION = "public -c enable_nestloop=off -c search_path=public"
 
 
@@ -40,8 +40,8 @@ class Loaded:
     """What a materialization did.
 
     Attributes:
-        full: Redis had lost the batch views, so everything that has not expired was loaded.
-        new_rows: Rows of `credit_scores` that are served from now on.
+        full: Whether Redis had lost the batch views, so that everything not expired was loaded.
+        new_rows: How many rows of `credit_scores` are served from now on.
     """
 
     full: bool
@@ -49,10 +49,10 @@ class Loaded:
 
 
 def render(config: settings.Settings, directory: pathlib.Path = REPO) -> pathlib.Path:
-    """Write `feature_store.yaml` for the Feast command line and notebooks, readable to us alone.
+    """Write `feature_store.yaml` (mode 0600) for Feast's command line and notebooks.
 
     Raises:
-        ConfigError: An address cannot be said in Feast's terms.
+        ConfigError: An address cannot be expressed in Feast's terms.
     """
     path = directory / "feature_store.yaml"
     with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:  # mode 0600
@@ -63,10 +63,10 @@ def render(config: settings.Settings, directory: pathlib.Path = REPO) -> pathlib
 
 
 def repo_config(config: settings.Settings) -> dict[str, Any]:
-    """Say the settings in Feast's terms; `window` is ours, for the definitions.
+    """Translate the settings into Feast's; `window` is an addition for `feature_repo/features.py`.
 
     Raises:
-        ConfigError: An address cannot be said in Feast's terms.
+        ConfigError: An address cannot be expressed in Feast's terms.
     """
     registry, offline_store = _postgres(config.postgres.url)
     return {
@@ -92,7 +92,7 @@ def repo_config(config: settings.Settings) -> dict[str, Any]:
 def apply(
     config: settings.Settings, directory: pathlib.Path = REPO, deadline_s: float = 120.0
 ) -> str:
-    """Render, then run `feast apply` and return what it printed. Idempotent: yes.
+    """Write `feature_store.yaml`, run `feast apply` and return its output. Idempotent: yes.
 
     Raises:
         StoreUnavailable: It failed or took longer than the deadline; the message says why.
@@ -105,10 +105,10 @@ def apply(
         )
     except subprocess.TimeoutExpired as error:
         raise errors.StoreUnavailable(
-            f"feast apply did not end in {deadline_s:g} s: does Postgres answer?"
+            f"feast apply did not finish within {deadline_s:g} s: does Postgres answer?"
         ) from error
     if done.returncode:
-        # The exception's own line: what follows it is indented or in brackets.
+        # The exception's own line is the last that is neither indented nor in brackets.
         said = [line for line in (done.stdout + done.stderr).splitlines() if line[:1].isalnum()]
         raise errors.StoreUnavailable(f"feast apply failed: {said[-1] if said else 'silently'}")
     return done.stdout
@@ -158,21 +158,21 @@ def plan(views: Iterable[Any], services: Iterable[Any]) -> layout.Plan:
 
 
 def materialize(config: settings.Settings, now_ms: int) -> Loaded:
-    """Load `credit_scores` from Postgres to Redis as of `now_ms`. Idempotent: yes.
+    """Load `credit_scores` from Postgres into Redis as of `now_ms`. Idempotent: yes.
 
-    Applies the definitions first where none are.
+    If the definitions are not applied yet, it applies them first.
 
-    A row is new while its `created_timestamp` is null. After Feast has loaded the new rows they
-    are stamped with the moment after, so history shows a score from when it could be served on
-    (with `filter_by_created_timestamp=True`), never before. The stamp is set in the database
-    snapshot that was opened before the load: a row that came meanwhile stays new. Rows are facts:
-    a corrected score is a new row with a later `event_timestamp`.
+    A row is new while its `created_timestamp` is null. When Feast has loaded the new rows, they are
+    stamped with the time after the load, so history (with `filter_by_created_timestamp=True`) never
+    shows a score before it could be served. The stamp is set in the database snapshot that was
+    opened before the load, so a row that arrived meanwhile stays new. Rows are facts: a corrected
+    score is a new row with a later `event_timestamp`.
 
-    The load begins at the oldest new row, so a row that arrives late is not missed as it would be
-    by Feast's incremental load, which begins where the last one ended. When Redis has lost
-    `partition_states.MATERIALIZED` it begins one TTL ago.
+    The load begins at the oldest new row, so it includes rows that arrive late; Feast's incremental
+    load, which begins where the last one ended, would miss them. When Redis has lost
+    `partition_states.MATERIALIZED`, the load begins one TTL ago.
 
-    Cost: nothing new takes two queries; memory is one row a user that has news.
+    Cost: two queries when nothing is new; memory for one row of each user with new rows.
 
     Raises:
         StoreUnavailable: A store failed, or Redis lost its data meanwhile; run again.
@@ -204,7 +204,7 @@ def materialize(config: settings.Settings, now_ms: int) -> Loaded:
 
 
 def _credit_view(store: Any, config: settings.Settings) -> Any:
-    """Return the applied view; where nothing was applied yet, this is the release."""
+    """Return the applied view; apply the definitions first if nothing was applied yet."""
     import feast.errors
 
     try:
@@ -215,14 +215,14 @@ def _credit_view(store: Any, config: settings.Settings) -> Any:
 
 
 async def _begin(config: settings.Settings, now_ms: int) -> bool:
-    """Leave a mark that is lost with the data, then say whether the batch views are lost."""
+    """Set a mark that is lost with the data, then say whether the batch views are lost."""
     async with redis_pool.connect(config) as client:
         await client.set(partition_states.LOADING, now_ms)
         return not await client.exists(partition_states.MATERIALIZED)
 
 
 async def _finish(config: settings.Settings) -> bool:
-    """Turn the mark into the sign that the views are there; False when the mark is gone."""
+    """Turn the mark into the sign that the views are loaded; False when the mark is gone."""
     async with redis_pool.connect(config) as client:
         return bool(
             await client.copy(partition_states.LOADING, partition_states.MATERIALIZED, replace=True)
@@ -262,7 +262,7 @@ def _postgres(url: str) -> tuple[str, dict[str, Any]]:
         username=parts.get("user"),
         password=parts.get("password"),
         database=parts.get("dbname"),
-        # A host may be the directory of a socket, which only a query can say.
+        # The host may be the directory of a socket, which only the query part can hold.
         query={"host": host, "port": port, "sslmode": sslmode, "connect_timeout": "10"} | tls,
     )
     offline_store = {
@@ -282,9 +282,9 @@ def _postgres(url: str) -> tuple[str, dict[str, Any]]:
 
 
 def _redis(config: settings.Settings) -> str:
-    """Write what the serving process connects with as `host:port,option=value,…`.
+    """Write the serving process' own connection options as `host:port,option=value,…`.
 
-    Feast reads each value as JSON, so a password is a JSON string that holds no comma.
+    Feast splits them at commas and reads each value as JSON, so commas in a password are escaped.
     """
     options = redis_pool.options(config)
     host, port = options.pop("host"), options.pop("port")
@@ -297,7 +297,7 @@ def _redis(config: settings.Settings) -> str:
 
 @contextlib.contextmanager
 def _opened(config: settings.Settings) -> Iterator[Any]:
-    """Yield Feast's store, and say in one line what of it does not answer."""
+    """Yield Feast's store; its failures become `StoreUnavailable` with a message of one line."""
     import feast
     import psycopg
     import redis.exceptions

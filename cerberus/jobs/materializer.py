@@ -1,7 +1,7 @@
-"""Batch views from Postgres to Redis, by Feast, in a child process, one across all instances.
+"""The task that lets Feast load batch views from Postgres into Redis, on one instance at a time.
 
 Feast's SDK takes seconds and a hundred megabytes to import and blocks while it works, so the
-serving process never imports it.
+serving process never imports it: the task starts a child process.
 """
 
 import asyncio
@@ -18,16 +18,16 @@ from cerberus.postgres import stores
 log = logging.getLogger(__name__)
 
 _CHILD_S, _LOOK_S = 600.0, 2.0
-_SEEDED = 2_000  # a score takes 5 µs, in which nobody is answered
+_SEEDED = 2_000  # a score takes 5 µs, in which the loop answers nobody
 
 
 class Materializer:
     """The task that refreshes the batch views.
 
     Args:
-        config: Settings; `materialize_s` lies between two loads.
-        online_store: Tells when Redis has lost what was loaded.
-        postgres: Says which instance is the one.
+        config: The settings; `materialize_s` is the interval between two loads.
+        online_store: Says whether Redis has lost the loaded views.
+        postgres: Holds the lock that only one instance can have.
     """
 
     def __init__(
@@ -46,9 +46,8 @@ class Materializer:
             try:
                 async with self._postgres.locks.singleton("materializer") as still_held:
                     while still_held is not None and not progress.stopping.is_set():
-                        await (
-                            self._postgres.schema.migrate()
-                        )  # also makes the coming months' partitions
+                        # This also makes the partitions of the coming months.
+                        await self._postgres.schema.migrate()
                         await self._refresh(progress)
                         progress.beat()
                         await self._rest(progress, still_held)
@@ -77,7 +76,7 @@ class Materializer:
         finally:
             stopping.cancel()
             if child.returncode is None:
-                child.kill()  # a load that is cut off is done again
+                child.kill()  # an interrupted load is repeated
             said, _ = await told
         if progress.stopping.is_set():
             return
@@ -89,7 +88,7 @@ class Materializer:
     async def _rest(
         self, progress: supervision.Progress, still_held: Callable[[], Awaitable[None]]
     ) -> None:
-        """Wait for the next turn, or until Redis has lost what was loaded."""
+        """Wait until the next load is due, or until Redis has lost the loaded views."""
         next_s = time.monotonic() + self._config.jobs.materialize_s
         while time.monotonic() < next_s and not progress.stopping.is_set():
             await still_held()
@@ -99,7 +98,7 @@ class Materializer:
 
 
 async def seed_credit_scores(config: settings.Settings, postgres: stores.Stores) -> None:
-    """Give the synthetic population its scores of this week; they are the same every week."""
+    """Write the synthetic population's scores for this week; they are the same every week."""
     today = datetime.datetime.now(datetime.UTC).date()
     monday = today - datetime.timedelta(days=today.weekday())
     since = datetime.datetime.combine(monday, datetime.time(), datetime.UTC)

@@ -1,7 +1,7 @@
-"""What is older than is kept leaves Postgres, whole months at a time; the coming months get in.
+"""The task that removes expired months from Postgres and adds the partitions of coming months.
 
-One clock for all tables: the beginning of the oldest month of which something is still kept. So
-nothing that is kept lacks its other half, and up to a month more than asked for is kept.
+All tables share one limit: the beginning of the oldest month that is still kept in part. So no kept
+row lacks the rows that belong to it, and up to a month more than configured is kept.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ _LOOK_S, _RETRY_S = 3600.0, 60.0
 
 
 class Retention:
-    """The task that keeps the tables in order: one across all instances at a time.
+    """The task that removes expired rows, on one instance at a time.
 
     Args:
-        config: Settings; at 0 `retention_days` nothing is removed.
-        postgres: Its tables, and which instance is the one.
-        clock: The time, in UTC.
+        config: The settings; when `retention_days` is 0, nothing is removed.
+        postgres: Holds the tables, and the lock that only one instance can have.
+        clock: Returns the time, in UTC.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Retention:
         self._clock = clock
 
     async def run(self, progress: supervision.Progress) -> None:
-        """Look every hour, until told to stop."""
+        """Remove what has expired every hour, until told to stop."""
         while not progress.stopping.is_set():
             wait_s = _LOOK_S
             try:
@@ -52,9 +52,9 @@ class Retention:
             await progress.wait(wait_s)
 
     async def sweep(self, progress: supervision.Progress, still_held: locks.StillHeld) -> bool:
-        """Remove what is older than is kept; False when something is in use and is left for later.
+        """Remove what has expired; False when a month in use is left for later.
 
-        Idempotent: yes; what has nothing old in it is not read.
+        Idempotent: yes. Tables without expired rows are not read.
 
         Raises:
             StoreUnavailable: Postgres did not answer.
