@@ -1,7 +1,7 @@
-"""Rows of a file of one's own: CSV, JSON lines or Parquet, piece by piece, from any row on.
+"""Rows of a data file: CSV, JSON lines or Parquet, piece by piece, from any row on.
 
-Pure but for the file it reads; memory is one piece, however long the file is. A row is known by its
-line: in a CSV file the header has line 1, in a Parquet file the first row has.
+It does no I/O but reading the file, and holds one piece in memory, however long the file is. A row
+is identified by its line: in a CSV file the header is line 1, in a Parquet file the first row is.
 """
 
 import csv
@@ -22,7 +22,7 @@ _HEAD_BYTES, _LINE_BYTES, _ROW_LINES = 1 << 20, 1 << 20, 100
 
 
 class Position(NamedTuple):
-    """How much of a file lies before a place: rows, lines, and bytes of a text."""
+    """How much of a file lies before a place: rows, lines, and bytes of a text file."""
 
     rows: int = 0
     lines: int = 0
@@ -41,21 +41,21 @@ class Row(NamedTuple):
 
 
 class File:
-    """One file, opened anew for each reading.
+    """One file, opened again for each reading.
 
     Args:
-        path: Its suffix says what it is.
-        wanted: Columns that are needed; of a Parquet file others are not read.
+        path: The file; its suffix gives the format.
+        wanted: Names of the needed columns; others are not read from a Parquet file.
 
     Attributes:
-        path: See above.
-        size: In bytes.
-        columns: All that it has; None where each row has its own.
-        total: How far `done` counts.
-        unit: Of `total`: "B" or "rows".
+        path: The file.
+        size: Its size in bytes.
+        columns: Names of all its columns; None in JSON lines, where each row has its own.
+        total: What `done` returns at the end of the file.
+        unit: The unit of `total`: "B" or "rows".
 
     Raises:
-        InvalidInput: The suffix is unknown, or the file is no Parquet.
+        InvalidInput: The suffix is unknown, the header is broken, or the file is not Parquet.
     """
 
     def __init__(self, path: pathlib.Path, wanted: Sequence[str]) -> None:
@@ -81,16 +81,16 @@ class File:
         return position.rows if self.unit == "rows" else position.bytes
 
     def fingerprint(self) -> str:
-        """Return a hash of the size and the first MiB, which tells the file from others."""
+        """Return a hash of the size and the first MiB, which identifies the file."""
         with self.path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
         return hashlib.sha256(b"%d\0%s" % (self.size, head)).hexdigest()
 
     def pieces(self, size: int, start: Position = START) -> Iterator[tuple[list[Row], Position]]:
-        """Yield up to `size` rows at a time, from `start` on, each with the position behind it.
+        """Yield up to `size` rows at a time, from `start` on, with the position after the last.
 
         Raises:
-            InvalidInput: The file is no Parquet.
+            InvalidInput: The file is not Parquet.
         """
         if self._kind == "parquet":
             yield from self._parquet_pieces(size, start)
@@ -142,7 +142,7 @@ class File:
                 if not broken and lines.at.lines - line >= _ROW_LINES:
                     broken = f"has a cell of more than {_ROW_LINES} lines"
                 if broken and lines.at != lines.second:
-                    # A quote too much has swallowed what stands behind: only its line is refused.
+                    # A surplus quote has swallowed the lines after it: only its own is rejected.
                     file.seek(lines.second.bytes)
                     lines = _Lines(file, lines.second)
                     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -187,7 +187,7 @@ class File:
 
 
 class _Lines:
-    """Lines of a text in UTF-8, which know where they are; one that is none is `broken`."""
+    """Yields the lines of a UTF-8 text and keeps its position; `broken` says why one is invalid."""
 
     def __init__(self, file: Any, at: Position) -> None:
         self._file = file
@@ -196,7 +196,7 @@ class _Lines:
         self._first = True
 
     def begin_row(self) -> int:
-        """Return the line with which the next row begins; `second` is then the place behind it."""
+        """Return the line where the next row begins; `second` becomes the position after it."""
         self.broken, self._first = "", True
         return self.at.lines + 1
 
@@ -226,13 +226,13 @@ class _Lines:
 
 
 def _split(header: str) -> tuple[str, list[str]]:
-    """Return the delimiter of a CSV file, seen in its header, and the header's cells."""
+    """Return a CSV file's delimiter, guessed from its header, and the header's cells."""
     delimiter = max(_DELIMITERS, key=header.count)
     return delimiter, next(csv.reader([header], delimiter=delimiter), [])
 
 
 def _parquet_rows(batch: Any, line: int) -> list[Row]:
-    """Return rows from `line` on; what Python cannot hold, such as the year 10000, is broken."""
+    """Return rows from `line` on; one that Python cannot hold (the year 10000) is broken."""
     try:
         return [Row(line + i, values) for i, values in enumerate(batch.to_pylist())]
     except (ArithmeticError, LookupError, ValueError) as error:
@@ -243,7 +243,7 @@ def _parquet_rows(batch: Any, line: int) -> list[Row]:
 
 
 def _parquet(path: pathlib.Path) -> Any:
-    import pyarrow.parquet  # a second that no CSV file needs
+    import pyarrow.parquet  # takes a second, which no CSV file needs
 
     try:
         return pyarrow.parquet.ParquetFile(path)

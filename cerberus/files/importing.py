@@ -1,8 +1,8 @@
-"""A bank's own past into Postgres: `cerberus import`, from where the last attempt was cut off.
+"""Import of existing data into Postgres, which continues where the last attempt was interrupted.
 
-Every row is inserted or was there already, and how far a file is read is kept in the same
-transaction, so a repetition, or a start after a kill, ends in the same tables. What the log says of
-a transaction stands, whatever a file says of it.
+Every row is inserted or was there already, and the file's progress is stored in the same
+transaction, so a repetition, or a start after a kill, ends in the same tables. A transaction of the
+log wins over the same one in a file.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ FIELDS = {
     "labels": (_LABEL_FIELDS, ("source", "user_id")),
     "credit_scores": (_SCORE_FIELDS, ()),
 }
-"""Of each kind of file: the fields that it must have, and those that it may."""
+"""For each kind of file: its required fields, and its optional ones."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,11 +40,11 @@ class Plan:
     """What to import.
 
     Attributes:
-        files: By kind.
-        layouts: By kind.
-        label_values: Label by what stands in the file.
-        rejects: Where to tell of refused rows; None: beside each file.
-        again: Whether a file that was imported to its end is read anew.
+        files: Paths by kind.
+        layouts: Layouts by kind.
+        label_values: Labels by the value in the file.
+        rejects: The file that lists rejected rows; None: one beside each file.
+        again: Whether to read a file again that was completely imported.
     """
 
     files: Mapping[str, pathlib.Path]
@@ -54,21 +54,21 @@ class Plan:
     again: bool = False
 
     def rejects_of(self, kind: str) -> pathlib.Path:
-        """Return where to tell of the rows of a file that were refused."""
+        """Return the path of the file that lists a kind's rejected rows."""
         path = self.files[kind]
         return self.rejects or path.with_name(f"{path.name}.rejects.jsonl")
 
 
 class Rejects:
-    """Lines that tell which rows were refused and why; made when the first one is.
+    """A file that lists rejected rows and why; it is created with the first one.
 
     Args:
-        path: Of the file.
-        file: Name of the file that the rows stand in.
-        size: How much of what is there stands.
+        path: The file of rejects.
+        file: Name of the file that the rows come from.
+        size: How many bytes of an existing file of rejects are valid; the rest is cut off.
 
     Raises:
-        InvalidInput: Something else is there.
+        InvalidInput: `path` holds something else.
     """
 
     def __init__(self, path: pathlib.Path, file: str, size: int) -> None:
@@ -83,7 +83,7 @@ class Rejects:
             os.truncate(path, min(size, path.stat().st_size))
 
     def write(self, refused: Sequence[tuple[int, errors.InvalidInput]]) -> None:
-        """Tell of rows, on the disk when this returns."""
+        """Append rows; they are on the disk when this returns."""
         if not refused:
             return
         lines = [
@@ -113,9 +113,9 @@ class Importer:
     """Reads files into Postgres.
 
     Args:
-        config: Settings.
+        config: The settings.
         plan: What to import.
-        postgres: Its tables are up to date.
+        postgres: The stores, with up-to-date tables.
     """
 
     def __init__(self, config: settings.Settings, plan: Plan, postgres: stores.Stores) -> None:
@@ -130,10 +130,10 @@ class Importer:
         self._begun = False
 
     async def load(self, kind: str) -> imports.Progress:
-        """Import one file, from where it was left, and return how far it came in all.
+        """Import the rest of one file, and return its progress in total.
 
         Raises:
-            InvalidInput: The file has not the columns of its kind.
+            InvalidInput: The file lacks a column of its kind.
             StoreUnavailable: Postgres did not answer; start again.
         """
         plan = self._plan
@@ -162,7 +162,7 @@ class Importer:
         return await self._imports.store(name, kind, (), done)
 
     async def compute(self) -> None:
-        """Compute the history of all users for whom it is due, also by an earlier attempt."""
+        """Compute the history that is due, including what earlier attempts left."""
         with tqdm.tqdm(
             desc="history", total=await self._imports.due(), unit=" users", disable=None
         ) as bar:
@@ -172,7 +172,7 @@ class Importer:
     def _parse(
         self, kind: str, rows: Sequence[datafiles.Row]
     ) -> tuple[list[tuple[int, Any]], list[tuple[int, errors.InvalidInput]]]:
-        """Return the records of rows, and why the others are refused, each with its line."""
+        """Return the records of valid rows and the errors of the others, each with its line."""
         read: list[tuple[int, Any]] = []
         refused: list[tuple[int, errors.InvalidInput]] = []
         for row in rows:
@@ -219,7 +219,7 @@ def read_label(
     values: Mapping[str, str],
     latest_ms: int,
 ) -> labels.Label:
-    """Read a label; `values` gives the vocabulary's word for what stands in the file.
+    """Read a label; `values` maps values of the file to the vocabulary.
 
     Raises:
         InvalidInput: naming the field.
@@ -255,7 +255,7 @@ def read_score(found: Mapping[str, Any], layout: layouts.Layout) -> imports.Scor
 
 
 def _fingerprint(kind: str, file: datafiles.File, plan: Plan) -> str:
-    """Return what tells an import from others: the file, and how it is read."""
+    """Return a hash that identifies an import: the file, and how it is read."""
     layout = plan.layouts[kind]
     told = (kind, file.fingerprint(), dataclasses.asdict(layout), dict(plan.label_values))
     return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
@@ -264,28 +264,28 @@ def _fingerprint(kind: str, file: datafiles.File, plan: Plan) -> str:
 async def load(
     config: settings.Settings, plan: Plan, postgres: stores.Stores, redis: Any
 ) -> dict[str, imports.Progress]:
-    """Import files, and return how far each came in all.
+    """Import files, and return the progress of each in total, by kind.
 
     Args:
-        config: Settings.
+        config: The settings.
         plan: The files, and how they are read.
-        postgres: Takes what they hold.
-        redis: The shared pool; it learns that there are more credit scores.
+        postgres: The stores to import into.
+        redis: The shared pool; its marks are removed when there are new credit scores.
 
     Raises:
-        InvalidInput: A file has not the columns of its kind.
+        InvalidInput: A file lacks a column of its kind.
         StoreUnavailable: A store did not answer; start again.
         NeedsOperator: Another import is running.
     """
     await postgres.schema.migrate()
     async with postgres.locks.singleton("import") as held:
         if held is None:
-            raise errors.NeedsOperator("another import is running: wait for its end")
+            raise errors.NeedsOperator("another import is running: wait until it has finished")
         importer = Importer(config, plan, postgres)
         done = {kind: await importer.load(kind) for kind in FIELDS if kind in plan.files}
         await importer.compute()
     if "credit_scores" in done and done["credit_scores"].added:
-        # As after a loss: some lie before what the materializer has loaded.
+        # This forces a full load: some scores are older than those that were loaded last.
         for key in (partition_states.MATERIALIZED, partition_states.LOADING):
             await redis_pool.answers(redis.delete(key))
     return done

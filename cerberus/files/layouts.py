@@ -1,4 +1,4 @@
-"""How the fields of a record stand in a file of one's own, and the options that say it."""
+"""The layout of records in a data file, and the command-line options that describe it."""
 
 import argparse
 import datetime
@@ -26,13 +26,13 @@ _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the fields of a record stand in a file.
+    """Which columns of a file hold the fields of a record, and in which format.
 
     Attributes:
-        columns: Column by field; a field that is not here has a column of its own name.
-        constants: Text by field, for all rows.
+        columns: Columns by field; a field that is missing here has a column of its own name.
+        constants: Texts by field, the same for all rows.
         timestamp_format: One of `TIMESTAMP_FORMATS`; "utc" is RFC 3339 that may lack the offset.
-        amount_unit: "major" such as 12.50, or "minor": cents.
+        amount_unit: "major", such as 12.50, or "minor": cents.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Layout:
     amount_unit: str = "major"
 
     def column(self, name: str) -> str:
-        """Return the column where a field stands."""
+        """Return the column that holds a field."""
         return self.columns.get(name, name)
 
     def open(
@@ -71,7 +71,7 @@ class Layout:
         return file
 
     def pick(self, row: datafiles.Row, names: Iterable[str]) -> dict[str, Any]:
-        """Return a row's fields by their own names; an empty cell is an absent one.
+        """Return a row's fields by name, without empty cells.
 
         Raises:
             InvalidInput: The row cannot be read.
@@ -86,10 +86,10 @@ class Layout:
         }
 
     def moment(self, value: Any, name: str = "timestamp") -> Any:
-        """Return a moment as RFC 3339; what is none of its format may come back as it is.
+        """Return a moment as RFC 3339; a value in another format may come back unchanged.
 
         Raises:
-            InvalidInput: It is no number since the Unix epoch, though it should be.
+            InvalidInput: The format is a number since the Unix epoch, and the value is not one.
         """
         if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
             value = datetime.datetime.combine(value, datetime.time())
@@ -146,13 +146,13 @@ class Layout:
 
 
 def text(value: Any) -> Any:
-    """Return a name as text, also where it is stored as a whole number."""
+    """Return a name as text, even if it is stored as a whole number."""
     number = whole(value)
     return str(number) if type(number) is int and not isinstance(value, str) else value
 
 
 def whole(value: Any) -> Any:
-    """Return a whole number as int, also where it is stored as text or as a double."""
+    """Return a whole number as int, even if it is stored as text or as a double."""
     if isinstance(value, str) and (found := _WHOLE.fullmatch(value)):
         return int(found[1])
     number = _decimal(value) if isinstance(value, (float, Decimal)) else None
@@ -160,7 +160,7 @@ def whole(value: Any) -> Any:
 
 
 def _decimal(value: Any) -> Decimal | None:
-    """Return a number exactly; None for what is none, or too large to be meant."""
+    """Return a number exactly; None if it is not a number, or implausibly large."""
     number = None
     if isinstance(value, str):
         number = Decimal(value) if _DECIMAL.fullmatch(value) else None
@@ -179,7 +179,7 @@ def _rfc_3339(ms: int) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """Return None for what Parquet and pandas write where nothing is."""
+    """Return None for the NaN that Parquet and pandas write into empty cells."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -189,20 +189,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--column",
         metavar="FIELD=COLUMN",
-        help="where a field stands, if not in a column of its name",
+        help="the column that holds a field, if its name differs",
         **many,
     )
     parser.add_argument(
-        "--constant", metavar="FIELD=VALUE", help="what a field is in every row", **many
+        "--constant", metavar="FIELD=VALUE", help="a field's value in every row", **many
     )
     parser.add_argument(
         "--timestamp-format",
         choices=TIMESTAMP_FORMATS,
         default=TIMESTAMP_FORMATS[0],
-        help="of moments; utc: like rfc3339, and UTC where no offset is given",
+        help="the format of times; utc: rfc3339 whose offset may be missing",
     )
     parser.add_argument(
-        "--amount-unit", choices=AMOUNT_UNITS, default=AMOUNT_UNITS[0], help="12.50, or cents"
+        "--amount-unit",
+        choices=AMOUNT_UNITS,
+        default=AMOUNT_UNITS[0],
+        help="major: such as 12.50; minor: cents",
     )
 
 
@@ -220,8 +223,8 @@ def read_options(
     """Return the layout of each kind of file.
 
     Args:
-        chosen: What `add_options` has read; `labels.label` is a field of labels alone.
-        fields: Of each kind.
+        chosen: The parsed options of `add_options`; `labels.label` is a field of labels only.
+        fields: The fields of each kind.
 
     Raises:
         InvalidInput: naming a field that no kind has.

@@ -1,6 +1,6 @@
-"""Transactions of a file onto the log: `cerberus send`, at once, at a rate or at recorded speed.
+"""Publishing the transactions of a file to the log, at once, at a rate or at recorded speed.
 
-The file is read twice: a wrong row is named before any is sent, however long the file is.
+The file is read twice, so an invalid row is reported before any row is sent.
 """
 
 import asyncio
@@ -21,12 +21,12 @@ _LONGEST_WAIT_S = 1.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pace:
-    """When each transaction of a file is due; at once where neither is given.
+    """When each transaction of a file is due; all at once when neither rate nor speed is given.
 
     Attributes:
         rate: Transactions a second.
-        speed: The gaps between the file's timestamps are this many times shorter.
-        now: Whether each is stamped with the moment at which it is due.
+        speed: How many times faster than the file's timestamps the transactions are sent.
+        now: Whether each transaction is stamped with the moment when it is due.
     """
 
     rate: float | None = None
@@ -37,9 +37,9 @@ class Pace:
         """Return when a transaction is due, in ms after the beginning.
 
         Args:
-            number: How many come before it.
-            event_ms: Its time in the file.
-            first_ms: That of the file's first transaction.
+            number: How many transactions come before it.
+            event_ms: Its time in the file, ms since the Unix epoch.
+            first_ms: The time of the file's first transaction.
         """
         if self.rate is not None:
             return int(number / self.rate * 1000)
@@ -59,13 +59,13 @@ class Sender:
     """Reads a file and publishes it.
 
     Args:
-        config: Settings.
+        config: The settings.
         path: The file.
-        layout: Where its fields stand.
-        pace: When each is due.
+        layout: How the file is read.
+        pace: When each transaction is due.
 
     Raises:
-        InvalidInput: The file has not the columns of a transaction.
+        InvalidInput: The file lacks a column of a transaction.
     """
 
     def __init__(
@@ -94,10 +94,10 @@ class Sender:
         return Found(count, first_ms, latest_ms)
 
     async def send(self, found: Found) -> int:
-        """Publish the file in its order, each transaction when it is due; return how many.
+        """Publish the file in order, each transaction when it is due; return how many.
 
         Raises:
-            StoreUnavailable: The brokers did not take all of them.
+            StoreUnavailable: The brokers did not acknowledge all transactions.
         """
         await kafka.create_topics(self._config)
         publisher = kafka.Publisher(self._config)
