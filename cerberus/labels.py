@@ -1,7 +1,7 @@
-"""The truth about a transaction, as somebody tells it later: one of a closed vocabulary.
+"""Labels: the truth about a transaction, reported later, in a closed vocabulary.
 
-`labelled_at` is when it was found out, by whoever tells it; `seen_ms`, when it first reached us, is
-the store's to say. The newest `labelled_at` wins.
+`labelled_at` is when the source found it out; `seen_ms`, when the label first arrived, is set by
+the store. The newest `labelled_at` wins.
 """
 
 from collections.abc import Mapping
@@ -26,10 +26,11 @@ MAX_ITEMS = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """When silence is an answer, and what counts as fraud.
+    """When a missing label counts as genuine, and what counts as fraud.
 
     Attributes:
-        maturity_ms: Without a fraud label this long, what was not declined is genuine.
+        maturity_ms: After this long without a fraud label, a transaction that was not declined is
+            genuine.
         friendly_fraud_positive: Whether `friendly_fraud` is fraud.
     """
 
@@ -39,14 +40,14 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """One telling.
+    """What one source reported about a transaction.
 
     Attributes:
-        transaction_id: Of what was paid, 1 to 128 characters; it may come later, or never.
-        label: Of `VOCABULARY`.
-        source: Who says so, 1 to 128 characters.
-        labelled_ms: When it was found out, ms since the Unix epoch.
-        user_id: Whose transaction; None speaks of every transaction of that id.
+        transaction_id: 1 to 128 characters; the transaction itself may come later, or never.
+        label: One of `VOCABULARY`.
+        source: Who reported it, 1 to 128 characters.
+        labelled_ms: When the source found it out, ms since the Unix epoch.
+        user_id: The user of the transaction; None applies to every transaction with that id.
     """
 
     transaction_id: str
@@ -139,5 +140,5 @@ def encode(label: Label) -> bytes:
 
 
 def key(label: Label) -> bytes:
-    """Return the Kafka key: all that is told of a transaction is in one partition."""
+    """Return the Kafka key: all labels of a transaction are in one partition."""
     return label.transaction_id.encode()

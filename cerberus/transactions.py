@@ -1,8 +1,8 @@
-"""What happened: one card transaction, its identity, and its form on the wire.
+"""One card transaction: its fields, its identity, and its format on the wire.
 
 Money is `amount_minor: int` (cents) inside and a decimal with two places outside: sums of binary
-fractions drift and leave an empty window with a balance. Time is `event_ms`, milliseconds since the
-Unix epoch, and RFC 3339 in UTC outside.
+fractions drift, and an empty window would keep a balance. Time is `event_ms`, milliseconds since
+the Unix epoch, inside and RFC 3339 in UTC outside.
 """
 
 import datetime
@@ -34,10 +34,10 @@ class Transaction:
     """One accepted payment attempt.
 
     Attributes:
-        transaction_id: The payer's name for it, 1 to 128 characters.
+        transaction_id: The client's id for it, 1 to 128 characters.
         user_id: 0 to 2**63 - 1; the Kafka key is its ASCII digits.
         amount_minor: Cents, not negative.
-        currency: ISO 4217, the one of the deployment.
+        currency: ISO 4217, the currency of the deployment.
         merchant_id: At most 128 characters; empty when unknown.
         event_ms: When it happened, ms since the Unix epoch.
     """
@@ -63,7 +63,7 @@ class Transaction:
 def id_hash64(user_id: int, transaction_id: str, event_ms: int) -> int:
     """Hash an identity to 64 bits.
 
-    The event time belongs to it: retries that were stamped anew would otherwise make a replayed
+    The event time is part of it: otherwise a retry with a new timestamp would make a replayed
     window differ from the live one. Cost: about 1 µs.
     """
     digest = hashlib.blake2b(f"{user_id}\0{event_ms}\0{transaction_id}".encode(), digest_size=8)
@@ -80,7 +80,7 @@ def merchant_hash32(merchant_id: str) -> int:
 
 
 def decision_id(user_id: int, transaction_id: str, event_ms: int) -> uuid.UUID:
-    """Name the one decision on an identity: the same UUIDv8 at every door and replay."""
+    """Return the id of the decision on an identity: the same UUIDv8 at every door and replay."""
     name = f"{user_id}\0{event_ms}\0{transaction_id}".encode()
     value = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "big")
     # Python takes version=8 only from 3.14 on.
@@ -89,7 +89,7 @@ def decision_id(user_id: int, transaction_id: str, event_ms: int) -> uuid.UUID:
 
 
 def key(user_id: int) -> bytes:
-    """Return the Kafka key of a user: ASCII digits, so that all of a user is in one partition."""
+    """Return the Kafka key of a user, ASCII digits: a user's records share a partition."""
     return b"%d" % user_id
 
 
@@ -117,7 +117,7 @@ def decode(value: bytes | None, currency: str) -> Transaction:
     """Read one record of topic `transactions`.
 
     Raises:
-        InvalidInput: naming the field; a record's fate depends on its bytes alone.
+        InvalidInput: naming the field; the outcome depends on the record's bytes alone.
     """
     if value is None:
         raise errors.InvalidInput("value", "is empty")
@@ -183,7 +183,7 @@ def parse_text(document: Mapping[str, Any], field: str, default: str | None = No
         )
     if not 0 < len(value) <= MAX_TEXT and value != default:
         raise errors.InvalidInput(field, f"must have 1 to {MAX_TEXT} characters")
-    # Postgres cannot store it, and it parts the fields of an identity.
+    # Postgres cannot store it, and it separates the fields of an identity.
     if "\0" in value:
         raise errors.InvalidInput(field, "must not contain the NUL character")
     return value
@@ -231,7 +231,7 @@ def parse_timestamp(document: Mapping[str, Any]) -> int:
         InvalidInput: naming the field.
     """
     value = document.get("timestamp")
-    # What fromisoformat takes beyond this differs between Python's versions.
+    # What else `fromisoformat` accepts differs between versions of Python.
     if not isinstance(value, str) or not _RFC_3339.fullmatch(value):
         raise errors.InvalidInput("timestamp", "must be RFC 3339 such as 2026-01-31T12:00:00.000Z")
     try:

@@ -1,7 +1,7 @@
-"""What Feast knows of Cerberus: one entity, three views, one service.
+"""The Feast definitions: one entity, three views, one service.
 
-`feast apply` reads this file in this directory. Names and TTLs follow the window definition that
-`python -m cerberus features render` wrote to feature_store.yaml, beside the addresses.
+`feast apply` reads this file in this directory. Names and TTLs follow the window definition in
+`feature_store.yaml`, which `python -m cerberus features render` writes together with the addresses.
 """
 
 import datetime
@@ -16,7 +16,7 @@ from feast.infra.offline_stores.contrib.postgres_offline_store.postgres_source i
 from feast.types import Bytes, Float64, Int64
 
 REPO = pathlib.Path(__file__).parent
-sys.path.append(str(REPO.parent))  # here, by hand, the package is not on the path
+sys.path.append(str(REPO.parent))  # `feast apply` runs here, where the package is not on the path
 
 from cerberus import window  # noqa: E402
 from cerberus.features import declared  # noqa: E402
@@ -30,7 +30,7 @@ user_id = Field(name="user_id", dtype=Int64)
 
 
 def field(feature: declared.Feature) -> Field:
-    """Say a declared feature in Feast's terms."""
+    """Translate a declared feature into Feast's terms."""
     return Field(name=feature.name, dtype=types[feature.kind])
 
 
@@ -59,7 +59,7 @@ user_window = FeatureView(
     schema=[user_id, Field(name="recent", dtype=Bytes)],
     source=PushSource(
         name="user_window_stream",
-        # Feast wants a table behind every stream: this one is empty, so loading it does nothing.
+        # Feast requires a table behind every stream; this one is empty, so loading it does nothing.
         batch_source=PostgreSQLSource(
             name="user_window_nowhere",
             query=(

@@ -28,5 +28,5 @@ def platt(fraud: npt.NDArray[np.bool_], margin: npt.NDArray[np.float64]) -> tupl
         while np.abs(step).max() > 1e-9 and loss(fit + step) > loss(fit):
             step /= 2
         fit += step
-    # Six places, so that another machine's last bits do not show.
+    # Six places hide differences in the last bits between machines.
     return round(float(fit[0]), 6), round(float(fit[1]), 6)

@@ -42,7 +42,7 @@ def calibration_error(fraud: Bools, probability: Floats, bins: int = 10) -> floa
 
 
 def threshold(fraud: Bools, probability: Floats) -> float:
-    """Return the cut with the greatest F1; of equal ones the middle of the widest gap."""
+    """Return the cut with the greatest F1; among equals, the middle of the widest gap."""
     hits, flagged = _cuts(fraud, probability)
     values = np.unique(probability)[::-1]
     f1 = (2 * hits / (flagged + hits[-1]))[:-1]
@@ -52,7 +52,7 @@ def threshold(fraud: Bools, probability: Floats) -> float:
 
 
 def _cuts(fraud: Bools, score: Floats) -> tuple[Floats, Floats]:
-    """Return frauds and rows at or above each distinct score, from the highest down."""
+    """Return the number of frauds and of rows at or above each distinct score, highest first."""
     _, place, counts = np.unique(-score, return_inverse=True, return_counts=True)
     return np.cumsum(np.bincount(place, fraud)), np.cumsum(counts).astype(float)
 

@@ -32,13 +32,13 @@ class Plan:
 
     The simulation runs through `RATES` (transactions a second over all users), each for the
     longest span, in cycles: three to train on, one to calibrate on, one to measure on. Users pay
-    independently, so a sample of them at the population's rate per user has the same law; its
-    size follows from `events`, which is how long windows stay affordable. Windows busier than the
-    highest rate makes them are scored as the busiest seen.
+    independently, so a sample of them at the population's rate per user has the same distribution.
+    Its size follows from `events`, so that long windows stay affordable. A window busier than any
+    seen here is scored like the busiest one.
 
     Attributes:
         spans: The window lengths, increasing.
-        seed: Of the simulation, the masks and the training.
+        seed: The seed of the simulation, the masks and the training.
         users: Size of the population that `RATES` refer to.
         first_user_id: Its lowest id.
         events: About how many transactions to simulate at most.
@@ -77,7 +77,7 @@ class _Record(NamedTuple):
 
 
 class _Simulation:
-    """A log that is written, observed and read in the order of event time."""
+    """A log that is written, observed and read in order of event time."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -115,7 +115,7 @@ class _Simulation:
         record = _Record(self._log.offset, paid.event_ms, transactions.encode(paid))
         seen = self._log.take(record, partition.judge(record, "USD", self._spans))
         if not isinstance(seen, partition.Observed) or seen.row is None:
-            raise AssertionError(f"the stream refuses its own traffic: {seen}")
+            raise AssertionError(f"the stream rejects its own traffic: {seen}")
         self._latest[paid.user_id] = labelled.fraud
         return replace(seen.row, credit_score=self._credit_score(paid.user_id))
 

@@ -23,7 +23,7 @@ PARAMETERS: dict[str, Any] = {
     # Fitted to a low base rate, the intercept makes the hessian of a row so small that
     # min_child_weight forbids the first splits; 0.5 keeps it at 0.25.
     "base_score": 0.5,
-    # Histogram bins blur thin tails; exact splits also lie halfway between two seen values.
+    # Histogram bins blur thin tails; exact splits lie halfway between two seen values.
     "tree_method": "exact",
     "max_depth": 3,
     "eta": 0.2,

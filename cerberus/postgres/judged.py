@@ -107,7 +107,7 @@ class Figures:
         return _share(self.flagged - self.found, self.matured - self.positives)
 
     def public(self) -> dict[str, Any]:
-        """Lay them out as `GET /accuracy` shows them; money in major units."""
+        """Return the figures as a JSON object; money in major units."""
         return {
             "matured": self.matured,
             "positives": self.positives,
@@ -169,8 +169,7 @@ class Judged:
             ) from error
         except TimeoutError as error:
             raise errors.DecisionsUnavailable(
-                f"The report was not made within {timeout_s:g} s; ask for less by `since`, or take "
-                "`cerberus accuracy`, which waits longer."
+                f"The report was not made within {timeout_s:g} s; ask about a shorter period."
             ) from error
         since_ms = asked.since_ms
         return {
