@@ -1,6 +1,7 @@
-"""`python -m chaos`: real servers, three instances, faults while records flow; then exactness.
+"""`python -m chaos`: inject faults into three instances on real servers, then check exactness.
 
-Prints what was injected and compared; the status is 1 on any difference.
+It prints the injected faults and what was compared. Its exit status is 1 on any difference, and 2
+when the servers cannot be started.
 """
 
 import argparse
@@ -16,9 +17,11 @@ from chaos import cluster, runs, stage
 def main() -> int:
     """Run once and return the exit status."""
     parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
-    parser.add_argument("--events", type=int, default=200_000, help="records under fire (200000)")
+    parser.add_argument(
+        "--events", type=int, default=200_000, help="records during the faults (200000)"
+    )
     parser.add_argument("--kills", type=int, default=15, help="instances killed by SIGKILL (15)")
-    parser.add_argument("--seed", type=int, default=7, help="of everything drawn (7)")
+    parser.add_argument("--seed", type=int, default=7, help="seed of all random choices (7)")
     chosen = parser.parse_args()
     if chosen.events < 1_000 or chosen.kills < 3:
         parser.error("--events must be at least 1000, --kills at least 3")

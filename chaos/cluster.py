@@ -1,4 +1,4 @@
-"""What is under fire: three servers, some instances of the service, and a look at their stores."""
+"""The system under test: three servers, instances of the service, and access to their stores."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,7 @@ async def until(condition: Callable[[], Any], what: str, within_s: float) -> flo
     """Wait for a condition, sync or async, and return how long that took, s.
 
     Raises:
-        TimeoutError: It did not come true; the message says what.
+        TimeoutError: It did not become true within `within_s`; the message contains `what`.
     """
     began_s = time.monotonic()
     while True:
@@ -59,23 +59,23 @@ async def until(condition: Callable[[], Any], what: str, within_s: float) -> flo
 
 
 def credit_score(user_id: int) -> int:
-    """Return the score that is pinned for a user."""
+    """Return the fixed credit score of a user."""
     return 300 + user_id % 551
 
 
 @dataclass
 class Cluster:
-    """Servers, instances, and clients of our own.
+    """Servers, instances, and this process' own clients.
 
     Attributes:
         servers: Kafka, Redis and Postgres.
-        config: As the instances have it.
+        config: The settings of the instances.
         spans: The window definition.
-        instances: Of the service.
+        instances: The instances of the service.
         online: Reads what they wrote to Redis.
-        redis: The same, raw.
-        pool: Of Postgres.
-        credit: Whether credit scores are pinned and materialized.
+        redis: A client of the same Redis.
+        pool: Connections to Postgres.
+        credit: Whether fixed credit scores are materialized.
         former: The greatest epoch of the topic's former lives.
     """
 
@@ -95,7 +95,7 @@ class Cluster:
         return self.config.kafka.topic(kafka.TRANSACTIONS)
 
     def producer(self) -> AIOKafkaProducer:
-        """Build a producer that soon sees a new partition."""
+        """Build a producer that discovers a new partition within 0.5 s."""
         return AIOKafkaProducer(
             bootstrap_servers=self.servers.kafka.url,
             enable_idempotence=True,
@@ -105,14 +105,14 @@ class Cluster:
         )
 
     async def add_partition(self) -> int:
-        """Give the topic one partition more and return how many there are."""
+        """Add one partition to the topic and return how many there are."""
         async with kafka.admin(self.config.kafka) as client:
             count = await kafka.partition_count(client, self.topic) + 1
             await client.create_partitions({self.topic: NewPartitions(count)})
         return count
 
     async def recreate_topic(self) -> None:
-        """Delete the topic with all that is in it and make it again."""
+        """Delete the topic with all its records and create it again."""
         self.former = max(s.epoch for s in (await self.online.states()).values())
         async with kafka.admin(self.config.kafka) as client:
             await client.delete_topics([self.topic])
@@ -125,7 +125,7 @@ class Cluster:
         await kafka.create_topics(self.config)
 
     async def log(self, name: str) -> dict[int, list[Any]]:
-        """Read a topic back, partition by partition, with a plain consumer."""
+        """Read all records of a topic with a plain consumer, by partition."""
         topic = self.config.kafka.topic(name)
         reader = AIOKafkaConsumer(
             bootstrap_servers=self.servers.kafka.url, isolation_level="read_committed"
@@ -165,7 +165,7 @@ class Cluster:
         return not any(buffer["waiting"] for buffers in told for buffer in buffers.values())
 
     async def live(self, since_s: float = 0.0) -> bool:
-        """Say whether each partition's owner is live and stood at the log's end since then."""
+        """Say whether each partition's owner is live and has reached the log's end since then."""
         try:
             async with kafka.admin(self.config.kafka) as client:
                 count = await kafka.partition_count(client, self.topic)
@@ -179,7 +179,7 @@ class Cluster:
         )
 
     async def drained(self) -> bool:
-        """Say whether all that is in the log is stored."""
+        """Say whether the whole log is stored."""
         if not await self.live():
             return False
         ends, states = await self.ends(), await self.online.states()
@@ -189,7 +189,7 @@ class Cluster:
 def environment(
     environ: Mapping[str, str], directory: pathlib.Path, *, credit: bool
 ) -> dict[str, str]:
-    """Return what instances are started with."""
+    """Return the environment that instances are started with."""
     return {
         **environ,
         **SETTINGS,
@@ -213,8 +213,8 @@ async def opened(
 ) -> AsyncIterator[Cluster]:
     """Prepare topics, tables, model and scores, and yield the cluster with nothing running.
 
-    Where it is not `prepared`, the first instance makes topics and tables. At the end every
-    instance that still runs is killed.
+    When `prepared` is false, the first instance makes topics and tables. At the end, every instance
+    that still runs is killed.
     """
     environ = environment(environ, directory, credit=credit)
     config = settings.load(environ)
@@ -223,7 +223,7 @@ async def opened(
     site = process.Site(directory, environ, lambda line: None)
     redis = redis_pool.connect(config)
     async with postgres_pool.connect(config) as pool, redis:
-        # Not `assembly.open`: an onlooker must not be the one that recognises a restarted Redis.
+        # Not `assembly.open`: an observer must not be the one that detects a restarted Redis.
         parts = assembly.Service(config, redis, pool)
         if prepared:
             await parts.postgres.schema.migrate()
@@ -251,7 +251,7 @@ async def opened(
 
 
 def pin_model(config: settings.Settings, spans: window.Spans) -> layout.Plan:
-    """Train a small model where the settings want one, and write the plan beside it."""
+    """Train a small model at the path in the settings, and write the plan beside it."""
     training.train(
         simulation.Plan(spans=config.windows.spans, events=3_000), config.model.path, lambda _: None
     )
@@ -273,7 +273,7 @@ def pin_model(config: settings.Settings, spans: window.Spans) -> layout.Plan:
 
 
 def _apply(config: settings.Settings, directory: pathlib.Path) -> None:
-    """Apply the feature definitions from a copy, so that the checkout's own is left alone."""
+    """Apply a copy of the feature definitions, so that the checkout stays unchanged."""
     repo = directory / "feature_repo"
     repo.mkdir(exist_ok=True)
     shutil.copy(feast_store.REPO / "features.py", repo)

@@ -1,4 +1,4 @@
-"""The stores and the answers, held against the log: exact integers, no tolerance."""
+"""Comparison of the stores with the log: exact integers, no tolerance."""
 
 import collections
 import itertools
@@ -31,10 +31,10 @@ class Findings:
     """What a comparison found.
 
     Attributes:
-        compared: How many things were compared, by kind.
-        lost: Effects that the log demands and a store lacks.
-        doubled: Effects counted above what the log holds.
-        differences: Sentences that explain, the first of each kind first.
+        compared: How many values were compared, by kind.
+        lost: How many effects of the log a store lacks.
+        doubled: How many effects a store counts more often than the log.
+        differences: One sentence for each difference.
     """
 
     compared: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -43,7 +43,7 @@ class Findings:
     differences: list[str] = field(default_factory=list)
 
     def equal(self, kind: str, what: object, expected: Any, found: Any) -> None:
-        """Compare one thing; None is nothing at all."""
+        """Compare one value; None means that there is none."""
         self.compared[kind] += 1
         if expected == found:
             return
@@ -52,7 +52,7 @@ class Findings:
         self.differences.append(f"{kind} of {what}: expected {expected}, found {found}")
 
     def among(self, kind: str, what: object, expected: set[Any], found: Any) -> None:
-        """Compare with several values that may be right: that of each partition that has it."""
+        """Compare with several values that may be right, one from each partition that has it."""
         self.equal(kind, what, found if found in expected else min(expected), found)
 
 
@@ -61,7 +61,7 @@ def _count(value: Any) -> int:
 
 
 async def read_log(target: cluster.Cluster) -> Log:
-    """Read the whole topic into an oracle a partition."""
+    """Read the whole topic into one oracle for each partition."""
     return {
         number: oracle.Partition(RULES, ((r.offset, r.timestamp, r.value) for r in records))
         for number, records in (await target.log(kafka.TRANSACTIONS)).items()
@@ -69,7 +69,7 @@ async def read_log(target: cluster.Cluster) -> Log:
 
 
 async def stores(target: cluster.Cluster, lives: Sequence[Log]) -> Findings:
-    """Compare every effect of every life of the topic; rows are those of the last."""
+    """Compare every effect of every life of the topic; online rows with the last life only."""
     found = Findings()
     everything = list(itertools.chain.from_iterable(life.items() for life in lives))
     await _facts(target, everything, found)
@@ -110,7 +110,7 @@ async def _decided(
     stored = await decided(target)
     found.equal("decision", "all names", len(stored), len({d.identity for d in stored.values()}))
     streamed = {d.identity: d.value for d in stored.values() if d.door == "stream"}
-    # What a request had first is held against its answer.
+    # Decisions that a request made first are compared with its answer.
     asked = {d.identity for d in stored.values() if d.door == "http"}
     found.compared["decision"] += len(decisions.keys() & asked)
     _each("decision", {k: v for k, v in decisions.items() if k not in asked}, streamed, found)
@@ -122,7 +122,7 @@ async def _decided(
     _each("history row", history, {tuple(r)[:2]: tuple(r)[2:] for r in rows}, found)
     told = await published(target)
     for name, decision in stored.items():
-        # A rebuilt life publishes again; each name must come, and never with another content.
+        # A rebuilt life publishes again: each id must be there, always with the same content.
         if decision.identity in decisions:
             found.equal("published decision", decision.identity, {decision.value}, told.get(name))
 
@@ -132,12 +132,13 @@ class Decided:
     """One row of table `decisions`.
 
     Attributes:
-        identity: User, transaction, event time; a request without a transaction has its own name.
+        identity: User, transaction and event time; the decision's id replaces a missing
+            transaction.
         named: Whether there was a transaction.
         door: "stream" or "http".
-        cents: Of the transaction.
-        value: Count, cents and where its prefix ends, as served.
-        decided_s: When, wall clock.
+        cents: Amount of the transaction.
+        value: Count and cents as served, and the offset where their prefix ends.
+        decided_s: When the decision was made, wall clock.
     """
 
     identity: tuple[int, str, int]
@@ -149,7 +150,7 @@ class Decided:
 
 
 async def decided(target: cluster.Cluster) -> dict[str, Decided]:
-    """Read table `decisions`, by name."""
+    """Read table `decisions`, by decision id."""
     rows = await target.pool.fetch(
         "SELECT decision_id::text, user_id, coalesce(transaction_id, decision_id::text), as_of_ms, "
         "door, amount_minor, features, fence_offset, extract(epoch FROM decided_at)::float8 "
@@ -162,7 +163,7 @@ async def decided(target: cluster.Cluster) -> dict[str, Decided]:
 
 
 async def published(target: cluster.Cluster) -> dict[str, set[Any]]:
-    """Read topic `decisions`: the values under each name."""
+    """Read topic `decisions`: the values under each decision id."""
     found: dict[str, set[Any]] = collections.defaultdict(set)
     for record in itertools.chain.from_iterable((await target.log(kafka.DECISIONS)).values()):
         told = json.loads(record.value)
@@ -179,7 +180,7 @@ def _each(kind: str, expected: dict[Any, set[Any]], got: dict[Any, Any], found: 
 
 
 def shown(values: Mapping[str, Any]) -> tuple[int, int]:
-    """Read count and cents as the API shows them; -1 where they could not be had."""
+    """Return count and cents as the API shows them; -1 when they were unavailable."""
     total = values[_WINDOW.total_amount.public]
     return (
         (-1, -1)
@@ -208,13 +209,13 @@ async def _dead_letters(
 async def _rows(target: cluster.Cluster, log: Log, found: Findings) -> None:
     users = sorted({user_id for part in log.values() for user_id in part.users})
     for at in range(0, len(users), 500):
-        # As of the year 1970, no row is past its time to live.
+        # As of 1970, no row has expired.
         for row in await target.online.read(users[at : at + 500], 0, 10.0):
             state, recent, part = row.state, row.recent, log[row.partition]
             user = part.users.get(row.user_id)
             last = -1 if user is None else int(user.offsets.max())
             if state is None or recent is None or recent.fence.epoch < state.epoch:
-                # Rows that Redis lost come back only while the user has something left.
+                # Rows that Redis lost are restored only while the user still has events.
                 kept_ms = part.frontier_ms(part.end) - RULES.keep_ms
                 alive = user is not None and int(user.at_ms.max()) > kept_ms
                 found.equal("online row", row.user_id, "a row" if alive else None, None)
@@ -228,7 +229,7 @@ async def _rows(target: cluster.Cluster, log: Log, found: Findings) -> None:
 
 
 def packed(part: oracle.Partition, user_id: int, recent: packed_windows.Recent) -> tuple[Any, Any]:
-    """Return what a row must hold at its fence, events and aggregates, and the events it holds."""
+    """Return the events and aggregates that a row must hold at its fence, and what it holds."""
     end, as_of_ms = recent.fence.offset, part.frontier_ms(recent.fence.offset)
     events: list[tuple[int, int]] = []
     if (user := part.users.get(user_id)) is not None:
@@ -250,7 +251,7 @@ async def _aggregates(target: cluster.Cluster, user_id: int) -> tuple[Any, int]:
 
 
 async def agree(target: cluster.Cluster) -> Findings:
-    """Hold table `decisions` against the topic, field by field, both ways."""
+    """Compare table `decisions` with the topic, field by field, in both directions."""
     found = Findings()
     published: dict[str, set[str]] = collections.defaultdict(set)
     for some in (await target.log("decisions")).values():

@@ -19,13 +19,13 @@ _FIRST_GUESS_S = 12.0
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What was done, and how long until all partitions were live again; wall clock, s.
+    """One fault, and how long it took until all partitions were live again.
 
     Attributes:
-        kind: Of the fault.
-        began_s: When it was begun.
-        recovered_s: From then until every partition had a live owner at the log's end and every
-            instance answered; None when that did not come within 3 min.
+        kind: Name of the fault.
+        began_s: When it began, wall clock.
+        recovered_s: Seconds until every partition had a live owner at the log's end and every
+            instance answered; None when that took more than 3 min.
     """
 
     kind: str
@@ -34,13 +34,13 @@ class Fault:
 
 
 class Schedule:
-    """Injects faults until all are done.
+    """Injects faults one after the other.
 
     Args:
-        target: Under fire.
+        target: The system under test.
         publisher: Its rate is set so that the records last as long as the faults.
-        kinds: Of the faults, in order.
-        rng: Draws whom it hits and how long.
+        kinds: Names of the faults, in order.
+        rng: Chooses the instances and the pauses.
 
     Attributes:
         done: The faults so far.
@@ -67,7 +67,7 @@ class Schedule:
         """Inject all faults.
 
         Raises:
-            TimeoutError: The service did not recover from one; what follows would tell nothing.
+            TimeoutError: The service did not recover from a fault; later ones would prove nothing.
         """
         for kind in self._kinds:
             self._pace()
@@ -112,7 +112,7 @@ class Schedule:
             instance.start()
 
     async def pause(self) -> None:
-        """Stop an instance for longer than its session lasts, then let it go on."""
+        """Freeze an instance for longer than its session lasts, then let it continue."""
         [instance] = self._some(1)
         instance.pause()
         await asyncio.sleep(cluster.SESSION_S + self._rng.uniform(1, 6))
@@ -123,11 +123,11 @@ class Schedule:
         [instance] = self._some(1)
         status = await asyncio.to_thread(instance.end)
         if status not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
-            self.unasked.append(f"{instance.name} did not end in 30 s but with status {status}")
+            self.unasked.append(f"{instance.name} did not stop cleanly in 30 s, status {status}")
         instance.start()
 
     async def broker(self, *, hard: bool) -> None:
-        """Restart the broker, politely or by SIGKILL."""
+        """Restart the broker, cleanly or after SIGKILL."""
         await self._server(self._target.servers.kafka, hard=hard)
 
     async def _server(self, server: stack.Server, *, hard: bool = True) -> None:
@@ -143,14 +143,14 @@ class Schedule:
         await self._server(self._target.servers.redis)
 
     async def redis_power(self) -> None:
-        """Take the power from Redis: what it appended to its file in the last seconds is gone."""
+        """Cut the power of Redis: what it appended to its file in the last seconds is lost."""
         redis = self._target.redis
-        await redis.config_set("auto-aof-rewrite-percentage", 0)  # a new file has other lengths
+        await redis.config_set("auto-aof-rewrite-percentage", 0)  # a rewrite changes the lengths
 
         async def settled() -> bool:
             return not (await redis.info("persistence"))["aof_rewrite_in_progress"]
 
-        await cluster.until(settled, "the file is not being written anew", 30)
+        await cluster.until(settled, "the rewrite of the file has finished", 30)
         found = await redis.config_get("dir")
         lengths = _lengths(pathlib.Path(found["dir"]))
         await asyncio.sleep(self._rng.uniform(0.5, 3))
@@ -179,7 +179,7 @@ class Schedule:
             instance.start()
 
     async def partition(self) -> None:
-        """Add a partition: users move."""
+        """Add a partition, so that users move."""
         self._publisher.forget(10)
         await self._target.add_partition()
 

@@ -1,6 +1,7 @@
-"""What must be true, computed from the records of the log alone.
+"""The expected values, computed from the records of the log alone.
 
-Shares no code with the service: `json` and `datetime` read, numpy arrays per user answer.
+It shares no code with the service: it parses with `json` and `datetime` and computes with one set
+of numpy arrays for each user.
 """
 
 import datetime
@@ -22,7 +23,7 @@ class Rules:
 
     @property
     def keep_ms(self) -> int:
-        """How far behind the frontier an event still counts."""
+        """How far behind the frontier an event is still kept."""
         return self.span_ms + self.lateness_ms + self.skew_ms
 
 
@@ -30,8 +31,8 @@ class Event(NamedTuple):
     """A valid record.
 
     Attributes:
-        lower_ms: When it came, events at or before this were no longer kept.
-        rank: Its place among the user's events of that millisecond.
+        lower_ms: Events at or before this were no longer kept when it arrived.
+        rank: Its position among the user's events of that millisecond.
     """
 
     offset: int
@@ -71,7 +72,7 @@ class User:
 
 
 class Partition:
-    """One partition's log, whole; answers for any prefix.
+    """The whole log of one partition; it computes values for any prefix.
 
     Args:
         rules: The window definition.
@@ -132,12 +133,12 @@ class Partition:
         return Stats(int(inside.sum()), int(user.cents[inside].sum()))
 
     def decided(self, event: Event) -> Stats:
-        """Sum what an accepted event was decided on: its own prefix, itself included."""
+        """Sum the window that an accepted event was decided on: its own prefix, itself included."""
         after_ms = max(event.at_ms - self.rules.span_ms, event.lower_ms)
         return self.stats(event.user_id, after_ms, event.at_ms, event.offset + 1)
 
     def decisions(self) -> Iterator[tuple[Event, Stats]]:
-        """Yield every accepted event with what it was decided on."""
+        """Yield every accepted event with the window that it was decided on."""
         for event in self.accepted:
             yield event, self.decided(event)
 
@@ -149,7 +150,7 @@ def to_ms(text: str) -> int:
 
 
 def _read(value: bytes | None, latest_ms: int) -> tuple[int, str, int, int] | None:
-    """Return (user id, name, event time, cents), None when the record must be refused."""
+    """Return (user id, name, event time, cents), or None when the record must be rejected."""
     try:
         document = json.loads(value or b"")
         user_id, name, amount = (document[k] for k in ("user_id", "transaction_id", "amount"))

@@ -1,4 +1,4 @@
-"""What is asked while records flow, and whether the answers are right."""
+"""Requests that are sent while records flow, and the check of their answers."""
 
 import asyncio
 import collections
@@ -14,11 +14,11 @@ from cerberus import transactions
 from chaos import cluster, compare, oracle, service, traffic
 
 UNSEEN_S = 6.0
-"""A record acknowledged this long before a question must be in its answer, or the answer says that
-it may not be: 5 s of staleness, and a second in which the number of partitions may go unnoticed."""
+"""A record acknowledged this long before a question must be in the answer, unless the answer is
+marked as degraded: 5 s of staleness, and 1 s until a new number of partitions is noticed."""
 KILL_S = 2.0
-"""A decision that was answered this long before its instance was killed is kept: 200 ms until it is
-sent to the stores, and what a busy machine takes to store it."""
+"""A decision that was answered this long before its instance was killed must be stored: 200 ms
+until it is sent to the stores, and the time that a busy machine takes to store it."""
 LIMITS = httpx.Limits(
     max_connections=None,
     max_keepalive_connections=50,
@@ -35,15 +35,16 @@ _OUTCOMES = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One question and what came of it; times are wall clock, s.
+    """One question and its answer; times are wall clock, s.
 
     Attributes:
-        instance: That was asked.
-        sent_s: When it was asked.
-        received_s: When the answer was there.
-        payment: The transaction in hand; None when a user alone was asked about.
-        status: Of HTTP; 0 when the connection was refused or broke, -1 when no answer came in time.
-        body: Of the answer.
+        instance: The instance that was asked.
+        sent_s: When the question was sent.
+        received_s: When the answer arrived.
+        user_id: The user that it was about.
+        payment: The transaction in hand; None for a question about a user alone.
+        status: HTTP status; 0 when the connection was refused or broke, -1 after a timeout.
+        body: Body of the answer.
     """
 
     instance: service.Instance
@@ -56,17 +57,17 @@ class Answer:
 
     @property
     def degraded(self) -> tuple[str, ...]:
-        """Why the answer may be wrong, as it says."""
+        """Why the answer may be inexact, as the answer itself says."""
         return tuple(self.body.get("degraded", ()))
 
 
 class Asker:
-    """Asks `rate` questions a second, of one instance after the other, until cancelled.
+    """Sends `rate` questions a second to one instance after the other, until cancelled.
 
     Attributes:
-        answers: All that came back, in order of their end.
+        answers: All answers, in order of arrival.
         asked: The transactions in hand, answered or not.
-        publisher: Whose payments are asked about.
+        publisher: The publisher whose payments are asked about.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Asker:
         question: dict[str, Any],
         payment: traffic.Payment | None,
     ) -> Answer:
-        """Ask one instance once; the answer is among `answers`, too."""
+        """Ask one instance once; the answer is also appended to `answers`."""
         if payment is not None:
             self.asked.add(payment)
         url = f"http://127.0.0.1:{instance.port}/predict"
@@ -145,10 +146,10 @@ class Life:
     """One life of the topic.
 
     Attributes:
-        log: All that was in it.
+        log: Its whole log.
         acked_s: When each record was acknowledged, wall clock, by (partition, offset).
-        epoch: The greatest that its fences have.
-        began_s: When it was made.
+        epoch: The greatest epoch of its fences.
+        began_s: When it was created, wall clock.
     """
 
     log: compare.Log
@@ -160,10 +161,10 @@ class Life:
 def answers(
     target: cluster.Cluster, given: Iterable[Answer], lives: Sequence[Life]
 ) -> tuple[collections.Counter[str], compare.Findings]:
-    """Compare every answer that does not say `degraded` with the log that its fence is of.
+    """Compare every answer that is not marked as degraded with the log that its fence refers to.
 
     Returns:
-        How many there were by outcome, and what the comparison found.
+        The number of answers by outcome, and the findings.
     """
     outcomes: collections.Counter[str] = collections.Counter()
     found = compare.Findings()
@@ -189,7 +190,7 @@ def _exact(
     if target.credit:
         score = cluster.credit_score(answer.user_id)
         found.equal("answered credit score", what, score, body["features"]["credit_score"])
-    # A life that began a moment ago may not be known yet; the one before it may be answered from.
+    # An instance may not know yet of a life that has just begun, and answer from the one before.
     begun = [life for life in lives if life.began_s < answer.received_s]
     known = sum(life.began_s < answer.sent_s - UNSEEN_S for life in begun)
     possible = begun[max(0, known - 1) :]
@@ -201,7 +202,7 @@ def _exact(
 
 
 def held(answer: Answer, life: Life) -> tuple[Any, Any]:
-    """Return what an answer had to be by one life of the topic, and what it was."""
+    """Return the answer that one life of the topic demands, and the actual one."""
     body, fence, payment = answer.body, answer.body["fence"], answer.payment
     until_ms = oracle.to_ms(body["as_of"])
     after_ms = until_ms - compare.RULES.span_ms
@@ -226,12 +227,13 @@ def held(answer: Answer, life: Life) -> tuple[Any, Any]:
 
 
 async def kept(target: cluster.Cluster, asker: Asker) -> tuple[int, compare.Findings]:
-    """Hold the answers against what is stored and published of them.
+    """Compare the answers with the decisions that are stored and published.
 
-    One answer a transaction, and each is kept, unless its instance was killed right after it.
+    There is one answer for each transaction, and it is kept unless its instance was killed right
+    afterwards.
 
     Returns:
-        How many were lost to a kill, and what the comparison found.
+        How many answers were lost to a kill, and the findings.
     """
     stored, told = await compare.decided(target), await compare.published(target)
     found, lost = compare.Findings(), 0
@@ -244,7 +246,7 @@ async def kept(target: cluster.Cluster, asker: Asker) -> tuple[int, compare.Find
         body = answer.body
         name, fence = body["decision_id"], body["fence"]
         value = (*compare.shown(body["features"]), fence and fence["offset"])
-        # An answer that was on its way when its instance was killed is read after it.
+        # An answer that was in transit when its instance was killed arrives after the kill.
         later_s = [s - answer.received_s for s in answer.instance.killed_s if s >= answer.sent_s]
         killed_s = min(later_s, default=float("inf"))
         killed = killed_s < KILL_S
@@ -258,7 +260,7 @@ async def kept(target: cluster.Cluster, asker: Asker) -> tuple[int, compare.Find
             found.equal("published answer", what, {value}, told.get(name))
     asked = {(each.user_id, each.name, each.at_ms) for each in asker.asked}
     for name, decision in stored.items():
-        # Who asks about a user alone learns the name of the decision from the answer only.
+        # A client that asks about a user alone learns the decision's id only from the answer.
         if decision.door == "http" and decision.identity not in asked and decision.named:
             found.equal("kept answer", name, None, decision.value)
     return lost, found

@@ -1,4 +1,4 @@
-"""Two releases side by side, and what their logs say of them."""
+"""Two releases side by side, and what their logs say about them."""
 
 import contextlib
 import datetime
@@ -16,7 +16,7 @@ from cerberus.stack import process
 from chaos import compare, service
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
-# An instance says whose code it runs: a release beside itself would prove nothing.
+# An instance logs whose code it runs: comparing a release with itself would prove nothing.
 _APP = """
 {changes}
 import json, pathlib, sys
@@ -37,8 +37,8 @@ class Release:
 
     Attributes:
         name: "old" or "new"; the names of its instances begin with it.
-        tree: Its checkout.
-        changes: Code that its instances run before they serve.
+        tree: Path of its checkout.
+        changes: Python code that its instances run before they serve.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Release:
     def instance(
         self, number: int, directory: pathlib.Path, environ: Mapping[str, str]
     ) -> service.Instance:
-        """Make an instance, which keeps its files in a folder of the release."""
+        """Make an instance with its files in a directory of the release."""
         own = directory / self.name
         own.mkdir(exist_ok=True)
         (own / "release.py").write_text(_APP.format(changes=self.changes))
@@ -57,7 +57,7 @@ class Release:
 
 
 def known(commit: str) -> bool:
-    """Say whether the history has a commit."""
+    """Say whether the history contains a commit."""
     found = _git("cat-file", "-e", f"{commit}^{{commit}}")
     return found is not None and found.returncode == 0
 
@@ -71,8 +71,8 @@ def checkout(commit: str) -> Iterator[pathlib.Path]:
     """
     if not known(commit):
         raise errors.CerberusError(
-            f"the history here has no commit {commit}: run `git fetch --unshallow`, or give "
-            "another one, OLD=COMMIT"
+            f"the history here has no commit {commit}: run `git fetch --unshallow`, or choose "
+            "another commit, --old COMMIT"
         )
     with tempfile.TemporaryDirectory(prefix="cerberus-") as directory:
         tree = pathlib.Path(directory).resolve() / "tree"
@@ -80,7 +80,7 @@ def checkout(commit: str) -> Iterator[pathlib.Path]:
         try:
             if added is None or added.returncode:
                 raise errors.CerberusError(
-                    f"git cannot check {commit} out: {added.stderr.strip() if added else ''}"
+                    f"git cannot check out {commit}: {added.stderr.strip() if added else ''}"
                 )
             yield tree
         finally:
@@ -98,13 +98,15 @@ def _git(*arguments: str) -> "subprocess.CompletedProcess[str] | None":
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A partition that was assigned, as its new owner's log tells.
+    """An assignment of a partition, read from its new owner's log.
 
     Attributes:
-        at_s: When, wall clock.
+        at_s: When it happened, wall clock.
         owner: Name of the instance.
+        partition: Number of the partition.
+        epoch: Epoch of the topic.
         reads_from: The first offset that it reads.
-        silent_below: Where its effects begin: the group's commit.
+        silent_below: The group's commit, where its effects begin.
     """
 
     at_s: float
@@ -116,12 +118,12 @@ class Start:
 
     @property
     def release(self) -> str:
-        """Which version the owner is of."""
+        """Name of the owner's release."""
         return self.owner.partition("-")[0]
 
 
 def told(instance: service.Instance) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Yield what an instance has logged since it was made: when (wall clock, s), and the line."""
+    """Yield all lines that an instance has logged, each with its time (wall clock, s)."""
     if not instance.log.exists():
         return
     for text in instance.log.read_text(errors="replace").splitlines():
@@ -134,7 +136,7 @@ def told(instance: service.Instance) -> Iterator[tuple[float, dict[str, Any]]]:
 
 
 def impostor(instance: service.Instance) -> str | None:
-    """Say what is wrong with the code that an instance's latest run has imported."""
+    """Say what is wrong with the code that an instance imported in its last run, if anything."""
     lines = [line for line in instance.log.read_text().splitlines() if '"imported"' in line]
     if not lines:
         return f"{instance.name} does not say which code it runs"
@@ -145,7 +147,7 @@ def impostor(instance: service.Instance) -> str | None:
 
 
 def starts(instances: Sequence[service.Instance]) -> list[Start]:
-    """Return all assignments of partitions in order of time."""
+    """Return all assignments of partitions, ordered by time."""
     found = []
     for instance in instances:
         for at_s, line in told(instance):
@@ -155,7 +157,7 @@ def starts(instances: Sequence[service.Instance]) -> list[Start]:
 
 
 def moves(found: Sequence[Start]) -> Iterator[tuple[Start, Start]]:
-    """Yield each change of a partition's owner: the start before it, and that of the new owner."""
+    """Yield each change of a partition's owner: the old owner's start, and the new owner's."""
     last: dict[int, Start] = {}
     for start in found:
         before = last.get(start.partition)
@@ -165,12 +167,12 @@ def moves(found: Sequence[Start]) -> Iterator[tuple[Start, Start]]:
 
 
 def needless(start: Start, log: compare.Log, stamps_ms: Mapping[int, Sequence[int]]) -> str | None:
-    """Say what a start reads that no window at its commit can need.
+    """Say which records a start reads although no window at its commit can need them, if any.
 
     Args:
         start: An assignment.
-        log: The oracle of each partition.
-        stamps_ms: Timestamps of each partition's records, by offset.
+        log: One oracle for each partition.
+        stamps_ms: Timestamps of each partition's records, by offset, ms since the Unix epoch.
     """
     rules, number = compare.RULES, start.partition
     reach_ms = rules.keep_ms + rules.skew_ms
@@ -180,6 +182,6 @@ def needless(start: Start, log: compare.Log, stamps_ms: Mapping[int, Sequence[in
     if start.reads_from >= due:
         return None
     return (
-        f"{start.owner} reads partition {number} from {start.reads_from}, where {due} would do: "
-        f"the commit is {start.silent_below}"
+        f"{start.owner} reads partition {number} from offset {start.reads_from}, but {due} would "
+        f"suffice: the commit is {start.silent_below}"
     )

@@ -1,8 +1,8 @@
-"""`python -m chaos.rolling`: this checkout takes over from an older commit, and gives back.
+"""`python -m chaos.rolling`: this checkout replaces an older commit, and is rolled back.
 
-Instances of both run in one group on real servers while records and requests flow. The status is 1
-where a roll-out or a roll-back is seen by anybody, or a value differs from the log; 2 where the
-older commit cannot be had.
+Instances of both run in one group on real servers while records and requests flow. The exit status
+is 1 when a client notices the roll-out or the roll-back, or a value differs from the log, and 2 when
+the older commit or the servers are not available.
 """
 
 import argparse
@@ -22,14 +22,14 @@ _PAST_MS = 240_000
 _RATE, _LAST_RATE = 30.0, 1_000.0
 _SHOWN = 20
 _BOTH = [("old", "new"), ("new", "old")]
-# Of reasons for doubt these leave an answer exact, if of an earlier moment.
+# With these reasons for doubt, an answer is still exact, as of an earlier moment.
 _BEHIND = {"replaying", "stale"}
 
 
 async def run(group: rollout.Rollout, say: Callable[[str], None]) -> rollout.Told:
     """Carry out a plan, and compare.
 
-    What is not in time ends the run, and is a difference.
+    A timeout ends the run and counts as a difference.
     """
     plan, target, told = group.plan, group.target, group.told
     rng, began_s = random.Random(plan.seed), time.time()
@@ -78,7 +78,7 @@ async def run(group: rollout.Rollout, say: Callable[[str], None]) -> rollout.Tol
 
 
 def _answered(group: rollout.Rollout, answers: Sequence[questions.Answer]) -> None:
-    """Look for requests that failed; 409 is an answer, too."""
+    """Look for failed requests; 409 is not a failure."""
     for answer in answers:
         group.told.counts[f"answers of {rollout.version(answer.instance.name)}"] += 1
         if answer.status not in (200, 409):
@@ -90,7 +90,7 @@ def _answered(group: rollout.Rollout, answers: Sequence[questions.Answer]) -> No
 def _assigned(
     group: rollout.Rollout, log: compare.Log, stamps_ms: Mapping[int, Sequence[int]]
 ) -> None:
-    """Look at where each partition began to be read, and whether they moved both ways."""
+    """Check where each owner began to read, and whether partitions moved in both directions."""
     told, found = group.told, releases.starts(list(group.fleet.values()))
     told.counts["partitions assigned"] = len(found)
     for start in found:
@@ -108,7 +108,7 @@ def _assigned(
 
 
 def _logged(group: rollout.Rollout) -> None:
-    """Look for errors in the logs; aiokafka also calls one what it then repeats with success."""
+    """Look for errors in the logs; aiokafka's are left out, as it logs some before a retry."""
     for instance in group.fleet.values():
         for _, line in releases.told(instance):
             ours = not str(line.get("logger")).startswith("aiokafka")
@@ -118,7 +118,7 @@ def _logged(group: rollout.Rollout) -> None:
 
 
 async def _compare(group: rollout.Rollout, asker: questions.Asker, life: questions.Life) -> None:
-    """Compare every store and every answer with the log, and the decisions with each other."""
+    """Compare every store and every answer with the log, and topic `decisions` with the table."""
     target, told = group.target, group.told
     told.counts["records"] = sum(part.end for part in life.log.values())
     good = [answer for answer in asker.answers if answer.status in (200, 409)]
@@ -156,9 +156,11 @@ def table(told: rollout.Told) -> Iterator[str]:
 def main() -> int:
     """Run once and return the exit status."""
     parser = argparse.ArgumentParser(prog="chaos.rolling", description=__doc__)
-    parser.add_argument("--old", default=OLD, help=f"commit that is replaced ({OLD})")
-    parser.add_argument("--events", type=int, default=20_000, help="records (20000)")
-    parser.add_argument("--seed", type=int, default=7, help="of everything drawn (7)")
+    parser.add_argument("--old", default=OLD, help=f"the commit to replace ({OLD})")
+    parser.add_argument(
+        "--events", type=int, default=20_000, help="how many records to publish (20000)"
+    )
+    parser.add_argument("--seed", type=int, default=7, help="seed of all random choices (7)")
     chosen = parser.parse_args()
     if chosen.events < 1_000:
         parser.error("--events must be at least 1000")

@@ -27,12 +27,12 @@ class Plan:
     """What a run does.
 
     Attributes:
-        events: How many records are published; a quarter of them before the roll-out.
+        events: How many records are published, a quarter of them before the roll-out.
         rounds: How often a third member joins and leaves while the group is mixed.
         hold_s: How long each state of the group lasts.
-        seed: Draws records and questions.
+        seed: The seed of records and questions.
         back: Whether the older version comes back after the roll-out.
-        within_s: What each change of the group may take until all partitions are live.
+        within_s: How long a change of the group may take until all partitions are live.
     """
 
     events: int
@@ -48,9 +48,9 @@ class Told:
     """What a run found.
 
     Attributes:
-        wrong: What must not happen, a sentence each.
-        findings: Of the stores, the answers and what was kept of them.
-        counts: Of records, answers, moves and comparisons, by name.
+        wrong: Failures, one sentence each.
+        findings: Findings in the stores, in the answers and in the stored answers.
+        counts: How many records, answers, moves and comparisons there were, by name.
     """
 
     wrong: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Told:
 
     @property
     def differences(self) -> list[str]:
-        """Everything that is not as it must be."""
+        """All failures and differences."""
         return self.wrong + [line for found in self.findings for line in found.differences]
 
 
@@ -67,7 +67,7 @@ class Rollout:
     """A group whose members come and go, as a load balancer and an operator see it.
 
     Args:
-        target: Its servers; `target.instances` are those that requests are sent to.
+        target: Its servers; `target.instances` are the instances that receive requests.
         fleet: Two instances of each version, by name.
         plan: What to do.
 
@@ -88,7 +88,7 @@ class Rollout:
         target.instances = self.rotation
 
     async def start(self, *names: str) -> None:
-        """Start instances, and send them requests once they are healthy.
+        """Start instances, and send them requests as soon as they are healthy.
 
         Raises:
             TimeoutError: Not every partition was live in time.
@@ -105,7 +105,7 @@ class Rollout:
         await self._settled(began_s, f"all is live after {', '.join(names)} came")
 
     async def end(self, name: str) -> None:
-        """Send an instance no more requests, then ask it to end.
+        """Stop sending requests to an instance, then ask it to end.
 
         Raises:
             TimeoutError: Not every partition was live in time.
@@ -171,7 +171,7 @@ class Rollout:
             await asyncio.sleep(self.plan.hold_s)
 
     async def watch(self) -> None:
-        """Look each second whether a task was restarted or a decision dropped, until cancelled."""
+        """Check every second for restarted tasks and dropped decisions, until cancelled."""
         seen: set[tuple[str, str]] = set()
         while True:
             for one in [one for one in self.fleet.values() if one.up]:
@@ -196,9 +196,9 @@ class Rollout:
             await asyncio.sleep(1)
 
     async def compare_doors(self, asker: questions.Asker, rng: random.Random) -> None:
-        """Ask two instances about one transaction, again and again, until cancelled.
+        """Ask two instances about the same transaction, repeatedly, until cancelled.
 
-        Half of them are new and come to the stream afterwards, as payments do.
+        Half of the transactions are new and are published afterwards, as payments are.
         """
         async with httpx.AsyncClient(timeout=5.0, limits=questions.LIMITS) as client:
             while True:
@@ -233,7 +233,7 @@ class Rollout:
         elif one.status == 200 and not other.body["replayed"]:
             differ.add("replayed")
         if differ:
-            sentence = f"{second} answers unlike {first}, who was asked before: {sorted(differ)}"
+            sentence = f"{second} and {first}, asked before it, differ in {sorted(differ)}"
             self.told.wrong.append(sentence)
 
 
@@ -248,7 +248,7 @@ async def _health(instance: service.Instance) -> dict[str, Any]:
 
 
 def version(name: str) -> str:
-    """Return which version an instance of this name is of."""
+    """Return the version of the instance with this name."""
     return name.partition("-")[0]
 
 
@@ -260,7 +260,7 @@ async def opened(
     versions: Sequence[releases.Release],
     plan: Plan,
 ) -> AsyncIterator[Rollout]:
-    """Yield a group without members; the first of them makes tables and topics."""
+    """Yield a group without members; its first member makes tables and topics."""
     async with cluster.opened(
         servers, environ, directory, users=USERS, instances=0, credit=False, prepared=False
     ) as target:

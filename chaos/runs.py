@@ -25,10 +25,11 @@ class Plan:
     """What a run does.
 
     Attributes:
-        events: How many records are published under fire.
-        kinds: Of the faults, in order.
-        reborn: How many records follow after the topic was deleted and made again; 0 for neither.
-        seed: Draws everything.
+        events: How many records are published during the faults.
+        kinds: Names of the faults, in order.
+        reborn: How many records follow after the topic was deleted and created again; 0 for
+            neither.
+        seed: The seed of all random choices.
     """
 
     events: int
@@ -43,13 +44,13 @@ class Told:
 
     Attributes:
         events: How many records the log held, in all its lives.
-        injected: The faults.
+        injected: The injected faults.
         killed: How many instances were killed.
-        unasked: What ended by itself, or did not recover.
-        stores: Findings in the stores, one entry a life.
-        outcomes: Answers by outcome.
+        unasked: Instances that ended by themselves, and timeouts, one sentence each.
+        stores: Findings in the stores, one entry for each life of the topic.
+        outcomes: Number of answers by outcome.
         answers: Findings in the answers.
-        kept: Findings in what was stored of the answers.
+        kept: Findings in the stored answers.
         unkept: How many answers were lost to a kill right after them.
         given: The answers themselves.
     """
@@ -72,12 +73,12 @@ class Told:
 
     @property
     def differences(self) -> list[str]:
-        """Everything that is not as it must be, a sentence each."""
+        """All failures and differences, one sentence each."""
         return self.unasked + [line for found in self.findings for line in found.differences]
 
 
 def default(events: int, kills: int, seed: int) -> Plan:
-    """Return the plan of `make chaos`: every kind of fault, `kills` instances killed."""
+    """Return the plan of `make chaos`: every kind of fault, and `kills` killed instances."""
     rng = random.Random(seed)
     kinds = ["pause"] * max(5, kills // 3) + ["restart"] * 3
     kinds += ["redis without power", "redis flushed", "postgres killed"] * 2 + ["redis killed"]
@@ -95,7 +96,7 @@ def default(events: int, kills: int, seed: int) -> Plan:
 async def run(target: cluster.Cluster, plan: Plan, say: Callable[[str], None]) -> Told:
     """Carry out a plan on a cluster where nothing runs yet, and compare.
 
-    What is not in time ends the run, and is a difference.
+    A timeout ends the run and counts as a difference.
     """
     rng, told = random.Random(plan.seed), Told()
     publisher = traffic.Publisher(target, USERS, plan.events, rng)
@@ -131,7 +132,7 @@ async def run(target: cluster.Cluster, plan: Plan, say: Callable[[str], None]) -
             await cluster.until(target.kept, "what was answered last is stored", _READY_S)
             lives.append(await _life(target, publisher, began_s))
             told.stores.append(await compare.stores(target, [life.log for life in lives]))
-            say(f"{sum(told.stores[-1].compared.values()):,} things compared in the stores")
+            say(f"{sum(told.stores[-1].compared.values()):,} values compared in the stores")
     except TimeoutError as error:
         told.unasked.append(str(error))
     told.killed = schedule.killed
@@ -198,11 +199,11 @@ def table(told: Told) -> str:
 
 
 def _degraded(told: Told) -> dict[faults.Fault, tuple[int, float, int]]:
-    """Look, for each fault, at the answers until the next one.
+    """Count inexact answers between each fault and the next.
 
     Returns:
-        How many were no exact value, when the last of them was asked (s after the fault), how many
-        there were.
+        For each fault: how many answers were inexact, when the last of them was asked (s after the
+        fault), and how many answers there were.
     """
     shares = {}
     ends = [fault.began_s for fault in told.injected] + [float("inf")]

@@ -1,4 +1,4 @@
-"""One process that runs the service."""
+"""An instance of the service, as a process."""
 
 import pathlib
 import signal
@@ -16,11 +16,11 @@ class Instance:
     """One process that runs the service.
 
     Attributes:
-        name: Of its log and pid file.
+        name: Name of the instance, of its log and of its pid file.
         tree: The checkout whose code it runs.
-        port: Where it answers.
-        up: Whether it was started and neither killed, stopped nor paused since.
-        killed_s: When it was killed, wall clock.
+        port: The port where it answers.
+        up: Whether it was started and not killed, stopped or paused since.
+        killed_s: When it was killed each time, wall clock.
     """
 
     def __init__(
@@ -44,26 +44,26 @@ class Instance:
 
     @property
     def status(self) -> int | None:
-        """How it ended; None while it runs."""
+        """Its exit status; None while it runs."""
         return self._process.status
 
     @property
     def log(self) -> pathlib.Path:
-        """Everything it wrote."""
+        """The file with everything that it has printed."""
         return self._process.log
 
     def start(self) -> None:
-        """Start it; it serves some seconds later."""
+        """Start it; it serves a few seconds later."""
         self._process.start(self._command, self.tree, self._environ)
         self.up = self._started = True
 
     def pause(self) -> None:
-        """Stop it where it stands."""
+        """Freeze it, by SIGSTOP."""
         self.up = False
         self._process.kill(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Let it continue, by SIGCONT."""
         self._process.kill(signal.SIGCONT)
         self.up = True
 
@@ -77,7 +77,7 @@ class Instance:
         self.up = self._started = False
 
     def end(self) -> int | None:
-        """Ask it to end and return its status; None when it had to be killed after 30 s."""
+        """Ask it to end and return its exit status; None when it had to be killed after 30 s."""
         self.up = False
         self._process.kill(signal.SIGTERM)
         end_s = time.monotonic() + _STOP_S

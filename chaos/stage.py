@@ -1,4 +1,4 @@
-"""Servers of a run's own, and what is left of them afterwards."""
+"""Servers for one run, and the removal of their files afterwards."""
 
 import asyncio
 import logging
@@ -13,20 +13,20 @@ import redis.asyncio
 
 from cerberus import errors, stack
 
-# Never the servers or the settings of whoever calls.
+# A run never uses the caller's servers or settings.
 _FOREIGN = ("CERBERUS_", "KAFKA_", "REDIS_", "DATABASE_")
 Run = Callable[[stack.Stack, Mapping[str, str], pathlib.Path], Awaitable[Sequence[str]]]
 
 
 def on_servers(name: str, run: Run) -> int:
-    """Run something on empty servers and return its exit status.
+    """Run something on empty servers and return the exit status.
 
     Args:
-        name: Of the run; its files are below `.cerberus`.
-        run: Takes servers, environment and directory; returns the differences that it found.
+        name: Name of the run; its files are below `.cerberus`.
+        run: Takes servers, environment and directory, and returns the differences that it found.
 
     Returns:
-        0, or 1 where there are differences: then all files are kept. 2 without servers.
+        0; 1 if there are differences, and then all files are kept; 2 if a server cannot be started.
     """
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # brokers go away on purpose
     environ = {
@@ -36,7 +36,7 @@ def on_servers(name: str, run: Run) -> int:
     }
     directory = pathlib.Path(".cerberus", name).absolute()
     try:
-        # A run that was interrupted leaves servers behind, and files that were cut on purpose.
+        # An interrupted run leaves servers behind, and files that were truncated on purpose.
         stack.clean(directory)
         with stack.servers(directory, environ, durable=False) as servers:
             differences = asyncio.run(_run(name, run, servers, environ, directory))

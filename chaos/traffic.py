@@ -1,4 +1,4 @@
-"""What flows in: a seeded stream of transactions, good and bad."""
+"""A seeded stream of transactions, valid and invalid."""
 
 import asyncio
 import collections
@@ -30,7 +30,7 @@ def stamp(at_ms: int) -> str:
 
 
 class Payment(NamedTuple):
-    """A transaction as it is published, and asked about."""
+    """A transaction that is published or asked about."""
 
     user_id: int
     name: str
@@ -38,7 +38,7 @@ class Payment(NamedTuple):
     cents: int
 
     def document(self, **more: Any) -> dict[str, Any]:
-        """Return it as on the wire."""
+        """Return its JSON object, with further fields."""
         return {
             "user_id": self.user_id,
             "transaction_id": self.name,
@@ -48,25 +48,26 @@ class Payment(NamedTuple):
 
 
 class Publisher:
-    """Sends `total` records, at a rate that others set, until all are acknowledged or refused.
+    """Sends `total` records, at a rate that others set, until all are acknowledged or have failed.
 
-    Of the records 5 % are duplicates (half of them stamped anew, a tenth with another amount),
-    10 % lie within the lateness, 1 % are expired, 0.5 % poison, 0.5 % stamped ahead.
+    Of the records, 5 % are duplicates (half of them with a new timestamp, a tenth with another
+    amount), 10 % are late within the lateness, 1 % are expired, 0.5 % are poison, and 0.5 % are
+    ahead of the clock.
 
     Args:
-        target: Whose topic.
-        users: Who pays.
+        target: The cluster whose topic receives the records.
+        users: The users who pay.
         total: How many records to send.
-        rng: Draws everything.
-        name: Begins the names of the transactions.
+        rng: Makes all random choices.
+        name: Prefix of the transactions' ids.
 
     Attributes:
         rate: Records a second.
-        sent: How many were handed to a producer.
+        sent: How many records were passed to a producer.
         failed: How many were not acknowledged.
         acked_s: Wall time of each acknowledgement, by (partition, offset).
-        recent: What was published last.
-        given: What to send before anything is drawn.
+        recent: The payments that were published last.
+        given: Payments to send before random ones.
     """
 
     def __init__(
@@ -91,15 +92,15 @@ class Publisher:
         self._unlike_s = 0.0
 
     def forget(self, for_s: float) -> None:
-        """Send no duplicate of what was sent until `for_s` from now.
+        """Send no duplicate of records from before `for_s` seconds from now.
 
-        While users move between partitions a duplicate may fall into another than its original,
-        where it is another transaction's first record, by rule.
+        While users move between partitions, a duplicate may go to another partition than its
+        original. There, by rule, it is the first record of a transaction.
         """
         self._unlike_s = time.monotonic() + for_s
 
     async def run(self) -> None:
-        """Send all records; producers that fail are built anew."""
+        """Send all records; a producer that fails is replaced."""
         while self.sent < self.total:
             producer = self._target.producer()
             try:
@@ -115,7 +116,7 @@ class Publisher:
                         await producer.stop()
 
     async def backlog(self, from_ms: int, until_ms: int) -> None:
-        """Send all records at once, as if they had come evenly between two moments."""
+        """Send all records at once, with timestamps spread evenly between two moments."""
         async with self._target.producer() as producer:
             for sent in range(self.total):
                 now = from_ms + (until_ms - from_ms) * sent // self.total

@@ -35,7 +35,7 @@ write, read = commit.metadata, commit.read
 commit.metadata = lambda self, cluster, *version: write(self, cluster, 0) + " 1"
 commit.read = lambda offset, text, cluster: read(offset, text.removesuffix(" 1"), cluster)
 """,
-        "from 0, where",
+        "from offset 0, but",
     ),
 }
 
