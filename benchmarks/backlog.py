@@ -1,10 +1,11 @@
-"""A backlog at the start: how fast it is worked off, every effect stored, and in how much memory.
+"""How fast a service that starts with a backlog processes it, and with how much memory.
 
     python benchmarks/backlog.py [--events 1000000] [--users 100000]
 
-The topic is filled before the service starts for the first time. Each second its lag and resident
-memory are sampled; memory is flat when it does not grow with the backlog, only with the windows'
-own content. Kafka, Redis and Postgres share the machine, in a temporary directory.
+The topic is filled before the service starts for the first time. Every second the script samples
+how many records are stored, with all their effects, and the resident memory. Memory should grow
+only with the content of the windows, not with the backlog. Kafka, Redis and Postgres run on the
+same machine, in a temporary directory.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def start(environ):
 
 
 def offsets(port):
-    """Return how many offsets the service has worked off; 0 while it does not answer."""
+    """Return how many offsets the service has processed; 0 while it does not answer."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
             parts = json.load(answer)["partitions"].values()
@@ -56,7 +57,7 @@ def offsets(port):
     return sum(part["offset"] for part in parts)
 
 
-def work_off(environ, total):
+def process_backlog(environ, total):
     """Start the service on the backlog and print its progress."""
     port, service = start(environ)
     process = psutil.Process(service.pid)
@@ -71,15 +72,17 @@ def work_off(environ, total):
     finally:
         service.terminate()
         service.wait(timeout=30)
-    print(f"\n{done / took_s:,.0f} events/s stored, start included")
-    print(f"memory {(first or 0) / 2**20:.0f} MiB at the first effects, {peak / 2**20:.0f} at most")
+    print(f"\n{done / took_s:,.0f} events/s stored, including the start of the service")
+    print(
+        f"memory: {(first or 0) / 2**20:.0f} MiB at the first effects, peak {peak / 2**20:.0f} MiB"
+    )
 
 
 def main():
-    """Start the servers, fill the topic, work it off, stop the servers."""
+    """Start the servers, fill the topic, let the service process it, stop the servers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--events", type=int, default=1_000_000)
-    parser.add_argument("--users", type=int, default=100_000)
+    parser.add_argument("--events", type=int, default=1_000_000, help="records in the backlog")
+    parser.add_argument("--users", type=int, default=100_000, help="users who pay")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         pathlib.Path(directory).chmod(0o755)
@@ -94,7 +97,7 @@ def main():
             _, total = asyncio.run(
                 replay.publish(config, options.events, options.users, committed=False)
             )
-            work_off(environ, total)
+            process_backlog(environ, total)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What a look-up among a million decisions takes beside `SELECT 1`, and a report on all of them.
+"""How long look-ups among a million decisions take, compared with `SELECT 1`, and a full report.
 
     python benchmarks/lookups.py [--decisions 1000000] [--rounds 2000]
 
-The decisions are of ten thousand users and spread over twelve months; one in twenty is labelled.
-Each round asks, in random order, for `SELECT 1` and every look-up of a decision drawn at random,
-through the service's own code and, as one waits for the other, on one connection of its pool. HTTP
-is left out: `benchmarks/predict.py` has what that costs. Kafka, Redis and Postgres are started for
-the run in a temporary directory and stopped after it.
+The decisions belong to ten thousand users and are spread over twelve months; one in twenty is
+labelled. Each round draws a decision at random and runs `SELECT 1` and every look-up of it, in
+random order, through the service's own code. One call waits for the other, so all use the same
+connection. HTTP is left out: `benchmarks/predict.py` measures it. Kafka, Redis and Postgres are
+started for the run in a temporary directory and stopped after it.
 """
 
 import argparse
@@ -59,7 +59,7 @@ SELECT decision_id, transaction_id, user_id, as_of_ms FROM decisions ORDER BY ra
 
 
 async def fill(pool, count, now):
-    """Write decisions of the last months up to now, and labels."""
+    """Write decisions of the last months, and labels."""
     begins = {months.start_of(now - datetime.timedelta(days=30 * n)) for n in range(MONTHS)}
     low_ms, high_ms = months.to_ms(min(begins)), months.to_ms(now)
     async with postgres_pool.connection(pool) as connection:
@@ -80,19 +80,19 @@ async def fill(pool, count, now):
 
 
 async def select(pool):
-    """Ask Postgres for nothing."""
+    """Run `SELECT 1`."""
     async with postgres_pool.connection(pool) as connection:
         await connection.fetchval("SELECT 1")
 
 
 def questions(pool, asked, row):
-    """Return what is asked of a decision, by name."""
+    """Return the look-ups of a decision, by name."""
     name, transaction_id, user_id = (str(value) for value in row[:3])
     before = transactions.format_ms(row["as_of_ms"])
     return {
         "SELECT 1": lambda: select(pool),
         "a decision by its id": lambda: asked.decision(name),
-        "those on a transaction": lambda: asked.decisions({"transaction_id": transaction_id}),
+        "decisions on a transaction": lambda: asked.decisions({"transaction_id": transaction_id}),
         "a user's newest 50": lambda: asked.decisions({"user_id": user_id}),
         "a user's 50 before": lambda: asked.decisions({"user_id": user_id, "before": before}),
         "a user's window and last 10": lambda: asked.user(user_id),
@@ -100,7 +100,7 @@ def questions(pool, asked, row):
 
 
 async def measure(pool, asked, rounds):
-    """Ask for everything in turns, and return how long each took, ms."""
+    """Run all look-ups in turns, and return how long each took, ms."""
     async with postgres_pool.connection(pool) as connection:
         drawn = await connection.fetch(DRAW, WARM + rounds, timeout=DEADLINE_S)
     took = collections.defaultdict(list)
@@ -118,8 +118,8 @@ async def measure(pool, asked, rounds):
 
 def report(took, rounds):
     """Print medians and 99th percentiles, and their ratios to those of `SELECT 1`."""
-    print(f"{rounds:,} rounds, {os.cpu_count()} cores; ms, × SELECT 1")
-    print(f"{'asked':<28}{'p50':>16}{'p99':>16}")
+    print(f"{rounds:,} rounds, {os.cpu_count()} cores; ms, and as multiples of SELECT 1")
+    print(f"{'look-up':<28}{'p50':>16}{'p99':>16}")
     base = None
     for label, times in took.items():
         cuts = statistics.quantiles(times, n=100)
@@ -131,7 +131,7 @@ def report(took, rounds):
 
 @contextlib.asynccontextmanager
 async def opened(environ):
-    """Open what look-ups read from, with tables in it."""
+    """Open a service whose tables exist."""
     config = settings.load(environ)
     now_ms = clock.now_ms()
     async with assembly.open(config, clock=lambda: now_ms) as service:
@@ -155,14 +155,14 @@ async def run(environ, count, rounds):
             times.append(time.perf_counter() - began_s)
         [model] = told["models"]
         count = sum(model["total"][name] for name in ("matured", "excluded", "immature"))
-        print(f"accuracy of {count:,} decisions: {statistics.median(times):.2f} s")
+        print(f"accuracy report on {count:,} decisions: {statistics.median(times):.2f} s")
 
 
 def main():
     """Start the servers, measure, stop them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--decisions", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=2_000)
+    parser.add_argument("--decisions", type=int, default=1_000_000, help="rows in the table")
+    parser.add_argument("--rounds", type=int, default=2_000, help="measurements of each look-up")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cerberus-") as directory:
         pathlib.Path(directory).chmod(0o755)

@@ -1,10 +1,10 @@
-"""What windows cost in memory, per event and per user, at both extremes.
+"""How much memory windows take, per event and per user, at both extremes.
 
     python benchmarks/memory.py [--events 1000000]
 
-Each shape is built in a process of its own through the code of the stream; the figure is the growth
-of that process' resident memory. A million users with one event each show the cost of a user, one
-user with a million events that of an event.
+Each case is built in its own process with the code of the stream; the figure is the growth of that
+process' resident memory. A million users with one event each show the cost of a user, one user with
+a million events the cost of an event.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from cerberus.features import fences
 from cerberus.features import packed as packed_windows
 
 START_MS = 1_790_000_000_000
-SHAPES = {"all of one user": 1, "1,000 users": 1_000, "each of another user": None}
+SHAPES = {"one user": 1, "1,000 users": 1_000, "one user per event": None}
 
 
 def measure(events, users):
@@ -44,9 +44,9 @@ def measure(events, users):
 
 
 def main():
-    """Measure each shape and print it."""
+    """Measure each case and print it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--events", type=int, default=1_000_000)
+    parser.add_argument("--events", type=int, default=1_000_000, help="events in each case")
     events = parser.parse_args().events
     print(f"{events:,} events in one window")
     print(f"{'':<22} {'bytes/event':>12} {'bytes/user':>12} {'row bytes':>10} {'user 0 has':>11}")

@@ -1,11 +1,11 @@
-"""What `POST /predict` costs beside a Starlette route that only echoes JSON.
+"""How fast `POST /predict` is, compared with a Starlette route that only echoes JSON.
 
     python benchmarks/predict.py [--rounds 5] [--seconds 2]
 
-Asked about a user alone, and about a transaction in hand, which is claimed. All run under the same
-uvicorn settings and are called by the same client in turns of one run, at 1 and at 32 connections,
-so the ratios hold where the figures of a busy machine do not. Kafka, Redis and Postgres are started
-for it and take every decision meanwhile.
+It measures requests about a user alone, and about a transaction in hand, which is claimed. All
+servers run under the same uvicorn settings, and one client calls them in turns, with 1 and with 32
+connections, so the ratios are valid even if the machine is busy. Kafka, Redis and Postgres are
+started for the run and store every decision meanwhile.
 """
 
 import argparse
@@ -48,7 +48,7 @@ echo = Starlette(routes=[Route("/predict", _echo, methods=["POST"])])
 
 
 class _Caller(asyncio.Protocol):
-    """One connection that sends its next request when the answer to the last is whole."""
+    """One connection that sends its next request when the last answer is complete."""
 
     def __init__(self, requests, until_s):
         self.closed = asyncio.get_running_loop().create_future()
@@ -81,7 +81,7 @@ class _Caller(asyncio.Protocol):
 
 
 def _requests(port, in_hand):
-    """Yield requests about one user after the other."""
+    """Yield requests about one user after another."""
     head = (
         b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\n" % port
     )
@@ -94,7 +94,7 @@ def _requests(port, in_hand):
 
 
 async def call(port, connections, route, seconds):
-    """Call for that long over that many connections, and print what it took as JSON."""
+    """Send requests over these connections for `seconds`, and print the figures as JSON."""
     requests = _requests(port, route == "in hand")
     loop = asyncio.get_running_loop()
     began_s = time.perf_counter()
@@ -139,11 +139,11 @@ def _wait_for(port, process):
             with urllib.request.urlopen(url, data=body, timeout=5) as answer:
                 told = json.load(answer)
             if told.get("degraded"):
-                raise RuntimeError(f"the rows were not read: {told}")
+                raise RuntimeError(f"the answer is degraded: {told}")
             return
         time.sleep(0.05)
     process.kill()
-    raise RuntimeError(f"no server came up: {process.stderr.read().decode()}")
+    raise RuntimeError(f"the server did not start: {process.stderr.read().decode()}")
 
 
 async def rows(environ):
@@ -174,7 +174,7 @@ async def rows(environ):
         for user_id in users
         if (user := windows.user(user_id))
     ]
-    # Caught up an hour ahead: nobody refreshes it while this runs.
+    # It says that it is caught up an hour ahead, as nobody refreshes it during the run.
     state = fences.PartitionState(1, 3 * USERS, "live", now_ms + 3_600_000)
     async with assembly.open(config) as service:
         await service.online.write(packed)
@@ -182,7 +182,7 @@ async def rows(environ):
 
 
 async def vouch(environ):
-    """Let Redis vouch for claims, as it does a minute after it was new."""
+    """Write the marks that make Redis trusted with claims, as it is a minute after its start."""
     from cerberus import settings
     from cerberus.online import pool as redis_pool
 
@@ -191,7 +191,7 @@ async def vouch(environ):
 
 
 def measure(ports, rounds, seconds):
-    """Call every server in turn, the first one last in the next round; return all figures."""
+    """Call every server in turn, in reverse order every other round; return all figures."""
     found = collections.defaultdict(list)
     for number in range(rounds):
         for connections in CONNECTIONS:
@@ -208,8 +208,11 @@ def measure(ports, rounds, seconds):
 
 def report(found, rounds, seconds):
     """Print medians over the rounds, and their ratios to the echo's."""
-    print(f"medians of {rounds} rounds of {seconds:g} s, {os.cpu_count()} cores; ms, × echo")
-    print(f"{'connections':>11} {'asked':<8}{'requests/s':>18}{'p50':>16}{'p99':>16}{'refused':>9}")
+    print(
+        f"medians of {rounds} rounds of {seconds:g} s, {os.cpu_count()} cores; ms, and as "
+        "multiples of echo"
+    )
+    print(f"{'connections':>11} {'route':<8}{'requests/s':>18}{'p50':>16}{'p99':>16}{'refused':>9}")
     for connections in CONNECTIONS:
         medians = {
             name: [
@@ -230,7 +233,7 @@ def report(found, rounds, seconds):
 
 
 async def run(rounds, seconds):
-    """Start what is needed, measure, report, stop it."""
+    """Start the servers, measure, report, stop the servers."""
     from cerberus import stack
 
     ours = {"CERBERUS_TASKS": "api", "CERBERUS_API_KEY": ""}
@@ -250,9 +253,9 @@ async def run(rounds, seconds):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="calls of each server")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of each call")
     parser.add_argument("--call", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.call:

@@ -1,10 +1,10 @@
-"""How fast windows are recovered from the log, beside a bare drain of the same log.
+"""How fast windows are recovered from the log, compared with a bare drain of the same log.
 
     python benchmarks/replay.py [--events 300000] [--users 1000] [--rounds 3]
 
-The drain polls and decodes as the consumer does and keeps nothing. Both read the same topic of the
-same broker in turns of one run; the ratio is what a restart costs over reading alone. Kafka, Redis
-and Postgres are started for the run in a temporary directory and stopped after it.
+The drain polls and decodes as the consumer does, and keeps nothing. Both read the same topic of the
+same broker in turns; the ratio shows what a restart costs beyond reading. Kafka, Redis and Postgres
+are started for the run in a temporary directory and stopped after it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PARTITIONS, SPREAD_MS, DEADLINE_S = 6, 540_000, 600.0
 
 
 async def publish(config, events, users, *, committed=True):
-    """Fill the topic with traffic of the last nine minutes; commit the group to its end."""
+    """Fill the topic with traffic of the last nine minutes, and commit its end for the group."""
     population = synthetic.Population(users, 1000, config.currency, config.synthetic.seed)
     topic, now_ms = config.kafka.topic(kafka.TRANSACTIONS), clock.now_ms()
     client = aiokafka.AIOKafkaProducer(
@@ -74,7 +74,7 @@ async def publish(config, events, users, *, committed=True):
 
 
 async def drain(config, spans, tps, total):
-    """Poll and decode the whole topic; returns seconds."""
+    """Poll and decode the whole topic; return the seconds that it took."""
     client = aiokafka.AIOKafkaConsumer(
         bootstrap_servers=config.kafka.bootstrap,
         auto_offset_reset="earliest",
@@ -95,13 +95,13 @@ async def drain(config, spans, tps, total):
 
 async def _until(condition):
     async with asyncio.timeout(300):
-        while not condition():  # noqa: ASYNC110 - it looks on from outside
+        while not condition():  # noqa: ASYNC110 - it observes from outside
             await asyncio.sleep(0.005)
 
 
 async def replay(service):
-    """Let a new owner recover all partitions; returns seconds from the first replayed record."""
-    one = dataclasses.replace(service).consumer  # as another process has it
+    """Let a new owner recover all partitions; return the seconds from its first replayed record."""
+    one = dataclasses.replace(service).consumer  # a consumer as in another process
     progress = supervision.Progress(time.monotonic)
     running = asyncio.create_task(one.run(progress))
     await _until(lambda: one.counts["replayed"])
@@ -114,7 +114,7 @@ async def replay(service):
 
 
 async def measure(environ, options):
-    """Run both in turns and print events a second and their ratio."""
+    """Run both in turns and print their events per second and the ratio."""
     config = settings.load(environ | {"CERBERUS_PARTITIONS": str(PARTITIONS)})
     await kafka.create_topics(config)
     async with assembly.open(config) as service:
@@ -137,9 +137,9 @@ async def measure(environ, options):
 def main():
     """Start the servers, measure, stop them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--events", type=int, default=300_000)
-    parser.add_argument("--users", type=int, default=1_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--events", type=int, default=300_000, help="records in the log")
+    parser.add_argument("--users", type=int, default=1_000, help="users who pay")
+    parser.add_argument("--rounds", type=int, default=3, help="drains and replays")
     options = parser.parse_args()
 
     async def bounded(environ):
