@@ -1,8 +1,8 @@
 """`python -m chaos.rolling`: this checkout replaces an older commit, and is rolled back.
 
 Instances of both run in one group on real servers while records and requests flow. The exit status
-is 1 when a client notices the roll-out or the roll-back, or a value differs from the log, and 2 when
-the older commit or the servers are not available.
+is 1 when a client notices the roll-out or the roll-back or a value differs from the log, and 2
+when the older commit or the servers are not available.
 """
 
 import argparse
