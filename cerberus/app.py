@@ -16,7 +16,7 @@ import anyio
 from starlette.applications import Starlette
 
 from cerberus import assembly, errors, settings, shutdown, supervision
-from cerberus.api import routes
+from cerberus.api import gate, routes
 from cerberus.telemetry import logs
 
 STOP_ORDER = ("producer", "retention", "materializer", "labels", "consumer", "decisions")
@@ -33,7 +33,7 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
             stack.push_async_callback(service.outbox.close)
             for name, run in service.tasks().items():
                 service.supervisor.add(name, run)
-            running.state.parts = routes.Parts.of(service)
+            running.state.parts = gate.Parts.of(service)
             # Or a full collection walks all that was imported: 25 ms in which nobody is answered.
             gc.collect()
             gc.freeze()

@@ -5,7 +5,7 @@ import re
 import httpx
 import jsonschema
 
-from cerberus.api import openapi, routes
+from cerberus.api import codes, gate, openapi
 
 LOCAL = "http://127.0.0.1:8000"
 
@@ -22,7 +22,7 @@ def validate(document, schema_name, body):
 
 def is_problem(response, code, field=None):
     """Hold a response against RFC 9457 and the table of codes."""
-    known = openapi.PROBLEMS[code]
+    known = codes.PROBLEMS[code]
     body = response.json()
     assert response.headers["content-type"] == "application/problem+json"
     assert (response.status_code, body["status"], body["code"]) == (
@@ -37,7 +37,7 @@ def is_problem(response, code, field=None):
     validate(document, "Problem", body)
     path, method = response.request.url.path, response.request.method.lower()
     for template, methods in document["paths"].items():
-        of_api = template.startswith(routes._OF_API[:5])
+        of_api = template.startswith(gate.OF_API[:5])
         if of_api and re.fullmatch(re.sub(r"{\w+}", "[^/]+", template), path):
             told = methods.get(method) or next(iter(methods.values()))
             assert f"`{code}`" in told["responses"][str(known.status)]["description"]

@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from changes import changed, rebuilt
 
 from cerberus import assembly, clock, kafka, settings, supervision, transactions, window
-from cerberus.api import routes
+from cerberus.api import gate, routes
 from cerberus.features import declared, evaluation
 from cerberus.learning import simulation, training
 from cerberus.online import layout
@@ -71,7 +71,7 @@ class World:
         """Build the routes on these stores; `kept` takes the decisions."""
         built = routes.build()
         parts = {"outbox": kept} | ({"consumer": consumed} if consumed else {})
-        built.state.parts = routes.Parts.of(self.another(clock=clock, **parts), probes or {})
+        built.state.parts = gate.Parts.of(self.another(clock=clock, **parts), probes or {})
         return built
 
     async def publish(self, records, partition=None):

@@ -9,7 +9,7 @@ import redis
 from changes import changed, rebuilt
 
 from cerberus import assembly, claims, settings, supervision, transactions, window
-from cerberus.api import routes
+from cerberus.api import gate, routes
 from cerberus.decisions import models
 from cerberus.features import declared, fences
 from cerberus.features import packed as packed_windows
@@ -76,7 +76,7 @@ class Served:
 
     def app(self, probes=None):
         built = routes.build()
-        built.state.parts = routes.Parts.of(rebuilt(self.service, self.shared()), probes or {})
+        built.state.parts = gate.Parts.of(rebuilt(self.service, self.shared()), probes or {})
         return built
 
     async def live(self, **changes):

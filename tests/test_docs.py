@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 import cerberus.__main__
 from cerberus import app, environment, partition, settings, transactions, window
-from cerberus.api import openapi
+from cerberus.api import codes, openapi
 from cerberus.decisions import models
 from cerberus.features import evaluation, fences
 from cerberus.features import packed as packed_windows
@@ -206,7 +206,7 @@ def test_requests_and_answers_that_are_shown_keep_the_contract():
         assert answer.keys() <= known.keys()
         if kind == "Problem":
             told = (answer["code"], answer["detail"], answer.get("field"))
-            assert answer == openapi.problem(*told)
+            assert answer == codes.problem(*told)
 
 
 def test_the_decisions_in_the_readme_are_the_committed_model_s():

@@ -15,7 +15,7 @@ from served import NOW_MS, Served, redis_only, transaction
 from starlette.routing import Route
 
 from cerberus import errors, transactions
-from cerberus.api import openapi, routes
+from cerberus.api import bodies, codes, openapi, routes
 from cerberus.telemetry import metrics
 
 pytestmark = pytest.mark.anyio
@@ -141,9 +141,9 @@ async def test_an_invalid_field_is_named(http):
 
 
 async def test_a_body_above_the_bound_is_refused_and_one_at_it_is_not(http):
-    room = routes.MAX_BODY_BYTES - len(b'{"user_id":1,"x":""}')
+    room = bodies.MAX_BYTES - len(b'{"user_id":1,"x":""}')
     fits = orjson.dumps({"user_id": 1, "x": "y" * room})
-    assert len(fits) == routes.MAX_BODY_BYTES
+    assert len(fits) == bodies.MAX_BYTES
     assert (await http.post("/predict", content=fits)).status_code == 200
     is_problem(await http.post("/predict", content=fits + b" "), "too_large")
 
@@ -155,7 +155,7 @@ async def test_a_body_above_the_bound_is_refused_and_one_at_it_is_not(http):
 
 
 async def test_a_body_that_never_ends_is_given_up_on(http, monkeypatch):
-    monkeypatch.setattr(routes, "_BODY_S", 0.05)
+    monkeypatch.setattr(bodies, "_DEADLINE_S", 0.05)
 
     async def stalls():
         yield b"{"
@@ -374,7 +374,7 @@ async def test_the_document_is_openapi_and_describes_every_route_and_code(http, 
     told = {p: {m.upper() for m in methods} for p, methods in document["paths"].items()}
     assert told == served_paths
     text = orjson.dumps(document).decode()
-    for code in openapi.PROBLEMS:
+    for code in codes.PROBLEMS:
         assert f"`{code}`" in text
     jsonschema.Draft202012Validator.check_schema({"components": document["components"]})
     for schema in document["components"]["schemas"].values():
@@ -391,7 +391,7 @@ async def test_the_page_needs_no_other_host_and_has_an_anchor_for_every_problem(
     assert "default-src 'none'" in response.headers["content-security-policy"]
     assert "http://" not in response.text
     assert "https://" not in response.text
-    for code in openapi.PROBLEMS:
+    for code in codes.PROBLEMS:
         assert f'id="{code}"' in response.text
 
 

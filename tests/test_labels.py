@@ -33,7 +33,7 @@ from truth import (
 )
 
 from cerberus import errors, labels, synthetic, transactions
-from cerberus.api import openapi, routes
+from cerberus.api import bodies, openapi
 from cerberus.postgres import stores
 
 pytestmark = pytest.mark.anyio
@@ -427,7 +427,7 @@ async def test_one_label_alone_is_stored_or_refused_as_a_whole(served, http):
 async def test_a_request_holds_up_to_a_thousand_labels_and_a_mebibyte(served, http):
     many = [GOOD | {"transaction_id": "ä" * 120 + f"{i:08d}"} for i in range(1_000)]
     body = orjson.dumps({"labels": many})
-    assert routes.MAX_BODY_BYTES < len(body) < 2**20
+    assert bodies.MAX_BYTES < len(body) < 2**20
     assert (await http.post("/labels", content=body)).json()["stored"] == 1_000
     assert (await http.post("/predict", content=body)).status_code == 413
     for items in ([], [GOOD] * 1_001, {}, "fraud", None):

@@ -1,62 +1,12 @@
-"""The HTTP contract: every problem by its stable code, the OpenAPI document, and a page to read it.
+"""The HTTP contract as an OpenAPI document."""
 
-The page is one file without any host but our own.
-"""
-
-import html
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-import orjson
+from typing import Any
 
 from cerberus import labels, transactions
-from cerberus.api import schemas
+from cerberus.api import codes, schemas
 
-PROBLEM_TYPE = "application/problem+json"
 VERSION = "1.0.0"
-
-
-class Problem(NamedTuple):
-    """One thing that can go wrong, as RFC 9457 tells it: status, title, and when it happens."""
-
-    status: int
-    title: str
-    when: str
-
-
-PROBLEMS: Mapping[str, Problem] = {
-    "not_json": Problem(400, "Not a JSON object", "the body is not JSON, or not an object"),
-    "unauthorized": Problem(401, "Key missing or wrong", "a key is set and was not sent"),
-    "forbidden": Problem(
-        403, "Only local callers", "no key is set and the caller is not a direct local one"
-    ),
-    "not_found": Problem(404, "No such path", "the path is not served"),
-    "api_disabled": Problem(
-        404, "Predictions are off", "CERBERUS_TASKS of this process has no `api`"
-    ),
-    "method_not_allowed": Problem(405, "Wrong method", "the path is served, by another method"),
-    "body_timeout": Problem(408, "Body too slow", "the body did not arrive within 10 s"),
-    "unknown_decision": Problem(404, "No such decision", "no decision that is kept has this id"),
-    "conflict": Problem(
-        409, "Decided with other content", "`field` is not what it was when this was decided"
-    ),
-    "too_large": Problem(413, "Body too large", "the body has more than 64 KiB, of labels 1 MiB"),
-    "invalid": Problem(422, "A field is invalid", "`field` breaks the contract; `detail` says how"),
-    "overloaded": Problem(503, "Too many requests", "retry after `Retry-After` seconds"),
-    "features_unavailable": Problem(
-        503, "Features unreachable", "no score from invented values; retry after `Retry-After` s"
-    ),
-    "decisions_unavailable": Problem(
-        503,
-        "Decisions unreachable",
-        "Postgres cannot tell of decisions; retry after `Retry-After` s",
-    ),
-    "labels_unavailable": Problem(
-        503, "Labels cannot be stored", "send all of the request again after `Retry-After` s"
-    ),
-    "starting": Problem(503, "Starting", "the process does not serve yet"),
-    "internal": Problem(500, "A fault of ours", "the log of the process has the cause"),
-}
 _OF_PREDICT = (
     "not_json",
     "api_disabled",
@@ -87,16 +37,6 @@ _OF_LABELS = (
     "labels_unavailable",
 )
 _EVERYWHERE = ("unauthorized", "forbidden", "starting", "internal")
-
-
-def problem(code: str, detail: str, field: str | None = None) -> dict[str, Any]:
-    """Lay out a problem as RFC 9457 says; `code` is stable, `detail` is for people."""
-    status, title, _ = PROBLEMS[code]
-    told = {"type": f"/docs#{code}", "title": title, "status": status, "detail": detail}
-    told["code"] = code
-    if field is not None:
-        told["field"] = field
-    return told
 
 
 def document(spans: Sequence[str], currency: str) -> dict[str, Any]:
@@ -300,14 +240,14 @@ def _answer(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
-def _problems(*codes: str) -> dict[str, Any]:
+def _problems(*named: str) -> dict[str, Any]:
     by_status: dict[str, list[str]] = {}
-    for code in codes:
-        by_status.setdefault(str(PROBLEMS[code].status), []).append(code)
+    for code in named:
+        by_status.setdefault(str(codes.PROBLEMS[code].status), []).append(code)
     return {
         status: {
-            "description": "; ".join(f"`{code}`: {PROBLEMS[code].when}" for code in found),
-            "content": {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            "description": "; ".join(f"`{code}`: {codes.PROBLEMS[code].when}" for code in found),
+            "content": {codes.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
         }
         for status, found in sorted(by_status.items())
     }
@@ -321,66 +261,11 @@ def _problem_schema() -> dict[str, Any]:
             "status": {"type": "integer"},
             "detail": {"type": "string"},
             "code": {
-                "enum": list(PROBLEMS),
-                "description": "; ".join(f"`{code}`: {p.when}" for code, p in PROBLEMS.items()),
+                "enum": list(codes.PROBLEMS),
+                "description": "; ".join(
+                    f"`{code}`: {p.when}" for code, p in codes.PROBLEMS.items()
+                ),
             },
         },
         field={"type": "string", "description": "with `invalid` and `conflict`: which field"},
-    )
-
-
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Cerberus</title>
-<meta name="viewport" content="width=device-width">
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:54rem;margin:2rem auto;padding:0 1rem}}
-code,pre,textarea,input{{font:14px/1.4 ui-monospace,monospace}}
-textarea,input{{width:100%;box-sizing:border-box}}
-pre{{background:#f4f4f4;padding:1rem;overflow:auto}}
-td,th{{text-align:left;vertical-align:top;padding:.2rem 1rem .2rem 0}}</style>
-<h1>Cerberus</h1><p>{description}</p>
-<h2>Try it</h2><p><textarea id="body" rows="2">{{"user_id": 1005}}</textarea>
-<input id="key" type="password" placeholder="X-API-Key, when one is set">
-<button id="send">POST /predict</button><pre id="answer"></pre>
-<h2>Routes</h2><table>{routes}</table><h2>Request</h2><p>{predict}</p><table>{fields}</table>
-<h2>Problems</h2><p>Errors are <code>application/problem+json</code>; <code>code</code> is stable.
-<table>{problems}</table><h2>Document</h2><p><a href="/openapi.json">/openapi.json</a>
-<pre>{document}</pre>
-<script>document.getElementById("send").onclick = async () => {{
-  const of = id => document.getElementById(id), key = of("key").value;
-  const headers = {{"Content-Type": "application/json"}};
-  if (key) headers["X-API-Key"] = key;
-  const answer = await fetch("/predict", {{method: "POST", headers, body: of("body").value}});
-  of("answer").textContent = answer.status + "\\n" + JSON.stringify(await answer.json(), null, 2);
-}};</script></html>"""
-
-
-def page(told: Mapping[str, Any]) -> str:
-    """Render the document as one HTML page."""
-    routes = [
-        (f"{method.upper()} {path}", operation["summary"])
-        for path, methods in told["paths"].items()
-        for method, operation in methods.items()
-    ]
-    request = told["components"]["schemas"]["Request"]["properties"]
-    problems = "".join(
-        f'<tr id="{code}"><th>{known.status}<td><code>{code}</code>'
-        f"<td>{html.escape(known.title)}: {html.escape(known.when)}"
-        for code, known in PROBLEMS.items()
-    )
-    return _PAGE.format(
-        description=html.escape(told["info"]["description"]),
-        routes=_table(routes),
-        predict=html.escape(told["paths"]["/predict"]["post"]["description"]),
-        fields=_table((name, orjson.dumps(schema).decode()) for name, schema in request.items()),
-        problems=problems,
-        document=html.escape(orjson.dumps(told, option=orjson.OPT_INDENT_2).decode()),
-    )
-
-
-def _table(rows: Any) -> str:
-    return "".join(
-        f"<tr><th><code>{html.escape(name)}</code><td>{html.escape(text)}" for name, text in rows
     )

@@ -1,4 +1,4 @@
-"""How the HTTP side tells errors: each is a problem of RFC 9457, by its code in `openapi`."""
+"""How the HTTP side tells errors: each is a problem of RFC 9457, by its code in `codes`."""
 
 import logging
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
 from cerberus import errors
-from cerberus.api import access, openapi
+from cerberus.api import access, codes
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +63,10 @@ class Refusal(errors.CerberusError):
 
 def _problem(code: str, detail: str, field: str | None = None) -> Response:
     return Response(
-        orjson.dumps(openapi.problem(code, detail, field)),
-        status_code=openapi.PROBLEMS[code].status,
+        orjson.dumps(codes.problem(code, detail, field)),
+        status_code=codes.PROBLEMS[code].status,
         headers=_HEADERS.get(code),
-        media_type=openapi.PROBLEM_TYPE,
+        media_type=codes.MEDIA_TYPE,
     )
 
 

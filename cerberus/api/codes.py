@@ -1,0 +1,59 @@
+"""Every problem that a caller can meet, by its stable code (RFC 9457)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class Problem(NamedTuple):
+    """One thing that can go wrong, as RFC 9457 tells it: status, title, and when it happens."""
+
+    status: int
+    title: str
+    when: str
+
+
+PROBLEMS: Mapping[str, Problem] = {
+    "not_json": Problem(400, "Not a JSON object", "the body is not JSON, or not an object"),
+    "unauthorized": Problem(401, "Key missing or wrong", "a key is set and was not sent"),
+    "forbidden": Problem(
+        403, "Only local callers", "no key is set and the caller is not a direct local one"
+    ),
+    "not_found": Problem(404, "No such path", "the path is not served"),
+    "api_disabled": Problem(
+        404, "Predictions are off", "CERBERUS_TASKS of this process has no `api`"
+    ),
+    "method_not_allowed": Problem(405, "Wrong method", "the path is served, by another method"),
+    "body_timeout": Problem(408, "Body too slow", "the body did not arrive within 10 s"),
+    "unknown_decision": Problem(404, "No such decision", "no decision that is kept has this id"),
+    "conflict": Problem(
+        409, "Decided with other content", "`field` is not what it was when this was decided"
+    ),
+    "too_large": Problem(413, "Body too large", "the body has more than 64 KiB, of labels 1 MiB"),
+    "invalid": Problem(422, "A field is invalid", "`field` breaks the contract; `detail` says how"),
+    "overloaded": Problem(503, "Too many requests", "retry after `Retry-After` seconds"),
+    "features_unavailable": Problem(
+        503, "Features unreachable", "no score from invented values; retry after `Retry-After` s"
+    ),
+    "decisions_unavailable": Problem(
+        503,
+        "Decisions unreachable",
+        "Postgres cannot tell of decisions; retry after `Retry-After` s",
+    ),
+    "labels_unavailable": Problem(
+        503, "Labels cannot be stored", "send all of the request again after `Retry-After` s"
+    ),
+    "starting": Problem(503, "Starting", "the process does not serve yet"),
+    "internal": Problem(500, "A fault of ours", "the log of the process has the cause"),
+}
+
+
+def problem(code: str, detail: str, field: str | None = None) -> dict[str, Any]:
+    """Lay out a problem as RFC 9457 says; `code` is stable, `detail` is for people."""
+    status, title, _ = PROBLEMS[code]
+    told = {"type": f"/docs#{code}", "title": title, "status": status, "detail": detail}
+    told["code"] = code
+    if field is not None:
+        told["field"] = field
+    return told
