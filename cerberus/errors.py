@@ -16,7 +16,7 @@ class ConfigError(CerberusError):
 
 
 class InvalidInput(CerberusError):
-    """What was given breaks the contract; correct the named field and send it again."""
+    """The input breaks the contract; correct the named field and send it again."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
@@ -33,11 +33,11 @@ class Conflict(CerberusError):
 
 
 class DecisionsUnavailable(CerberusError):
-    """Whether the transaction was decided before cannot be looked up now; try again."""
+    """Earlier decisions on the transaction cannot be looked up now; try again."""
 
 
 class UnknownDecision(CerberusError):
-    """No decision has this id; it may not be stored yet, or be older than what is kept."""
+    """No stored decision has this id; it may not be stored yet, or its retention time is over."""
 
 
 class ModelMismatch(CerberusError):
@@ -53,11 +53,11 @@ class StoreUnavailable(CerberusError):
 
 
 class NeedsOperator(StoreUnavailable):
-    """A store answers, but this needs a hand; do what the message says. It is retried meanwhile."""
+    """A store answers, but an operator must act as the message says; the service retries."""
 
 
 class Overloaded(CerberusError):
-    """More requests are in flight than the bound; retry after the stated time."""
+    """Too many requests are in flight; retry after the stated time."""
 
 
 class Unauthorized(CerberusError):

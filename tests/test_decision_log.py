@@ -113,7 +113,7 @@ async def test_a_full_buffer_is_shown_and_no_reply_waits_for_it(environ):
             3,
             2,
         )
-        assert any(r.startswith("2 decisions were not kept: " + store) for r in health["reasons"])
+        assert any(r.startswith("2 decisions were not stored: " + store) for r in health["reasons"])
         assert f'cerberus_decisions_waiting{{store="{store}"}} 3.0' in metrics
         assert f'cerberus_decisions_dropped_total{{store="{store}"}} 2.0' in metrics
 

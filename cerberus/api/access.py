@@ -1,11 +1,12 @@
 """Who may call: the one check that every route but `/health/live` passes.
 
-With keys set, every caller sends one, from the same machine too. With none, only a *direct local*
-caller is served. A loopback address alone does not prove that: a reverse proxy on this machine has
-it too, and so has a browser here that a page elsewhere steers. So a caller without keys must also
-show no trace of a proxy (forwarding headers, or HTTP/1.0, which nginx speaks by default), must have
-asked for a loopback name (a rebound DNS name is not one), and must not come from another origin.
-A proxy that hides all of it cannot be told apart: set a key wherever one stands in front.
+If keys are set, every caller must send one, callers on the same machine included. If none is set,
+only a *direct local* caller is served. A loopback address alone does not prove that: a reverse
+proxy on this machine has one too, and so has a local browser that runs a page from elsewhere. So a
+caller without a key must also show no trace of a proxy (forwarding headers, or HTTP/1.0, which
+nginx speaks by default), must ask for a loopback name (a rebound DNS name is not one), and must not
+come from another origin. A proxy that leaves no trace cannot be detected: set a key wherever a
+proxy stands in front.
 """
 
 import functools
@@ -28,10 +29,10 @@ class Forbidden(errors.CerberusError):
 
 
 class Guard:
-    """Tells callers who may go on from those who may not.
+    """Lets a caller pass or refuses it.
 
     Args:
-        keys: Any of them opens; none at all serves direct local callers only.
+        keys: A caller must send one of them; without any, only direct local callers are served.
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
@@ -41,7 +42,7 @@ class Guard:
         """Let a caller pass, or raise. Cost: a few µs, the same for any wrong key.
 
         Args:
-            scope: Of the HTTP request, as ASGI describes it.
+            scope: The request's ASGI scope.
 
         Raises:
             Unauthorized: Keys are set, and none of them was sent.
@@ -65,7 +66,7 @@ class Guard:
 
 
 def _digest(key: bytes) -> bytes:
-    # Equal lengths, so that the comparison tells nothing of the key's.
+    # Equal lengths, so that the comparison does not reveal the key's.
     return hashlib.sha256(key).digest()
 
 
@@ -82,11 +83,11 @@ def _check_local(scope: Mapping[str, Any], headers: Sequence[tuple[bytes, bytes]
     if not client or not _loopback(client[0]):
         raise Forbidden
     if scope.get("http_version") == "1.0":
-        raise Forbidden(_because("HTTP/1.0 is what a reverse proxy speaks"))
+        raise Forbidden(_because("it speaks HTTP/1.0, as reverse proxies do"))
     hosts = 0
     for name, value in headers:
         if name in _PROXIED or name.startswith(b"x-forwarded-"):
-            raise Forbidden(_because(f"the header {name.decode('latin-1')} is a proxy's"))
+            raise Forbidden(_because(f"a proxy sends the header {name.decode('latin-1')}"))
         if name == b"host":
             hosts += 1
             if not _loopback_url(b"//" + value):

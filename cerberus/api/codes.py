@@ -7,7 +7,7 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class Problem(NamedTuple):
-    """One thing that can go wrong, as RFC 9457 tells it: status, title, and when it happens."""
+    """One thing that can go wrong, with its status, its title and when it happens."""
 
     status: int
     title: str
@@ -15,37 +15,45 @@ class Problem(NamedTuple):
 
 
 PROBLEMS: Mapping[str, Problem] = {
-    "not_json": Problem(400, "Not a JSON object", "the body is not JSON, or not an object"),
-    "unauthorized": Problem(401, "Key missing or wrong", "a key is set and was not sent"),
+    "not_json": Problem(400, "Not a JSON object", "the body is not a JSON object"),
+    "unauthorized": Problem(
+        401, "Key missing or wrong", "a key is set, and the request did not send it"
+    ),
     "forbidden": Problem(
         403, "Only local callers", "no key is set and the caller is not a direct local one"
     ),
     "not_found": Problem(404, "No such path", "the path is not served"),
     "api_disabled": Problem(
-        404, "Predictions are off", "CERBERUS_TASKS of this process has no `api`"
+        404, "Predictions are off", "CERBERUS_TASKS of this process does not include `api`"
     ),
-    "method_not_allowed": Problem(405, "Wrong method", "the path is served, by another method"),
+    "method_not_allowed": Problem(
+        405, "Wrong method", "the path is served, but not with this method"
+    ),
     "body_timeout": Problem(408, "Body too slow", "the body did not arrive within 10 s"),
-    "unknown_decision": Problem(404, "No such decision", "no decision that is kept has this id"),
+    "unknown_decision": Problem(404, "No such decision", "no stored decision has this id"),
     "conflict": Problem(
-        409, "Decided with other content", "`field` is not what it was when this was decided"
+        409,
+        "Decided with other content",
+        "`field` differs from the transaction that was decided under this id",
     ),
-    "too_large": Problem(413, "Body too large", "the body has more than 64 KiB, of labels 1 MiB"),
+    "too_large": Problem(
+        413, "Body too large", "the body is larger than 64 KiB, or 1 MiB for labels"
+    ),
     "invalid": Problem(422, "A field is invalid", "`field` breaks the contract; `detail` says how"),
     "overloaded": Problem(503, "Too many requests", "retry after `Retry-After` seconds"),
     "features_unavailable": Problem(
-        503, "Features unreachable", "no score from invented values; retry after `Retry-After` s"
+        503, "Features unreachable", "Redis did not answer; retry after `Retry-After` seconds"
     ),
     "decisions_unavailable": Problem(
         503,
         "Decisions unreachable",
-        "Postgres cannot tell of decisions; retry after `Retry-After` s",
+        "Postgres did not answer; retry after `Retry-After` seconds",
     ),
     "labels_unavailable": Problem(
-        503, "Labels cannot be stored", "send all of the request again after `Retry-After` s"
+        503, "Labels cannot be stored", "send the whole request again after `Retry-After` seconds"
     ),
-    "starting": Problem(503, "Starting", "the process does not serve yet"),
-    "internal": Problem(500, "A fault of ours", "the log of the process has the cause"),
+    "starting": Problem(503, "Starting", "the process is not serving yet"),
+    "internal": Problem(500, "Internal error", "the log of the process has the cause"),
 }
 
 

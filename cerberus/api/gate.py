@@ -1,4 +1,4 @@
-"""Who passes: a request of a started service, by a caller who may, for what this process runs."""
+"""Who passes: the service has started, the caller may call, and this process runs what it asks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Parts:
 
 
 class Gate:
-    """Middleware that refuses whoever may not pass, and counts every answer."""
+    """Middleware that refuses what may not pass, and counts every answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -93,9 +93,10 @@ def _admit(parts: Parts | None, scope: Scope) -> None:
     if path == ALIVE or (parts is None and path == HEALTH):
         return
     if parts is None:
-        raise problems.Refusal("starting", "The process does not serve yet; try again in a second.")
+        raise problems.Refusal("starting", "The process is not serving yet; try again in a second.")
     parts.guard.check(scope)
     if path.startswith(OF_API) and "api" not in parts.service.config.tasks:
         raise problems.Refusal(
-            "api_disabled", "CERBERUS_TASKS of this process does not name api; ask another."
+            "api_disabled",
+            "CERBERUS_TASKS of this process does not include api; ask a process that runs it.",
         )

@@ -1,8 +1,8 @@
-"""How the service is: ready, degraded and why, or failed.
+"""The state of the service: ready, degraded with reasons, or failed.
 
-A load balancer takes an instance away on 503, so that is kept for what another instance would do
-better: nothing to predict from, or a task that was given up. All else is `degraded`: predictions
-go on, and say so themselves.
+A load balancer removes an instance that answers 503. So 503 is kept for what another instance can
+do better: features are unreachable, or a task was given up. Everything else is `degraded`:
+predictions go on, and carry their own reasons.
 """
 
 import asyncio
@@ -19,10 +19,10 @@ Probe = Callable[[], Awaitable[Any]]
 
 
 class Servers:
-    """Whether the servers behind answer, asked at most once a second, each within a second.
+    """Asks whether the servers answer: at most once a second, each for at most a second.
 
     Args:
-        probes: By name; any answer is a good one. `redis` answers with the partitions' states.
+        probes: By server; any answer is good. `redis` answers with the partitions' states.
     """
 
     def __init__(self, probes: Mapping[str, Probe]) -> None:
@@ -32,7 +32,7 @@ class Servers:
         self._answers: dict[str, Any] = {}
 
     async def ask(self) -> Mapping[str, Any]:
-        """Return each server's answer, or the exception that came instead."""
+        """Return each server's answer, or the exception that it raised."""
         async with self._asking:
             if time.monotonic() - self._asked_s >= _PROBE_S:
                 answers = await asyncio.gather(
@@ -49,12 +49,12 @@ async def _in_time(probe: Probe) -> Any:
 
 
 async def reach_kafka(kafka: settings.Kafka, tls: Any) -> None:
-    """Connect to any broker; over TLS with a whole handshake, or its log calls us an attacker.
+    """Connect to any broker; over TLS with a whole handshake, or the broker logs an attack.
 
     Deadline: 1 s.
 
     Raises:
-        ConnectionError: No broker took the connection.
+        ConnectionError: No broker accepted the connection.
     """
 
     async def connect(address: str) -> None:
@@ -69,7 +69,7 @@ async def reach_kafka(kafka: settings.Kafka, tls: Any) -> None:
 
 
 def probes(service: assembly.Service) -> dict[str, Probe]:
-    """Return how to ask the servers that a process needs, beside Redis, which all need."""
+    """Return the probes of the servers that this process needs besides Redis."""
     if service.config.tasks == {"api"}:
         return {}
     reach = functools.partial(reach_kafka, service.config.kafka, service.tls)
@@ -77,11 +77,11 @@ def probes(service: assembly.Service) -> dict[str, Probe]:
 
 
 class Health:
-    """Judges all parts at once.
+    """Judges all parts together.
 
     Args:
         service: The parts.
-        servers: Behind the parts.
+        servers: The servers that the parts use.
     """
 
     def __init__(self, service: assembly.Service, servers: Servers) -> None:
@@ -94,7 +94,7 @@ class Health:
         self._labels = service.label_consumer
 
     async def report(self, now_ms: int, longest_ms: int) -> tuple[bool, dict[str, Any]]:
-        """Say whether this instance can serve, and how each part is. Deadline: 1 s."""
+        """Return whether this instance can serve, and the state of each part. Deadline: 1 s."""
         answers = await self._servers.ask()
         down = {
             name: f"{type(answer).__name__}: {answer}" if isinstance(answer, Exception) else None
@@ -137,7 +137,7 @@ class Health:
         if self._supervisor.gave_up is not None:
             found.append(f"gave up: {self._supervisor.gave_up}")
         if "api" in self._config.tasks and down.get("redis"):
-            found.append("no prediction can be had: features are unreachable")
+            found.append("no prediction is possible: features are unreachable")
         return found
 
     def _doubts(self, down: Mapping[str, str | None]) -> list[str]:
@@ -150,7 +150,7 @@ class Health:
         for store, told in self._log.report().items():
             if told["dropped"]:
                 found.append(
-                    f"{told['dropped']} decisions were not kept: {store} was away too long"
+                    f"{told['dropped']} decisions were not stored: {store} was down too long"
                 )
             elif told["problem"]:
                 found.append(f"{told['waiting']} decisions wait for {store}: {told['problem']}")
@@ -181,7 +181,7 @@ def _partition_doubts(
     states: Mapping[int, fences.PartitionState], now_ms: int, longest_ms: int
 ) -> list[str]:
     if not states:
-        return ["no consumer has said where it stands: streamed values are null"]
+        return ["no consumer has reported its state: streamed values are null"]
     doubted: dict[str, list[str]] = {}
     for number, state in sorted(states.items()):
         if state.state != fences.LIVE:

@@ -40,15 +40,15 @@ _EVERYWHERE = ("unauthorized", "forbidden", "starting", "internal")
 
 
 def document(spans: Sequence[str], currency: str) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of a deployment with these windows and this currency."""
+    """Return the OpenAPI 3.1 document for a deployment with these windows and this currency."""
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "Cerberus",
             "version": VERSION,
             "summary": "Real-time card-fraud decisions.",
-            "description": "With CERBERUS_API_KEY set, every route but `/health/live` wants a "
-            "key; with none, only direct callers on the same machine are served.",
+            "description": "If CERBERUS_API_KEY is set, every route except `/health/live` requires "
+            "a key; otherwise only direct callers on the same machine are served.",
         },
         "security": [{"header": []}, {"bearer": []}, {}],
         "paths": {
@@ -63,12 +63,12 @@ def document(spans: Sequence[str], currency: str) -> dict[str, Any]:
                 "get": {
                     "summary": "Whether the process answers at all",
                     "security": [],
-                    "responses": {"200": _answer("It does.", {"const": {"status": "alive"}})},
+                    "responses": {"200": _answer("It answers.", {"const": {"status": "alive"}})},
                 }
             },
             "/metrics": {"get": _get("Counters in Prometheus' text format", "text/plain")},
             "/openapi.json": {"get": _get("This document", "application/json")},
-            "/docs": {"get": _get("This document, to read and to try", "text/html")},
+            "/docs": {"get": _get("This document as a page, with a form to try it", "text/html")},
         },
         "components": {
             "schemas": {**schemas.every(spans, currency), "Problem": _problem_schema()},
@@ -84,12 +84,13 @@ def _predict() -> dict[str, Any]:
     answer = _answer("The decision.", {"$ref": "#/components/schemas/Prediction"})
     return {
         "summary": "Score a user, or a transaction in hand",
-        "description": "`user_id` alone scores the present, with `timestamp` that moment. With "
-        "`transaction_id` and `amount` the transaction in hand is counted exactly once, whether or "
-        "not the stream has seen it: give the `timestamp` that it carries there, or the two are "
-        "different transactions. There is one decision on a transaction: repeats, and the stream, "
-        "get the first one (`replayed`). Asking feeds no window. The content type may be any, or "
-        "none. A `traceparent` header (W3C Trace Context) is kept with the decision.",
+        "description": "`user_id` alone scores the user now, or at `timestamp`. With "
+        "`transaction_id` and `amount`, the transaction in hand is counted exactly once, whether "
+        "or not the stream has seen it. Send the same `timestamp` as the stream record; a "
+        "different one makes it a different transaction. Each transaction gets one decision: "
+        "repeated requests and the stream receive the first one (`replayed`). A request changes no "
+        "window. Any content type is accepted. A `traceparent` header (W3C Trace Context) is "
+        "stored with the decision.",
         "requestBody": {
             "required": True,
             "content": {
@@ -125,10 +126,10 @@ def _parameter(name: str, place: str, schema: Mapping[str, Any], meaning: str) -
 
 def _decision() -> dict[str, Any]:
     schema = {"type": "string", "format": "uuid"}
-    answer = _answer("The decision as it was taken.", {"$ref": "#/components/schemas/Decision"})
+    answer = _answer("The decision as it was made.", {"$ref": "#/components/schemas/Decision"})
     return {
         "summary": "Look up a decision",
-        "parameters": [_parameter("decision_id", "path", schema, "as `POST /predict` gave it")],
+        "parameters": [_parameter("decision_id", "path", schema, "as `POST /predict` returned it")],
         "responses": {"200": answer} | _problems("unknown_decision", *_OF_LOOKUPS, *_EVERYWHERE),
     }
 
@@ -140,16 +141,19 @@ def _decisions() -> dict[str, Any]:
     page = schemas.object_of(
         {
             "decisions": {"type": "array", "items": item},
-            "next": {"type": ["string", "null"], "description": "goes into `before`"},
+            "next": {
+                "type": ["string", "null"],
+                "description": "pass it as `before`; null on the last page",
+            },
         }
     )
     return {
         "summary": "Look up the decisions on a transaction or a user, newest first",
         "parameters": [
-            _parameter("transaction_id", "query", text, "either this"),
-            _parameter("user_id", "query", number, "or this"),
-            _parameter("before", "query", text, "`next` of the page before, or a time"),
-            _parameter("limit", "query", limit, "of one page"),
+            _parameter("transaction_id", "query", text, "give either this or `user_id`"),
+            _parameter("user_id", "query", number, "give either this or `transaction_id`"),
+            _parameter("before", "query", text, "`next` of the previous page, or a time"),
+            _parameter("limit", "query", limit, "decisions per page"),
         ],
         "responses": {"200": _answer("A page.", page)} | _problems(*_OF_LOOKUPS, *_EVERYWHERE),
     }
@@ -160,7 +164,7 @@ def _user() -> dict[str, Any]:
     answer = _answer("The window now.", {"$ref": "#/components/schemas/User"})
     return {
         "summary": "Look up a user: the window now, and the last decisions",
-        "parameters": [_parameter("user_id", "path", number, "of the user")],
+        "parameters": [_parameter("user_id", "path", number, "the user's id")],
         "responses": {"200": answer}
         | _problems("features_unavailable", *_OF_LOOKUPS, *_EVERYWHERE),
     }
@@ -186,11 +190,11 @@ def _labels() -> dict[str, Any]:
         }
     )
     return {
-        "summary": "Tell the truth about transactions",
-        "description": "One label, or a list of 1 to 1,000. In a list each stands for itself: a "
-        "wrong one does not stop the others, and `results` names its field. The newest "
-        "`labelled_at` wins; sending a label again changes nothing; one for a transaction that is "
-        "not known yet waits for it.",
+        "summary": "Send labels: the truth about transactions",
+        "description": "Send one label, or a list of 1 to 1,000. Each label in a list is judged "
+        "alone: an invalid one does not stop the others, and `results` names its field. The newest "
+        "`labelled_at` wins. Sending a label again changes nothing. A label for an unknown "
+        "transaction waits for it.",
         "requestBody": {
             "required": True,
             "content": {
@@ -199,21 +203,21 @@ def _labels() -> dict[str, Any]:
                 }
             },
         },
-        "responses": {"200": _answer("What became of each.", answer)}
+        "responses": {"200": _answer("The result of each label.", answer)}
         | _problems(*_OF_LABELS, *_EVERYWHERE),
     }
 
 
 def _accuracy() -> dict[str, Any]:
     text = {"type": "string"}
-    answer = _answer("Figures of what is mature.", {"$ref": "#/components/schemas/Accuracy"})
+    answer = _answer("Figures about mature decisions.", {"$ref": "#/components/schemas/Accuracy"})
     return {
-        "summary": "Compare decisions with the truth, once that is known",
-        "description": "Only mature decisions are judged; how many are not stands beside. A share "
-        "is null where nothing can be said.",
+        "summary": "Compare decisions with labels",
+        "description": "Only mature decisions are judged; `immature` counts the others. A share "
+        "is null where it is undefined.",
         "parameters": [
-            _parameter("since", "query", text, "of decisions: a date, or RFC 3339"),
-            _parameter("model", "query", text, "the beginning of a model's version"),
+            _parameter("since", "query", text, "only decisions since this date or RFC 3339 time"),
+            _parameter("model", "query", text, "a prefix of a model's version"),
         ],
         "responses": {"200": answer} | _problems(*_OF_LOOKUPS, *_EVERYWHERE),
     }
@@ -222,7 +226,7 @@ def _accuracy() -> dict[str, Any]:
 def _health() -> dict[str, Any]:
     schema = {"$ref": "#/components/schemas/Health"}
     return {
-        "summary": "How each part is, and why",
+        "summary": "The state of each part, with reasons",
         "responses": {
             "200": _answer("`ready`, or `degraded`: predictions are answered.", schema),
             "503": _answer("`starting`, or `failed`: they are not.", schema),
@@ -267,5 +271,8 @@ def _problem_schema() -> dict[str, Any]:
                 ),
             },
         },
-        field={"type": "string", "description": "with `invalid` and `conflict`: which field"},
+        field={
+            "type": "string",
+            "description": "the field at fault, with `invalid` and `conflict`",
+        },
     )

@@ -21,7 +21,7 @@ pre{{background:#f4f4f4;padding:1rem;overflow:auto}}
 td,th{{text-align:left;vertical-align:top;padding:.2rem 1rem .2rem 0}}</style>
 <h1>Cerberus</h1><p>{description}</p>
 <h2>Try it</h2><p><textarea id="body" rows="2">{{"user_id": 1005}}</textarea>
-<input id="key" type="password" placeholder="X-API-Key, when one is set">
+<input id="key" type="password" placeholder="X-API-Key, if one is set">
 <button id="send">POST /predict</button><pre id="answer"></pre>
 <h2>Routes</h2><table>{routes}</table><h2>Request</h2><p>{predict}</p><table>{fields}</table>
 <h2>Problems</h2><p>Errors are <code>application/problem+json</code>; <code>code</code> is stable.

@@ -1,4 +1,4 @@
-"""What a question over HTTP or on the command line says, read into what the stores are asked."""
+"""Read the parameters of a question, over HTTP or from the command line, into a query."""
 
 import re
 import uuid
@@ -12,7 +12,7 @@ _KEYS = ("transaction_id", "user_id")
 
 
 def accuracy(query: Mapping[str, str]) -> judged.Question:
-    """Read `since`, a date or RFC 3339, and `model`, the beginning of a version; both optional.
+    """Read `since`, a date or RFC 3339, and `model`, a prefix of a version; both are optional.
 
     Raises:
         InvalidInput: naming the parameter.
@@ -20,14 +20,14 @@ def accuracy(query: Mapping[str, str]) -> judged.Question:
     _known(query, ("since", "model"), "report")
     model = query.get("model", "").lower()
     if "model" in query and not re.fullmatch("[0-9a-f]{1,64}", model):
-        raise errors.InvalidInput("model", "must be the beginning of a model's sha256")
+        raise errors.InvalidInput("model", "must be a prefix of a model's sha256")
     return judged.Question(since_ms(query["since"]) if "since" in query else None, model)
 
 
 def decisions(query: Mapping[str, str]) -> lookups.Question:
     """Read `transaction_id` or `user_id`, and `limit` and `before`, which are optional.
 
-    `before` is the `next` of a page before, or a time.
+    `before` is the `next` of the previous page, or a time.
 
     Raises:
         InvalidInput: naming the parameter.
@@ -36,7 +36,7 @@ def decisions(query: Mapping[str, str]) -> lookups.Question:
     asked = [name for name in _KEYS if name in query]
     if len(asked) != 1:
         raise errors.InvalidInput(
-            "user_id" if asked else "transaction_id", "ask for transaction_id or for user_id"
+            "user_id" if asked else "transaction_id", "give either transaction_id or user_id"
         )
     return lookups.Question(
         user_id(query["user_id"])
@@ -71,7 +71,7 @@ def user_id(text: str) -> int:
 
 
 def since_ms(text: str) -> int:
-    """Read a date, which begins in UTC, or an RFC 3339 time, as ms since the Unix epoch.
+    """Read a date, which starts at midnight UTC, or an RFC 3339 time, as ms since the epoch.
 
     Raises:
         InvalidInput: naming `since`.
@@ -87,7 +87,7 @@ def since_ms(text: str) -> int:
 
 def _known(query: Mapping[str, str], names: Iterable[str], question: str) -> None:
     for name in query.keys() - {*names}:
-        raise errors.InvalidInput(name, f"is no parameter of this {question}")
+        raise errors.InvalidInput(name, f"is not a parameter of this {question}")
 
 
 def _integer(name: str, text: str, low: int, high: int) -> int:
@@ -102,5 +102,5 @@ def _position(cursor: str) -> ledger.Position:
         return transactions.parse_timestamp({"timestamp": time}), uuid.UUID(name or "0" * 32)
     except (errors.InvalidInput, ValueError) as error:
         raise errors.InvalidInput(
-            "before", "must be the `next` of a page before, or an RFC 3339 time"
+            "before", "must be the `next` of the previous page, or an RFC 3339 time"
         ) from error

@@ -1,4 +1,4 @@
-"""How the HTTP side tells errors: each is a problem of RFC 9457, by its code in `codes`."""
+"""Errors over HTTP: each is answered as a problem of RFC 9457, with its code from `codes`."""
 
 import logging
 from collections.abc import Mapping
@@ -29,15 +29,15 @@ _CODES: Mapping[type[Exception], str] = {
     errors.UnknownDecision: "unknown_decision",
 }
 _POSTGRES_AWAY = errors.DecisionsUnavailable(
-    "Postgres does not answer; ask again in a second. The log of this process has the cause."
+    "Postgres does not answer; try again in a second. The log of this process has the cause."
 )
 _HIDDEN: Mapping[type[Exception], Exception] = {
-    # What the servers said is for the log and for /health.
+    # What the servers answered belongs in the log and in /health.
     errors.FeaturesUnavailable: errors.FeaturesUnavailable(),
     errors.StoreUnavailable: _POSTGRES_AWAY,
     errors.NeedsOperator: _POSTGRES_AWAY,
     errors.ConfigError: errors.DecisionsUnavailable(
-        "Postgres refuses this process; ask again when its DATABASE_URL has been corrected."
+        "Postgres rejects this process; try again when its DATABASE_URL has been corrected."
     ),
 }
 _AGAIN = (
@@ -54,7 +54,7 @@ _HEADERS = {
 
 
 class Refusal(errors.CerberusError):
-    """A request that the HTTP side itself refuses, by the code of the problem."""
+    """The HTTP side refuses the request; the detail says why."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -71,10 +71,10 @@ def _problem(code: str, detail: str, field: str | None = None) -> Response:
 
 
 async def refuse(request: Request, error: Exception) -> Response:
-    """Tell an error by its code.
+    """Answer an error with its code.
 
     Raises:
-        Exception: `error`, where it has no code: the cause is for the log.
+        Exception: `error`, if it has no code: the cause belongs in the log.
     """
     if isinstance(error, Refusal):
         return _problem(error.code, str(error))
@@ -103,7 +103,7 @@ async def _refuse_rest(request: Request, error: Exception) -> Response:
 
 
 async def _fault(request: Request, error: Exception) -> Response:
-    return _problem("internal", "Something failed here; the log of this process has the cause.")
+    return _problem("internal", "The request failed; the log of this process has the cause.")
 
 
 HANDLERS: Mapping[Any, ExceptionHandler] = {
@@ -112,4 +112,4 @@ HANDLERS: Mapping[Any, ExceptionHandler] = {
     ClientDisconnect: _refuse_rest,
     Exception: _fault,
 }
-"""For Starlette: what answers which exception."""
+"""The handler of each exception, for Starlette."""

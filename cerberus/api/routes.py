@@ -97,14 +97,14 @@ async def take_labels(request: Request) -> Response:
         log.warning("labels were refused: %r", error)
         raise problems.Refusal(
             "labels_unavailable",
-            "Postgres takes no labels now; send all of the request again in a second.",
+            "Postgres takes no labels now; send the whole request again in a second.",
         ) from error
     parts.service.postgres.labels.counts["invalid"] += len(told) - len(valid)
     return _json(_became(told, new))
 
 
 def _became(told: Sequence[labels.Parsed], new: Iterable[bool]) -> dict[str, Any]:
-    """Lay out what became of each item of a request; `new` says of the valid ones which are."""
+    """Lay out the result of each item; `new` says which of the valid ones are new."""
     stored = iter(new)
     results: list[Mapping[str, str]] = [
         {"result": "invalid", "field": item.field, "detail": item.reason}
@@ -135,7 +135,7 @@ async def report(request: Request) -> Response:
     """Answer `GET /health`: 503 while starting, without features, or after giving up."""
     parts: gate.Parts | None = request.app.state.parts
     if parts is None:
-        return _json({"status": "starting", "reasons": ["the process does not serve yet"]}, 503)
+        return _json({"status": "starting", "reasons": ["the process is not serving yet"]}, 503)
     able, told = await parts.health.report(parts.service.clock(), parts.service.spans.longest_ms)
     return _json(told, 200 if able else 503)
 

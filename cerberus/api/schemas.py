@@ -1,4 +1,4 @@
-"""What goes in and comes out of the API, as JSON schemas."""
+"""The JSON schemas of requests and answers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ TIME: dict[str, Any] = {
 
 
 def every(spans: Sequence[str], currency: str) -> dict[str, Any]:
-    """Return all schemas by name, of a deployment with these windows and this currency."""
+    """Return all schemas by name, for a deployment with these windows and this currency."""
     return {
         "Request": _request(currency),
         "Prediction": _prediction(spans),
@@ -28,7 +28,7 @@ def every(spans: Sequence[str], currency: str) -> dict[str, Any]:
 
 def _request(currency: str) -> dict[str, Any]:
     text = {"type": "string", "minLength": 1, "maxLength": transactions.MAX_TEXT}
-    amount = {"type": "number", "minimum": 0, "description": "at most two places"}
+    amount = {"type": "number", "minimum": 0, "description": "at most two decimal places"}
     return {
         "type": "object",
         "description": "Null counts as absent; fields that are not listed are ignored.",
@@ -62,11 +62,11 @@ def _features(spans: Sequence[str]) -> dict[str, Any]:
         for each in declared.streamed(spans)
     }
     values |= {each.public: {"type": [each.kind.json, "null"]} for each in declared.BATCH}
-    return object_of(values) | {"description": "null: could not be had, never 0"}
+    return object_of(values) | {"description": "null: unavailable, never 0"}
 
 
 def _served(spans: Sequence[str]) -> dict[str, Any]:
-    """Return what every evaluation of a user's window says."""
+    """Return what every evaluation of a user's window contains."""
     fence = object_of({name: {"type": "integer"} for name in ("epoch", "offset", "partition")})
     return {
         "user_id": {"type": "integer"},
@@ -77,10 +77,13 @@ def _served(spans: Sequence[str]) -> dict[str, Any]:
             "items": {"enum": list(evaluation.Doubt)},
             "description": "why the values may be wrong; empty when they are exact",
         },
-        "approximate": {"type": "boolean", "description": "an edge cut a summed slice"},
+        "approximate": {
+            "type": "boolean",
+            "description": "a window's edge lies inside a summed slice",
+        },
         "fence": {
             "oneOf": [fence, {"type": "null"}],
-            "description": "the prefix of the log behind the values; null without a row",
+            "description": "the prefix of the log that the values come from; null without a row",
         },
     }
 
@@ -101,7 +104,10 @@ def _prediction(spans: Sequence[str]) -> dict[str, Any]:
         {
             **_served(spans),
             **_DECIDED,
-            "replayed": {"type": "boolean", "description": "it had been decided before"},
+            "replayed": {
+                "type": "boolean",
+                "description": "the decision was made before this request",
+            },
             "latency_stats": object_of(
                 {"feature_retrieval_ms": milliseconds, "total_latency_ms": milliseconds}
             ),
@@ -133,11 +139,11 @@ def _user(spans: Sequence[str]) -> dict[str, Any]:
     return object_of(
         {
             **_served(spans),
-            "partition": {"type": "integer", "description": "where the user's records are"},
+            "partition": {"type": "integer", "description": "the partition of the user's records"},
             "events": {
                 "type": "array",
                 "items": object_of({"at": TIME, "amount": {"type": "number"}}),
-                "description": "of the longest window, newest first, at most 50",
+                "description": "in the longest window, newest first, at most 50",
             },
             "decisions": {
                 "type": "array",
@@ -155,10 +161,10 @@ def _label() -> dict[str, Any]:
         {
             "transaction_id": text,
             "label": {"enum": list(labels.VOCABULARY)},
-            "source": text | {"description": "who says so"},
-            "labelled_at": TIME | {"description": "when it was found out"},
+            "source": text | {"description": "who made the label"},
+            "labelled_at": TIME | {"description": "when the truth became known"},
         },
-        user_id=number | {"description": "null: of every transaction of this id"},
+        user_id=number | {"description": "null: every transaction with this id"},
     )
 
 
@@ -167,9 +173,9 @@ def _accuracy() -> dict[str, Any]:
     share = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
     figures = {
         "matured": count | {"description": "decisions that can be judged"},
-        "positives": count | {"description": "of them, fraud"},
-        "flagged": count | {"description": "of them, reviewed or declined"},
-        "found": count | {"description": "of them, fraud that was flagged"},
+        "positives": count | {"description": "matured decisions on fraud"},
+        "flagged": count | {"description": "matured decisions to review or decline"},
+        "found": count | {"description": "matured decisions on fraud that were flagged"},
         "precision": share,
         "recall": share,
         "false_positive_rate": share,
@@ -241,12 +247,12 @@ def _health() -> dict[str, Any]:
                     "problem": reason,
                 }
             ),
-            "description": "on requests, on their way to each store",
+            "description": "decisions on requests that wait for each store",
         },
         servers={
             "type": "object",
             "additionalProperties": reason,
-            "description": "null: it answers; else why not",
+            "description": "null: the server answers; otherwise why not",
         },
         partitions={"type": "object", "additionalProperties": partition},
         producer=object_of({"rate": {"type": "number"}, "reason": {"type": "string"}}),
