@@ -14,7 +14,7 @@ from cerberus import errors
 
 REQUIRED = "required"
 _PREFIX = "CERBERUS_"
-# Kubernetes and Docker tell every container about a service that is called cerberus.
+# Kubernetes and Docker set these in every container if a service is called cerberus.
 _OF_PLATFORM = re.compile(
     r"CERBERUS_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
 )
@@ -32,7 +32,7 @@ class Variable:
     """A variable of the environment.
 
     Attributes:
-        name: As the process is given it.
+        name: Its name in the environment.
         default: As text; `REQUIRED` where there is none.
         meaning: One phrase of Markdown, with the unit.
     """
@@ -48,12 +48,12 @@ def text(name: str, told: str) -> str:
 
 
 def words(name: str, told: str) -> tuple[str, ...]:
-    """Read what stands between commas."""
+    """Read words that commas separate."""
     return tuple(word for part in told.split(",") if (word := part.strip()))
 
 
 def some_of(*known: str) -> Read:
-    """Make a reader of some of these words, at least one, between commas."""
+    """Make a reader of a comma-separated list of some of these words, at least one."""
 
     def read(name: str, told: str) -> frozenset[str]:
         named = frozenset(words(name, told))
@@ -70,7 +70,7 @@ def file(name: str, told: str) -> pathlib.Path:
 
 
 def matching(pattern: str, meaning: str) -> Read:
-    """Make a reader of text that matches a whole pattern; `meaning` says which text does."""
+    """Make a reader of text that a pattern matches as a whole; `meaning` describes such text."""
 
     def read(name: str, told: str) -> str:
         if not re.fullmatch(pattern, told):
@@ -128,7 +128,7 @@ def ms(low: float, high: float, *, unit_s: int = 1) -> Read:
 
 
 def brokers(name: str, told: str) -> tuple[str, ...]:
-    """Read addresses of Kafka brokers, of one scheme."""
+    """Read addresses of Kafka brokers that have the same scheme."""
     addresses = words(name, told)
     if not addresses:
         raise errors.ConfigError("KAFKA_BROKER is not set: give host:port of a Kafka broker")
@@ -136,7 +136,7 @@ def brokers(name: str, told: str) -> tuple[str, ...]:
     for number, each in enumerate(addresses, 1):
         parts = split_broker(each)
         try:
-            host, _ = parts.hostname, parts.port  # asking for it judges it
+            host, _ = parts.hostname, parts.port  # reading the port validates it
         except ValueError:
             host = None
         if not host or parts.scheme not in ("kafka", "kafka+ssl") or "@" in parts.netloc:
@@ -165,12 +165,12 @@ def address(*schemes: str) -> Read:
             raise errors.ConfigError(f"{name} is not set: give a {wanted} address")
         try:
             parts = urllib.parse.urlsplit(told)
-            _ = parts.port  # asking for it judges it
+            _ = parts.port  # reading it validates it
         except ValueError:
-            # What is wrong may be a part of the password.
+            # The wrong part may be the password.
             raise errors.ConfigError(
-                f"{name} is no address: percent-encode what is special in its user name and "
-                "password"
+                f"{name} is not an address: percent-encode special characters in its user name "
+                "and password"
             ) from None
         if parts.scheme not in schemes:
             raise errors.ConfigError(f"{name} must begin with {wanted}")
@@ -193,7 +193,7 @@ def variable(name: str, default: str, read: Read, meaning: str, *, secret: bool 
 
 
 def first_of(*variables: Variable, read: Read, secret: bool = False) -> Any:
-    """Declare a field that the first of these variables sets that has a text."""
+    """Declare a field that takes the first of these variables that is not empty."""
     declared = {_VARIABLES: variables, _READ: read}
     if REQUIRED in (v.default for v in variables):
         return dataclasses.field(metadata=declared, repr=not secret)
@@ -203,7 +203,7 @@ def first_of(*variables: Variable, read: Read, secret: bool = False) -> Any:
 
 
 def read(group: type[Group], environ: Mapping[str, str]) -> Group:
-    """Read a group of settings, and the groups in it; an empty variable is one that is not set.
+    """Read a group of settings, and the groups in it; an empty variable counts as not set.
 
     Raises:
         ConfigError: A variable is missing or wrong; the message names it.
@@ -268,10 +268,10 @@ def on_loopback(broker: str) -> bool:
 
 
 def check_names(environ: Mapping[str, str], known: Collection[str]) -> None:
-    """Refuse a variable that begins as ours do and is none of them.
+    """Refuse an unknown variable that has our prefix.
 
     Raises:
-        ConfigError: There is one; the message names the known variable that is most like it.
+        ConfigError: There is one; the message names the most similar setting.
     """
     ours = {name.removeprefix(_PREFIX): name for name in known if name.startswith(_PREFIX)}
     for name in sorted(environ):
@@ -288,12 +288,12 @@ def between_markers(page: str, told: str) -> str:
     """Put Markdown between the two markers of a page.
 
     Raises:
-        ConfigError: The page does not have both.
+        ConfigError: The page lacks one of them.
     """
     before, begin, rest = page.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not end:
-        raise errors.ConfigError(f"the page has no two lines {_BEGIN} and {_END}")
+        raise errors.ConfigError(f"the page lacks the line {_BEGIN} or {_END}")
     return f"{before}{begin}\n\n{told}\n{end}{after}"
 
 
@@ -302,7 +302,7 @@ def tables(group: type[Any], root: pathlib.Path) -> str:
 
     Args:
         group: Of settings; its docstring is the title.
-        root: Left out of the defaults that are paths.
+        root: Removed from defaults that are paths.
     """
     told: list[str] = []
     for each in groups(group):

@@ -1,4 +1,4 @@
-"""All settings of a process: each is declared once, in the group that it belongs to."""
+"""All settings of a process, each declared once in its group."""
 
 import pathlib
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cerberus import environment, errors
-from cerberus.environment import (  # as the words that settings are declared in
+from cerberus.environment import (  # the vocabulary of the declarations below
     REQUIRED,
     Variable,
     address,
@@ -184,7 +184,10 @@ class Windows:
         "CERBERUS_MAX_FUTURE_SKEW_S", "60", ms(0, 3_600), "how far ahead a timestamp may be, s"
     )
     max_staleness_ms: int = variable(
-        "CERBERUS_MAX_STALENESS_S", "60", ms(1, 86_400), "older streamed values are null, s"
+        "CERBERUS_MAX_STALENESS_S",
+        "60",
+        ms(1, 86_400),
+        "age above which streamed values are null, s",
     )
 
 
@@ -257,7 +260,10 @@ class Model:
 
     path: pathlib.Path = variable("CERBERUS_MODEL", str(MODEL_PATH), file, "the model file")
     policy_path: pathlib.Path = variable(
-        "CERBERUS_POLICY", str(POLICY_PATH), file, "what is approved, reviewed and declined"
+        "CERBERUS_POLICY",
+        str(POLICY_PATH),
+        file,
+        "the policy file: what is approved, reviewed and declined",
     )
 
     @property
@@ -355,7 +361,7 @@ class Settings:
             return "CERBERUS_RATE sets it"
         if self.kafka.on_loopback:
             return "every broker is on loopback; CERBERUS_RATE sets another rate"
-        return "the brokers are remote; CERBERUS_RATE above 0 wakes it"
+        return "the brokers are remote; CERBERUS_RATE above 0 starts it"
 
 
 def load(environ: Mapping[str, str]) -> Settings:
@@ -392,5 +398,5 @@ def _check_retention(config: Settings) -> None:
     if 0 < kept_ms < config.labels.maturity_ms:
         raise errors.ConfigError(
             "CERBERUS_RETENTION_DAYS must be 0 or cover CERBERUS_LABEL_MATURITY_DAYS: "
-            "a decision that is gone before it is mature is never judged"
+            "a decision that is deleted before it is mature is never judged"
         )
