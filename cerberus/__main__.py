@@ -22,13 +22,14 @@ from cerberus.commands import (
     train,
 )
 
+_DESCRIPTION = "Real-time card-fraud decisions. `cerberus COMMAND --help` explains a command."
 FAILED_STATUS, USAGE_STATUS = 1, 2
 AWAY_STATUS, CONFIG_STATUS = 75, 78
 _AWAY = (errors.StoreUnavailable, errors.FeaturesUnavailable, errors.DecisionsUnavailable)
 
 
 class Command(Protocol):
-    """What a module of a command has."""
+    """The interface of a command's module."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's arguments to its parser."""
@@ -43,25 +44,26 @@ _COMMANDS: Mapping[str, tuple[str, Command]] = {
     "settings": ("show all settings in Markdown", settings),
     "migrate": ("bring tables and topics up to date", migrate),
     "features": ("render, compile or apply the feature definitions", features),
-    "materialize": ("load the batch views from Postgres to Redis", materialize),
+    "materialize": ("load batch features from Postgres into Redis", materialize),
     "inspect": ("show a user's window now, and the last decisions", inspect),
-    "replay": ("take stored decisions again and compare them, bit by bit", replay),
-    "accuracy": ("compare decisions with the truth, once that is known", accuracy),
+    "replay": ("make stored decisions again and compare them bit by bit", replay),
+    "accuracy": ("compare decisions with labels", accuracy),
     "train": ("train the model on simulated traffic", train),
-    "import": ("load a bank's past from files", load),
+    "import": ("load past transactions, labels and credit scores from files", load),
     "send": ("publish a file of transactions", send),
     "forget": ("remove one person from every store", forget),
 }
 _READ_FILES = ("train", "import", "send", "forget")
-"""Here a wrong value may stand in a file, so it is no wrong usage."""
+"""These commands read files: a wrong value may come from a file, so it is not wrong usage."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; a mistake is one sentence on stderr, and the status says whose it is."""
-    parser = argparse.ArgumentParser(prog="cerberus", description=__doc__)
+    """Run one command; an error is one sentence on stderr, and the status says who must act."""
+    parser = argparse.ArgumentParser(prog="cerberus", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (meaning, command) in _COMMANDS.items():
-        command.add_arguments(commands.add_parser(name, help=meaning, description=meaning))
+        sentence = f"{meaning[0].upper()}{meaning[1:]}."
+        command.add_arguments(commands.add_parser(name, help=meaning, description=sentence))
     chosen = parser.parse_args(arguments)
     try:
         return _COMMANDS[chosen.command][1].run(chosen)

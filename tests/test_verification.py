@@ -127,31 +127,31 @@ async def test_the_command_ends_with_three_when_some_cannot_be_taken_again(envir
         await served.pool.execute("UPDATE artifacts SET content = '{}' WHERE sha256 = $1", "1" * 64)
     await served.postgres.ledger.write(records)
     told = await cerberus(environ, "replay", "--verify")
-    assert (told.returncode, told.stdout) == (3, "8 decisions taken again, 0 differ\n")
-    assert told.stderr.splitlines()[-1].startswith("2 decisions cannot be taken again: ")
+    assert (told.returncode, told.stdout) == (3, "8 decisions made again, 0 differ\n")
+    assert told.stderr.splitlines()[-1].startswith("2 decisions cannot be made again: ")
     await served.pool.execute(
         "UPDATE decisions SET probability = 0.5 WHERE decision_id = $1", records[2].decision_id
     )
     differing = await cerberus(environ, "replay", "--verify")
     assert differing.returncode == 1
-    assert "2 decisions cannot be taken again" in differing.stderr
+    assert "2 decisions cannot be made again" in differing.stderr
 
 
 async def test_the_command_ends_with_one_on_a_difference(environ, served):
     records = taken(served, 30)
     await served.postgres.ledger.write(records)
     good = await cerberus(environ, "replay", "--verify")
-    assert (good.returncode, good.stdout) == (0, "30 decisions taken again, 0 differ\n")
+    assert (good.returncode, good.stdout) == (0, "30 decisions made again, 0 differ\n")
     await served.pool.execute(
         "UPDATE decisions SET probability = 0.5 WHERE decision_id = $1", records[2].decision_id
     )
     bad = await cerberus(environ, "replay", "--verify")
     assert bad.returncode == 1
     assert str(records[2].decision_id) in bad.stdout
-    assert "30 decisions taken again, 1 differ" in bad.stdout
+    assert "30 decisions made again, 1 differ" in bad.stdout
     since = transactions.format_ms(records[3].decision.row.as_of_ms)
     later = await cerberus(environ, "replay", "--verify", "--since", since)
-    assert (later.returncode, later.stdout) == (0, "27 decisions taken again, 0 differ\n")
+    assert (later.returncode, later.stdout) == (0, "27 decisions made again, 0 differ\n")
 
 
 async def test_the_command_tells_a_wrong_argument_and_an_absent_store_from_a_difference(environ):

@@ -27,8 +27,8 @@ _COLUMNS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("--since", help="of decisions: a date, or RFC 3339")
-    parser.add_argument("--model", help="the beginning of a model's sha256")
+    parser.add_argument("--since", help="only decisions since this date or RFC 3339 time")
+    parser.add_argument("--model", help="only models whose sha256 begins with this")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,7 +49,7 @@ def describe(told: Mapping[str, Any]) -> str:
     """Lay out a report for a person to read."""
     lines = [
         f"as of {told['as_of']}; a decision is judged {_length(told['label_maturity_days'])} after "
-        "it was taken"
+        "it was made"
     ]
     for model in told["models"]:
         heads = "".join(f"{name:>{width}}" for name, width in _COLUMNS)
@@ -57,7 +57,7 @@ def describe(told: Mapping[str, Any]) -> str:
         lines += [_line(each["day"], each) for each in model["days"]]
         lines.append(_line("all", model["total"]))
     if not told["models"]:
-        lines.append("there is no decision on a transaction")
+        lines.append("no decision on a transaction is stored")
     elif not any(model["total"]["matured"] for model in told["models"]):
         lines += ["", "nothing can be judged yet"]
     return "\n".join(lines)

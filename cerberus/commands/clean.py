@@ -1,4 +1,4 @@
-"""`cerberus clean`: remove what `cerberus run` has left."""
+"""`cerberus clean`: remove what `cerberus run` has left behind."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from cerberus.commands import run as service
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: there is one place to clean."""
+    """Add nothing: there is only one place to clean."""
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`cerberus features`: Feast's definitions, rendered, compiled or applied."""
+"""`cerberus features`: render, compile or apply Feast's definitions."""
 
 import argparse
 import os
@@ -9,11 +9,16 @@ from cerberus.jobs import feast as feast_store
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the argument."""
-    parser.add_argument("action", choices=("render", "compile", "apply"))
+    parser.add_argument(
+        "action",
+        choices=("render", "compile", "apply"),
+        help="render: write feature_store.yaml; compile: write the feature plan of this version; "
+        "apply: register the definitions with Feast",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it and print what was written; return 0."""
+    """Run the action and print its result; return 0."""
     config = settings.load(os.environ)
     if arguments.action == "render":
         print(f"{feast_store.render(config)} written")

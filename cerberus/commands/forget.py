@@ -1,7 +1,6 @@
-"""`cerberus forget`: one person out of every store, and what the log still holds.
+"""`cerberus forget`: remove one person from every store, and say what the log still holds.
 
-Redis first: the names of the claims are found through what Postgres has, so a run that was cut off
-can be repeated.
+Redis comes first: the claims are found through Postgres, so an interrupted run can be repeated.
 """
 
 import argparse
@@ -30,13 +29,12 @@ TOPICS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the user and the option."""
-    parser.description = "Remove one person from every store."
     parser.add_argument("user", help="a user id")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Forget; return 0, or 1 when nothing was removed or the log could not be asked."""
+    """Remove the person; return 0, or 1 if nothing was removed or Kafka did not answer."""
     user_id = transactions.parse_user_id({"user_id": layouts.whole(arguments.user)})
     config = settings.load(os.environ)
     if not asyncio.run(_remove(config, user_id, sure=arguments.yes)):
@@ -44,20 +42,20 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     spans = window.Spans.of(config.windows)
     print(
-        "Consumers that have a window of this user in memory write its row again, until its last "
-        f"transaction is {spans.keep_ms // 1000} s old: if it paid within that, forget again then. "
-        "A consumer that starts anew brings back what the log still holds of that time."
+        "Consumers that hold this user's window in memory write the row again until the last "
+        f"transaction is {spans.keep_ms // 1000} s old: if it is not yet, run this again then. "
+        "A consumer that restarts restores what the log still holds of that time."
     )
     try:
         print(*asyncio.run(held_by_the_log(config, clock.now_ms())), sep="\n")
     except errors.StoreUnavailable as error:
-        print(f"what the log holds is not known: {error}")
+        print(f"how long the log keeps records is unknown: {error}")
         return 1
     return 0
 
 
 async def _remove(config: settings.Settings, user_id: int, *, sure: bool) -> bool:
-    """Show what there is of a user, ask unless `sure`, and remove it; False when not agreed to."""
+    """Show what is stored of a user, ask unless `sure`, and remove it; False if refused."""
     async with assembly.for_command(config) as service:
         client, postgres = service.redis, service.postgres
         await postgres.schema.migrate()
@@ -74,7 +72,7 @@ async def _remove(config: settings.Settings, user_id: int, *, sure: bool) -> boo
 
 
 def _keys(config: settings.Settings, person: persons.Person) -> list[bytes | str]:
-    """Return what Redis may have of a user: the row, and the claims of the decisions."""
+    """Return the keys that Redis may hold of a user: the row, and the claims of the decisions."""
     row = layout.entity_key(person.user_id, layout.PROJECT)
     return [row, *(claims.key(config, name) for name in person.decision_ids)]
 
@@ -83,7 +81,7 @@ async def _sum(client: Any, command: str, keys: list[bytes | str]) -> int:
     """Send a command for each key and add up the answers.
 
     Raises:
-        FeaturesUnavailable: Redis did not answer; forget again.
+        FeaturesUnavailable: Redis did not answer; run the command again.
     """
     total = 0
     for at in range(0, len(keys), _KEYS):
@@ -104,7 +102,7 @@ def _agreed(user_id: int) -> bool:
 
 
 async def held_by_the_log(config: settings.Settings, now_ms: int) -> list[str]:
-    """Say of each topic until when it holds what it has, a sentence each.
+    """Say until when each topic holds its records, in one sentence each.
 
     Raises:
         StoreUnavailable: No broker answered.
@@ -119,7 +117,7 @@ async def held_by_the_log(config: settings.Settings, now_ms: int) -> list[str]:
 
 
 def held(found: Mapping[str, str], now_ms: int) -> str:
-    """Say how long a topic of this configuration holds what it has now."""
+    """Say until when a topic with this configuration holds its records of now."""
     if "retention.ms" not in found:
         return "the broker does not show how long it keeps records"
     if "delete" not in found.get("cleanup.policy", "delete"):
@@ -127,7 +125,7 @@ def held(found: Mapping[str, str], now_ms: int) -> str:
     retention_ms, segment_ms = int(found["retention.ms"]), int(found.get("segment.ms", 0))
     if retention_ms < 0:
         return "retention.ms -1: it keeps records for ever; set it, or delete records by hand"
-    # A segment is deleted in whole, when the newest of its records is old enough.
+    # A segment is deleted as a whole, when its newest record is old enough.
     end_ms = now_ms + retention_ms + segment_ms
     gone = f"gone by {transactions.format_ms(end_ms)}" if end_ms < _YEAR_9999_MS else "never gone"
     return f"retention.ms {retention_ms}, segments of {segment_ms} ms: {gone}"

@@ -1,4 +1,4 @@
-"""`cerberus inspect`: a user's window now, and the last decisions."""
+"""`cerberus inspect`: show a user's window now, and the last decisions."""
 
 import argparse
 import asyncio
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print how the user stands; return 0."""
+    """Print the window and the decisions; return 0."""
     config = settings.load(os.environ)
     print(describe(asyncio.run(_look_up(config, parameters.user_id(arguments.user)))))
     return 0
@@ -28,7 +28,7 @@ async def _look_up(config: settings.Settings, user_id: int) -> dict[str, Any]:
 
 
 def describe(told: Mapping[str, Any]) -> str:
-    """Lay out what `Lookups.user` returns for a person to read."""
+    """Lay out the result of `Lookups.user` for a person to read."""
     fence, doubts = told["fence"], ", ".join(told["degraded"])
     prefix = f"epoch {fence['epoch']}, offset {fence['offset']}" if fence else "no row"
     lines = [

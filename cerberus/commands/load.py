@@ -1,4 +1,4 @@
-"""`cerberus import`: a bank's past, from files."""
+"""`cerberus import`: load past transactions, labels and credit scores from files."""
 
 import argparse
 import asyncio
@@ -13,25 +13,33 @@ from cerberus.postgres import imports
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the files and the options."""
     parser.description = (
-        "Load a bank's past: CSV, JSON lines or Parquet, by the suffix of its name."
+        "Load past transactions, labels and credit scores. Each file is CSV, JSON lines or "
+        "Parquet, as its suffix says."
     )
     for kind in importing.FIELDS:
-        parser.add_argument(_flag(kind), type=pathlib.Path, metavar="FILE")
-    parser.add_argument("--rejects", type=pathlib.Path, metavar="FILE", help="of refused rows")
-    parser.add_argument("--again", action="store_true", help="read finished files anew")
+        parser.add_argument(
+            _flag(kind),
+            type=pathlib.Path,
+            metavar="FILE",
+            help=f"a file of {kind.replace('_', ' ')}",
+        )
+    parser.add_argument(
+        "--rejects", type=pathlib.Path, metavar="FILE", help="write refused rows here"
+    )
+    parser.add_argument("--again", action="store_true", help="read finished files again")
     parser.add_argument(
         "--label-value",
         action="append",
         default=[],
         type=layouts.pair,
         metavar="VALUE=LABEL",
-        help="what a value of the label's column means, such as 1=fraud",
+        help="what a value of the label column means, such as 1=fraud; repeatable",
     )
     layouts.add_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Import and print what came of it; return 0, or 1 when a file gave only refused rows."""
+    """Import and print the result; return 0, or 1 if every row of a file was refused."""
     plan = _plan(arguments)
     done = asyncio.run(load(settings.load(os.environ), plan))
     for kind, progress in done.items():
@@ -39,12 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
         said = f"{kind}: {progress.added} added, {there} were there, {progress.rejected} refused"
         print(said + (f": {plan.rejects_of(kind)}" if progress.rejected else ""))
     if "transactions" in done and done["transactions"].added:
-        print("windows count them from the next start of the consumers on")
+        print("windows count them after the next start of the consumers")
     return int(any(p.rejected and p.rejected == p.position[0] for p in done.values()))
 
 
 async def load(config: settings.Settings, plan: importing.Plan) -> dict[str, imports.Progress]:
-    """Import files with parts opened for it; as `importing.load`."""
+    """Open the parts and import the files; see `importing.load`."""
     async with assembly.for_command(config) as service:
         return await importing.load(config, plan, service.postgres, service.redis)
 

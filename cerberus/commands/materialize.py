@@ -1,4 +1,4 @@
-"""`cerberus materialize`: the batch views from Postgres to Redis."""
+"""`cerberus materialize`: load batch features from Postgres into Redis."""
 
 import argparse
 import os
@@ -8,11 +8,11 @@ from cerberus.jobs import feast as feast_store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: all it needs are the settings."""
+    """Add nothing: it needs only the settings."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Load what is new and print how much; return 0. Idempotent: yes."""
+    """Load new rows and print how many; return 0. Idempotent: yes."""
     loaded = feast_store.materialize(settings.load(os.environ), clock.now_ms())
     print(f"credit scores: {loaded.new_rows} new" + (", all loaded again" if loaded.full else ""))
     return 0

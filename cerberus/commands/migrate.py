@@ -1,4 +1,4 @@
-"""`cerberus migrate`: tables and topics of this version."""
+"""`cerberus migrate`: bring tables and topics up to date."""
 
 import argparse
 import asyncio
@@ -8,11 +8,11 @@ from cerberus import assembly, kafka, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: all it needs are the settings."""
+    """Add nothing: it needs only the settings."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Make what is missing and print it; return 0. Idempotent: yes."""
+    """Create what is missing and print it; return 0. Idempotent: yes."""
     asyncio.run(_migrate(settings.load(os.environ)))
     return 0
 

@@ -1,4 +1,4 @@
-"""`cerberus replay`: stored decisions are made again and must come out the same, bit by bit."""
+"""`cerberus replay`: make stored decisions again and compare them bit by bit."""
 
 import argparse
 import asyncio
@@ -21,12 +21,12 @@ _DIFFER, _UNKNOWN = 1, 3
 
 @dataclass(slots=True)
 class Verified:
-    """What came of it.
+    """The result of a verification.
 
     Attributes:
-        repeated: Decisions that were taken again.
-        differing: How many came out differently.
-        unknown: How many cannot be: their model or policy is not kept, or cannot be read.
+        repeated: Decisions that were made again.
+        differing: Decisions that came out differently.
+        unknown: Decisions whose model or policy is not stored or cannot be read.
         examples: The first that differ, a sentence each.
     """
 
@@ -37,12 +37,12 @@ class Verified:
 
 
 async def verify(stored: ledger.Ledger, since_ms: int, seen: Callable[[int], None]) -> Verified:
-    """Take every decision as of `since_ms` or later again. Cost: about 20,000 a second.
+    """Make every decision as of `since_ms` or later again. Cost: 50 s per million.
 
     Args:
-        stored: Where they are, with the models and policies that took them.
-        since_ms: Since the Unix epoch.
-        seen: Told how many were looked at, page by page.
+        stored: Holds the decisions, with their models and policies.
+        since_ms: Event time, ms since the Unix epoch.
+        seen: Called with the number of decisions of each page.
 
     Raises:
         StoreUnavailable: Postgres did not answer.
@@ -89,23 +89,25 @@ def _repeat(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.epilog = f"""Status: 0 all come out the same, {_DIFFER} some differ, 2 wrong arguments,
-{_UNKNOWN} none differ but some cannot be taken again, for their model or policy is not kept, 75
-Postgres does not answer, 78 a setting is wrong."""
-    parser.add_argument("--verify", action="store_true", required=True, help="compare")
-    parser.add_argument("--since", default="1970-01-01", help="a date, or RFC 3339")
+    parser.epilog = f"""Exit status: 0 if all come out the same, {_DIFFER} if some differ, 2 if an
+argument is wrong, {_UNKNOWN} if none differ but some cannot be made again because their model or
+policy is not stored, 75 if Postgres does not answer, 78 if a setting is wrong."""
+    parser.add_argument("--verify", action="store_true", required=True, help="compare the results")
+    parser.add_argument(
+        "--since", default="1970-01-01", help="only decisions since this date or RFC 3339 time"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what came of it; return 0, 1 when some differ, 3 when some cannot be made again."""
+    """Print the result; return 0, 1 if some differ, 3 if some cannot be made again."""
     config = settings.load(os.environ)
     found = asyncio.run(_verify(config, parameters.since_ms(arguments.since)))
     for line in found.examples:
         print(line)
-    print(f"{found.repeated} decisions taken again, {found.differing} differ")
+    print(f"{found.repeated} decisions made again, {found.differing} differ")
     if found.unknown:
         print(
-            f"{found.unknown} decisions cannot be taken again: their model or policy is not kept "
+            f"{found.unknown} decisions cannot be made again: their model or policy is not stored "
             "in table artifacts, or this version cannot read it",
             file=sys.stderr,
         )

@@ -1,6 +1,6 @@
-"""`make run`: the servers that are missing, what must be there before the first request, serving.
+"""Start the servers that are missing, prepare the stores and the model, and serve (`make run`).
 
-Each part prints one line. SIGINT, SIGTERM or SIGHUP stops all that was started, in reverse.
+Each part prints one line. SIGINT, SIGTERM or SIGHUP stops in reverse order all that was started.
 """
 
 import argparse
@@ -28,21 +28,21 @@ from cerberus.stack import ports, process
 PORT = 8000
 _APP = "cerberus.app:app"
 _HEALTHY_S, _STOP_S, _STEP_S, _TRAINING_S = 60.0, 25.0, 180.0, 900.0
-# Until then, a service that can answer is given time to become ready.
+# How long a service that answers may take to become ready.
 _PATIENCE_S = 10.0
 _CURL = "curl -s localhost:{port}/predict{key} -H 'content-type: application/json' -d '{body}'"
 _CALM = ("DEBUG", "INFO")
 _SOURCE = pathlib.Path(__file__).parent.parent
 _REPO = _SOURCE.parent / "feature_repo"
-# What `feature_repo` is made of, besides itself.
+# The definitions in `feature_repo` also depend on these modules.
 _DEFINING = ("jobs/feast", "features/matrix", "online/layout", "window")
-# Settings are judged before anything starts; the addresses come with the servers.
 DIRECTORY = pathlib.Path(".cerberus")
-# Minutes for days, so that accuracy moves while somebody looks at the synthetic population.
+# Minutes instead of days, so that the first figures of accuracy appear while somebody watches.
 _SOON = {
     "CERBERUS_SYNTHETIC_LABEL_DELAY_S": "60",
     "CERBERUS_LABEL_MATURITY_DAYS": f"{5 / 1440:.8f}",
 }
+# They stand in while the settings are checked; the servers that start replace them.
 _ADDRESSES = {
     "KAFKA_BROKER": "127.0.0.1:9092",
     "REDIS_URL": "redis://127.0.0.1",
@@ -54,7 +54,7 @@ def clean(directory: pathlib.Path = DIRECTORY) -> None:
     """Remove all that `run` has left behind.
 
     Raises:
-        ServerUnavailable: It is running.
+        ServerUnavailable: `run` is running.
     """
     if directory.exists():
         _end_service(process.Site(directory.resolve(), os.environ, _say))
@@ -70,8 +70,10 @@ def _end_service(site: process.Site) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.description = __doc__
-    parser.add_argument("--port", type=_port, default=PORT, help=f"of the service ({PORT})")
-    parser.add_argument("--rate", help="synthetic transactions/s; 0 for none")
+    parser.add_argument(
+        "--port", type=_port, default=PORT, help=f"port of the service (default: {PORT})"
+    )
+    parser.add_argument("--rate", help="synthetic transactions per second; 0 for none")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -97,9 +99,9 @@ def start(
     """Start all, serve until interrupted, stop all.
 
     Args:
-        environ: Settings; addresses that it gives are used, the rest is started.
+        environ: Settings. A server whose address it gives is used; the others are started.
         directory: Holds data and logs between runs.
-        port: Of the service on 127.0.0.1; the next free one when somebody has it.
+        port: The port of the service on 127.0.0.1; if it is taken, the next free one is used.
 
     Returns:
         0 after an interrupt, else the status with which the service ended by itself.
@@ -133,8 +135,8 @@ def start(
         if not (set_by := sorted({*_ADDRESSES, "KAFKA_URL"} & given.keys())):
             raise
         raise errors.ServerUnavailable(
-            f"{error}\n{', '.join(set_by)}: set, so no such server was started; unset it where "
-            "that is not meant"
+            f"{error}\n{', '.join(set_by)}: set, so no such server was started; unset it to "
+            "start one"
         ) from error
 
 
@@ -157,7 +159,7 @@ def _prepare(
 
 
 def _prepare_model(site: process.Site, config: settings.Settings) -> None:
-    from cerberus.decisions import models  # a second, which other preparations need not wait for
+    from cerberus.decisions import models  # the import takes a second; the other job runs meanwhile
 
     try:
         models.Model.load(config.model.path, config.windows.spans)
@@ -172,10 +174,10 @@ def _prepare_stores(site: process.Site, servers: stack.Stack, config: settings.S
     _step(site, "migrate", "tables and topics are up to date")
     stamp, current = site.directory / "features.stamp", _definitions(config)
     known = stamp.read_text() if stamp.exists() else ""
-    # Somebody else's database may be another one than last time.
+    # A database that was not started here may not be the one of last time.
     lasting = isinstance(servers.postgres, stack.Local) and not servers.postgres.created
     if known == current and lasting and (_REPO / "feature_store.yaml").exists():
-        site.report("features", "definitions are as they were applied")
+        site.report("features", "definitions have not changed")
     else:
         _step(site, "features", "definitions are applied", "apply")
         if config.rate > 0:
@@ -246,9 +248,9 @@ def _free_port(wanted: int, site: process.Site) -> int:
     for port in range(wanted, 65_536):
         if ports.free(port):
             if port != wanted:
-                site.tell("service", f"port {wanted} is in use by another: {port} it is")
+                site.tell("service", f"port {wanted} is in use by another program; using {port}")
             return port
-    raise errors.ConfigError(f"no port from {wanted} on is free: give another by --port")
+    raise errors.ConfigError(f"no port from {wanted} upwards is free; choose another with --port")
 
 
 def _wait_for(
@@ -268,7 +270,7 @@ def _wait_for(
 
 
 def _invite(site: process.Site, config: settings.Settings, port: int) -> None:
-    idle = "idle; CERBERUS_RATE above 0 wakes it"
+    idle = "idle; CERBERUS_RATE above 0 starts it"
     busy = f"{config.rate:g} synthetic transactions/s; CERBERUS_RATE=0 stops it"
     site.report("producer", busy if config.rate else idle)
     key = ' -H "x-api-key: $CERBERUS_API_KEY"' if config.serving.api_keys else ""
@@ -277,12 +279,12 @@ def _invite(site: process.Site, config: settings.Settings, port: int) -> None:
 
 
 class _Health:
-    """What the service says of itself.
+    """What the service says about itself.
 
     Attributes:
-        url: Of the service.
-        status: As /health said last; empty while it does not answer.
-        reasons: Why it is not ready.
+        url: The address of the service.
+        status: The last answer of /health; empty while there is none.
+        reasons: Why the service is not ready.
     """
 
     def __init__(self, port: int, config: settings.Settings) -> None:
@@ -295,7 +297,7 @@ class _Health:
         self._answering_s: float | None = None
 
     def settled(self) -> bool:
-        """Return whether it is ready, or has been able to answer for 10 s; asks at times."""
+        """Return whether it is ready or has answered for 10 s; asks every 0.2 s."""
         now = time.monotonic()
         if now < self._next_s:
             return False
@@ -329,7 +331,7 @@ class _Warnings:
         self._offset = service.log_start
 
     def show(self) -> None:
-        """Repeat what is new; a line that is not complete waits."""
+        """Repeat new lines; an incomplete line waits."""
         with self._log.open("rb") as log:
             log.seek(self._offset)
             new = log.read()
@@ -341,21 +343,21 @@ class _Warnings:
 
 
 def _alarm(line: str) -> str:
-    """Return what is alarming in a line of the log: not JSON at INFO, nor uvicorn's own INFO."""
+    """Return the text of a line that warns, "" for JSON below WARNING and uvicorn's own INFO."""
     try:
         said = orjson.loads(line)
     except ValueError:
         return "" if line.startswith("INFO") else line
     if said["level"] in _CALM:
         return ""
-    # Of a traceback, the last line; the log has the rest.
+    # Only the last line of a traceback; the log has the rest.
     *_, last = said["message"].strip().splitlines() or [""]
     return f"{said['level']} {said['task']}: {last}"
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Make the first of the signals that end us an interrupt, and ignore the next ones."""
+    """Turn the first signal that ends us into an interrupt, and ignore the next ones."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
@@ -363,7 +365,7 @@ def _interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)
-        # The streams of Python may be in the middle of a write.
+        # Python's own streams may be in the middle of a write.
         with contextlib.suppress(OSError):
             os.write(1, b"\nstopping everything that was started\n")
         raise KeyboardInterrupt
@@ -382,7 +384,7 @@ def _short(path: pathlib.Path) -> pathlib.Path:
 
 
 def _say(text: str) -> None:
-    # A terminal that has gone must not keep us from stopping what we started.
+    # A closed terminal must not keep us from stopping what we started.
     with contextlib.suppress(OSError):
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()

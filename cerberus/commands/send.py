@@ -1,4 +1,4 @@
-"""`cerberus send`: a file of transactions onto the log."""
+"""`cerberus send`: publish a file of transactions."""
 
 import argparse
 import asyncio
@@ -15,13 +15,17 @@ _SLOWEST = 0.001
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the file and the options."""
     parser.description = (
-        "Publish a file of transactions: CSV, JSON lines or Parquet, by its suffix."
+        "Publish a file of transactions: CSV, JSON lines or Parquet, as its suffix says."
     )
-    parser.add_argument("file", type=pathlib.Path)
+    parser.add_argument("file", type=pathlib.Path, help="the file")
     pace = parser.add_mutually_exclusive_group()
     pace.add_argument("--rate", type=_positive, help="transactions a second")
-    pace.add_argument("--speed", type=_positive, help="1: with the gaps of the file's timestamps")
-    parser.add_argument("--now", action="store_true", help="stamp each when it is sent")
+    pace.add_argument(
+        "--speed", type=_positive, help="multiple of the recorded speed; 1: as recorded"
+    )
+    parser.add_argument(
+        "--now", action="store_true", help="replace each timestamp with the time of sending"
+    )
     layouts.add_options(parser)
 
 
@@ -44,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{arguments.file.name} has no rows", file=sys.stderr)
     elif not pace.now and found.latest_ms < clock.now_ms() - spans.keep_ms:
         print(
-            f"all of them are older than the {spans.keep_ms // 1000} s that windows keep: behind "
-            "newer records of the topic they change no window; --now stamps them anew",
+            f"every row is older than the {spans.keep_ms // 1000} s that windows keep: behind "
+            "newer records of the topic they change no window; --now replaces them",
             file=sys.stderr,
         )
     count = asyncio.run(sender.send(found))

@@ -1,4 +1,4 @@
-"""`cerberus settings`: every setting with its default and meaning, in Markdown."""
+"""`cerberus settings`: show every setting with its default and meaning, in Markdown."""
 
 import argparse
 import pathlib
@@ -7,8 +7,10 @@ from cerberus import environment, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to its parser."""
-    parser.add_argument("--write", type=pathlib.Path, help="a page with markers to write between")
+    """Add the option."""
+    parser.add_argument(
+        "--write", type=pathlib.Path, help="write the tables between the markers of this page"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

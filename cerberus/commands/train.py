@@ -1,4 +1,4 @@
-"""`cerberus train`: the fraud model, from simulated traffic."""
+"""`cerberus train`: train the fraud model on simulated traffic."""
 
 import argparse
 import os
@@ -10,12 +10,13 @@ from cerberus import settings, window
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options; CERBERUS_SPANS and CERBERUS_MODEL give the defaults."""
-    parser.description = "Train the fraud model on simulated traffic."
     path = os.environ.get("CERBERUS_MODEL") or settings.MODEL_PATH
     spans = os.environ.get("CERBERUS_SPANS") or ",".join(settings.Windows().spans)
-    parser.add_argument("--out", type=pathlib.Path, default=path, help="the model file")
-    parser.add_argument("--seed", type=int, default=7, help="of everything drawn")
-    parser.add_argument("--spans", type=_spans, default=spans, help="window lengths: 10m,1h,24h")
+    parser.add_argument("--out", type=pathlib.Path, default=path, help="the model file to write")
+    parser.add_argument("--seed", type=int, default=7, help="seed of all random draws")
+    parser.add_argument(
+        "--spans", type=_spans, default=spans, help="window lengths, such as 10m,1h,24h"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
