@@ -34,7 +34,7 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
             for name, run in service.tasks().items():
                 service.supervisor.add(name, run)
             running.state.parts = gate.Parts.of(service)
-            # Or a full collection walks all that was imported: 25 ms in which nobody is answered.
+            # Otherwise a full collection walks all that was imported: 25 ms without an answer.
             gc.collect()
             gc.freeze()
             async with anyio.create_task_group() as group:
@@ -59,7 +59,7 @@ async def _open(stack: contextlib.AsyncExitStack, leaving: shutdown.Exit) -> ass
 
 
 async def _stop(supervisor: supervision.Supervisor, asked: asyncio.Event) -> None:
-    """Drain when asked to end, beside uvicorn, which still waits for its connections."""
+    """Stop the tasks when asked, while uvicorn still waits for its connections."""
     await asked.wait()
     await supervisor.stop(STOP_ORDER)
 
@@ -67,9 +67,9 @@ async def _stop(supervisor: supervision.Supervisor, asked: asyncio.Event) -> Non
 def _refuse_to_start(error: errors.CerberusError) -> NoReturn:
     """End the process with one sentence.
 
-    An exception would not end it: uvicorn takes any in a lifespan, SystemExit too, for an
-    application without one, and serves on. Under `--workers` its parent starts a dead worker anew
-    for ever, unless that ended with uvicorn's own status of a failed startup.
+    An exception would not end it: uvicorn takes any exception in a lifespan, SystemExit too, as an
+    application without one, and serves on. Under `--workers` its parent restarts a dead worker for
+    ever, unless the worker ended with uvicorn's own status of a failed startup.
     """
     sys.stderr.write(f"cerberus: {error}\n")
     sys.stderr.flush()

@@ -26,14 +26,14 @@ _CLOSE_S = 2.0
 
 
 def _nobody(reason: str) -> None:
-    """Take no notice of a task that was given up."""
+    """Ignore that a task was given up."""
 
 
-@dataclass(frozen=True, eq=False)  # without slots, so that it keeps the parts that it made
+@dataclass(frozen=True, eq=False)  # without slots, so that it can keep its parts
 class Service:
-    """The parts of a process; each is made when it is first asked for, and makes what it needs.
+    """The parts of a process; each is built on first use, together with the parts that it needs.
 
-    No part speaks to a server before it is used, so a command that needs one part makes no other.
+    No part contacts a server before it is used, and a command builds only the parts it needs.
 
     Attributes:
         config: Settings.
@@ -50,11 +50,11 @@ class Service:
     give_up: Callable[[str], None] = _nobody
 
     def check(self) -> None:
-        """Make what the settings or the files in `models/` can be wrong for.
+        """Build the parts that fail if a setting or a file in `models/` is wrong.
 
         Raises:
             ConfigError: A certificate cannot be read.
-            ModelMismatch: The model, its policy or the feature plan is not one for these settings.
+            ModelMismatch: The model, its policy or the feature plan does not fit these settings.
         """
         _ = self.tls, self.model, self.online
 
@@ -71,7 +71,7 @@ class Service:
 
     @functools.cached_property
     def model(self) -> models.Model:
-        """What decides, with its policy."""
+        """The model and its policy."""
         model = self.config.model
         return models.Model.load(model.path, self.spans.names, model.policy_path)
 
@@ -88,7 +88,7 @@ class Service:
         rules = labels.Rules(
             self.config.labels.maturity_ms, self.config.labels.friendly_fraud_is_fraud
         )
-        # Who answers for the rules of labels says what they are.
+        # Only a process with `api` sets the rules that the views use.
         answers = "api" in self.config.tasks
         return stores.on(self.pool, self.spans.names, rules if answers else None)
 
@@ -170,13 +170,13 @@ class Service:
 
     @functools.cached_property
     def meter(self) -> metrics.Metrics:
-        """The counters, and what is measured when they are asked for."""
+        """The counters, and the parts' own counts at each scrape."""
         meter = metrics.Metrics()
         meter.snapshot = self._snapshot
         return meter
 
     def tasks(self) -> dict[str, Run]:
-        """Return the tasks that the settings name, by the names that they are supervised under."""
+        """Return the tasks that the settings name, by their names in the supervisor."""
         named: dict[str, Callable[[], tuple[str, Run]]] = {
             "labels": lambda: ("labels", self.label_consumer.run),
             "api": lambda: ("decisions", self.outbox.run),
@@ -202,7 +202,7 @@ class Service:
 
 
 def for_command(config: settings.Settings) -> contextlib.AbstractAsyncContextManager[Service]:
-    """Open the parts for a command, which runs no task and so leaves the rules of labels alone."""
+    """Open the parts for a command, which runs no task and does not store the label rules."""
     return open(dataclasses.replace(config, tasks=frozenset()))
 
 
@@ -221,7 +221,7 @@ async def open(
         give_up: Called with the reason when a task cannot be kept alive.
 
     Raises:
-        ConfigError: The address of Redis has a parameter that no client knows.
+        ConfigError: The address of Redis has a parameter that the client does not know.
     """
     redis = redis_pool.connect(config, claims.recognise(config, clock))
     async with contextlib.AsyncExitStack() as stack:

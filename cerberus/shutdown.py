@@ -1,4 +1,4 @@
-"""The end of the process: in time whatever hangs, and with a status that says how it ended."""
+"""The end of the process: in time whatever hangs, and with a status that says why."""
 
 import asyncio
 import contextlib
@@ -28,29 +28,31 @@ class Exit:
     blocked; then the status is 128 + signal, as a shell would say it.
 
     Under plain uvicorn the process that gave up ends with 70: by itself uvicorn would end with the
-    signal's status, which service managers take for a clean stop. Under `--workers` the worker
+    signal's status, which service managers treat as a clean stop. Under `--workers` the worker
     ends with 70, and uvicorn's parent replaces it at once while the others serve on. The parent
-    does not end by it, and would do so with 0: there, `/health` is what a platform has to watch.
+    goes on, and would itself end with 0: there, the platform has to watch `/health`.
 
     Args:
         deadline_s: From the first signal to the end of the process, whatever hangs.
 
     Attributes:
-        asked: Set when the process is to end; set it to stop without a signal.
-        reason: Why it was given up; None otherwise.
+        asked: Set when the process has to end; set it to stop without a signal.
+        reason: Why the process was given up; None otherwise.
     """
 
     def __init__(self, deadline_s: float = 19.0) -> None:
         self.asked = asyncio.Event()
         self.reason: str | None = None
         self._deadline_s = deadline_s
-        self._heard: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put may be interrupted
+        self._heard: queue.SimpleQueue[int] = (
+            queue.SimpleQueue()
+        )  # a signal handler may call its put
         self._before: dict[int, Any] = {}
 
     def watch(self) -> None:
         """Listen to the signals; the first statement of the lifespan.
 
-        Only the main thread can: in another one, as in tests, nothing is heard.
+        Only the main thread can: in any other, as in tests, this does nothing.
         """
         if threading.current_thread() is threading.main_thread():
             threading.Thread(target=self._bound, name="exit", daemon=True).start()
@@ -91,13 +93,13 @@ class Exit:
             time.sleep(self._deadline_s)
             _end(
                 128 + number if self.reason is None else EXIT_STATUS,
-                f"not stopped after {self._deadline_s:g} s, ending at once: a client holds its "
-                "connection, or something ignores its cancellation or blocks the loop",
+                f"not stopped after {self._deadline_s:g} s, ending now: a client holds its "
+                "connection, or a task ignores its cancellation or blocks the loop",
             )
 
 
 def _end(status: int, complaint: str = "") -> None:
-    """End the process now; a log that nobody reads delays it by a second only."""
+    """End the process now; a log that nobody reads delays that by at most a second."""
 
     def flush() -> None:
         if complaint:

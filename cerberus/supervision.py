@@ -1,13 +1,13 @@
 """Named eternal tasks that are restarted, watched, and given up on; knows no domain.
 
 A task that dies in a lifespan's task group does not stop uvicorn, which goes on answering with no
-worker behind it. So no exception reaches the group. What ends a run is a fault, be it an error, a
-return, a cancellation that was not ours or silence while work waits, and is followed by a
+worker behind it. So no exception reaches the group. Whatever ends a run is a fault: an error, a
+return, a cancellation that is not ours, or silence while work waits. A fault is followed by a
 full-jitter wait, `uniform(0, min(cap, base · 2^(attempt − 1)))`, and a new run.
 
-A fault that only waiting mends (a store is away) is waited out for ever. Too many other faults, or
-one that no restart mends, are given up on: the process drains and ends, for the platform to start
-it anew.
+A fault that only time repairs (a store is down) is waited out without limit. After too many other
+faults, or one that no restart repairs, the supervisor gives up: the process drains and ends, and
+the platform starts it again.
 """
 
 import asyncio
@@ -43,18 +43,18 @@ AWAY = (errors.StoreUnavailable, errors.FeaturesUnavailable)
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How patient the supervisor is; all in seconds but `max_failures`.
+    """How patient the supervisor is; all in seconds except `max_failures`.
 
     Attributes:
         backoff_base_s: Ceiling of the first wait; it doubles with each fault in a row.
         backoff_cap_s: Greatest ceiling.
-        healthy_s: A run of this length ends the row.
-        max_failures: How many faults within `failure_window_s` are borne.
+        healthy_s: A run of this length resets the ceiling.
+        max_failures: How many faults within `failure_window_s` are tolerated.
         failure_window_s: See above.
-        watch_s: Between two looks at a task.
+        watch_s: Time between two looks at a task.
         stall_s: How long a task that lags may be silent.
         clean_up_s: How long a stalled task may clean up after it was cancelled.
-        stop_s: For all tasks together to stop, from the first to the last.
+        stop_s: Time for all tasks together to stop.
         cut_s: How long a task that did not stop in time may clean up.
     """
 
@@ -72,12 +72,12 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class TaskStatus:
-    """One task as others see it.
+    """The state of a task.
 
     Attributes:
         state: running, backing_off, stopped or failed.
         since_s: How long it has been in that state.
-        restarts: How often it was started anew.
+        restarts: How often it was restarted.
         sound: Whether it runs and, after a restart, has made progress or lasted: a task that dies
             at each start is not sound between two deaths.
         last_error: What ended its latest run that failed.
@@ -93,7 +93,7 @@ class TaskStatus:
 
 
 class Progress:
-    """What a task tells its supervisor, and hears from it.
+    """The channel between a task and its supervisor.
 
     Attributes:
         stopping: Set when the task should finish its work and return.
@@ -105,17 +105,17 @@ class Progress:
         self.begin()
 
     def begin(self) -> None:
-        """Forget the run before; for the supervisor."""
+        """Begin a new run; only the supervisor calls this."""
         self.last_s = self._clock()
         self.behind = self.beaten = False
 
     def beat(self) -> None:
-        """Say that progress was made."""
+        """Report progress."""
         self.last_s = self._clock()
         self.beaten = True
 
     def lagging(self, behind: bool) -> None:
-        """Say whether work waits; only then is silence a fault."""
+        """Report whether work waits; only then is silence a fault."""
         if behind and not self.behind:
             self.last_s = self._clock()
         self.behind = behind
@@ -157,7 +157,7 @@ class Supervisor:
         on_restart: Called with a task's name at each restart.
         policy: Waits and bounds.
         clock: Monotonic seconds.
-        rng: For the jitter.
+        rng: Draws the jitter.
 
     Attributes:
         gave_up: Which task was given up on and why; None while all are kept alive.
@@ -181,11 +181,11 @@ class Supervisor:
         self.gave_up: str | None = None
 
     def add(self, name: str, run: Callable[[Progress], Awaitable[None]]) -> None:
-        """Name an eternal task.
+        """Add an eternal task.
 
         Args:
-            name: Also the `task` of all that it logs.
-            run: Called anew at each restart; may return only after `progress.stopping` was set.
+            name: Also the `task` of its log lines.
+            run: Called again at each restart; may return only after `progress.stopping` was set.
 
         Raises:
             ValueError: There is a task of that name.
@@ -196,19 +196,19 @@ class Supervisor:
         task.ended.set()
 
     def start(self, group: anyio.abc.TaskGroup) -> None:
-        """Start all tasks in `group`, which cannot end before they were stopped."""
+        """Start all tasks in `group`, which cannot end before they have stopped."""
         for task in self._tasks.values():
             task.ended.clear()
             group.start_soon(self._keep_alive, task, name=task.name)
 
     async def stop(self, order: Sequence[str] = ()) -> None:
-        """Stop one task after the other, all within `stop_s`; again is harmless.
+        """Stop the tasks one by one, all within `stop_s`; a second call is harmless.
 
-        Each may use an equal share of the time that is left to finish by itself; then it is
-        cancelled, and left behind when it does not hear.
+        Each may use an equal share of the remaining time to finish by itself. Then it is
+        cancelled, and abandoned if it ignores that.
 
         Args:
-            order: Names; one that does not run here is passed over, and those not named follow.
+            order: Names; unknown names are skipped, and tasks that are not named come last.
         """
         rest = [task for name, task in self._tasks.items() if name not in order]
         tasks = [self._tasks[name] for name in order if name in self._tasks] + rest
@@ -259,13 +259,13 @@ class Supervisor:
             task.ended.set()
 
     async def _run(self, task: _Task) -> _Fault | None:
-        """Run the task to its end; None when it was told to stop."""
+        """Run the task to its end; None if it was asked to stop."""
         if task.progress.stopping.is_set():
             return None
         self._enter(task, "running")
         task.progress.begin()
         # A task of its own, so that it is cancelled once and can then await its clean-up, and so
-        # that a cancellation by anybody else is told apart from ours.
+        # that a cancellation by anybody else can be told from ours.
         child = asyncio.create_task(_contained(task), name=task.name)
         try:
             stalled = await self._watch(task, child)
@@ -274,7 +274,7 @@ class Supervisor:
             with anyio.move_on_after(self._policy.cut_s, shield=True):
                 await asyncio.wait({child})
             if not child.done():
-                log.error("left behind: it ignores cancellation", extra={"action": "task_left"})
+                log.error("abandoned: it ignores its cancellation", extra={"action": "task_left"})
             raise
         fault = self._judge(task, child, stalled)
         if not task.progress.stopping.is_set():
@@ -286,14 +286,16 @@ class Supervisor:
         return None
 
     async def _watch(self, task: _Task, child: asyncio.Task[BaseException | None]) -> bool:
-        """Wait for the end of the run; True when it had to be cancelled for silence."""
+        """Wait for the end of the run; True if it was cancelled for its silence."""
         policy, progress = self._policy, task.progress
         while not child.done():
             looked_s = self._clock()
             await asyncio.wait({child}, timeout=policy.watch_s)
             now = self._clock()
             if now - looked_s > policy.watch_s + policy.stall_s:
-                progress.last_s = now  # the whole process stood still: nobody could progress
+                progress.last_s = (
+                    now  # the whole process was suspended: no task could make progress
+                )
             silent = progress.behind and now - progress.last_s > policy.stall_s
             if silent and not child.done() and not progress.stopping.is_set():
                 child.cancel()
@@ -314,7 +316,7 @@ class Supervisor:
         elif child.cancelled():
             reason = "was cancelled, though not by its supervisor"
         elif error is None:
-            reason = "returned, though it is eternal"
+            reason = "returned, though it should run for ever"
         else:
             reason = f"{type(error).__name__}: {error}"
         ended_s = task.progress.last_s if stalled else self._clock()
@@ -337,7 +339,7 @@ class Supervisor:
     async def _back_off(self, task: _Task, fault: _Fault) -> None:
         policy = self._policy
         task.attempt = 1 if fault.lived_s >= policy.healthy_s else task.attempt + 1
-        # The exponent is bounded too: an outage of hours would leave the range of floats.
+        # The exponent is bounded too: an outage of hours would exceed the range of floats.
         ceiling_s = min(
             policy.backoff_cap_s, policy.backoff_base_s * 2 ** min(task.attempt - 1, 64)
         )

@@ -20,7 +20,7 @@ def in_groups() -> BaseException:
 SAID = {
     as_told: "RuntimeError: as told",
     in_groups: "BaseExceptionGroup: both (2 sub-exceptions)",
-    "return": "returned, though it is eternal",
+    "return": "returned, though it should run for ever",
     "cancel": "was cancelled, though not by its supervisor",
     "cancelled": "was cancelled, though not by its supervisor",
     "hang": "made no progress for 30 s",

@@ -247,7 +247,7 @@ QUICK = {"backoff_base_s": 0.05, "watch_s": 0.05, "stall_s": 0.3}
     ("word", "said"),
     [
         ("raise", "RuntimeError: as told"),
-        ("return", "returned, though it is eternal"),
+        ("return", "returned, though it should run for ever"),
         ("cancel", "was cancelled, though not by its supervisor"),
         ("hang", "made no progress for 0.3 s"),
     ],
