@@ -1,4 +1,4 @@
-"""Looking up: what was decided, on which values, and how a user stands now."""
+"""Look-ups: past decisions with their values, and the window of a user now."""
 
 import functools
 import uuid
@@ -15,19 +15,19 @@ from cerberus.postgres import pool as postgres_pool
 
 MAX_LIMIT, DEFAULT_LIMIT = 200, 50
 AT_ONCE, DEADLINE_S = 2, 2.0
-"""How many look-ups have a connection to Postgres, and how long each may wait for one and for
-its answer: the writes of the stream and of labels share the pool."""
+"""How many look-ups use Postgres at once, and how long each may take, its wait included. The writes
+of the stream and of labels share the pool."""
 _LAST, _SHOWN_EVENTS = 10, 50
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Which decisions are asked for.
+    """Which decisions to return.
 
     Attributes:
         of: A transaction's id (str), or a user's (int).
         limit: How many at most.
-        before: Those older than this (as_of_ms, decision_id).
+        before: Only those older than this (as_of_ms, decision_id).
     """
 
     of: str | int
@@ -38,13 +38,13 @@ class Question:
 class Lookups:
     """Answers questions about decisions and users.
 
-    Two at a time ask Postgres, and each is answered or refused within 2 s.
+    Two at a time use Postgres, and each is answered or refused within 2 s.
 
     Args:
         config: Settings.
         spans: The window definition.
-        store: Where users' rows are read.
-        kept: Where decisions are looked up.
+        store: Holds users' rows.
+        kept: Holds stored decisions.
         clock: The wall clock in ms since the Unix epoch.
     """
 
@@ -68,9 +68,9 @@ class Lookups:
         """Return one decision by its id.
 
         Raises:
-            UnknownDecision: None has it.
+            UnknownDecision: No stored decision has this id.
             StoreUnavailable, DecisionsUnavailable: Postgres did not answer.
-            Overloaded: 200 wait already.
+            Overloaded: 200 look-ups wait already.
         """
         if (record := await self._asked(self._ledger.get, decision_id)) is None:
             raise errors.UnknownDecision
@@ -81,7 +81,7 @@ class Lookups:
 
         Raises:
             StoreUnavailable, DecisionsUnavailable: Postgres did not answer.
-            Overloaded: 200 wait already.
+            Overloaded: 200 look-ups wait already.
         """
         of, limit = question.of, question.limit
         if isinstance(of, int):
@@ -93,12 +93,12 @@ class Lookups:
         return {"decisions": [record.public() for record in found], "next": more}
 
     async def user(self, user_id: int) -> dict[str, Any]:
-        """Return a user's window now, where it comes from, and the last decisions.
+        """Return a user's window now, its fence, and the last decisions.
 
         Raises:
             FeaturesUnavailable: Redis did not answer.
             StoreUnavailable, DecisionsUnavailable: Postgres did not answer.
-            Overloaded: 200 wait already.
+            Overloaded: 200 look-ups wait already.
         """
         now_ms = self._clock()
         [found] = await self._store.read(
@@ -125,7 +125,7 @@ class Lookups:
             return await self._turns.call(DEADLINE_S, find, *arguments)
         except TimeoutError as error:
             raise errors.DecisionsUnavailable(
-                f"Postgres has not answered within {DEADLINE_S:g} s; ask again in a second."
+                f"Postgres did not answer within {DEADLINE_S:g} s; try again in a second."
             ) from error
 
 

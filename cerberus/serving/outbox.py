@@ -1,9 +1,9 @@
 """Decisions on requests, on their way to Postgres and to topic `decisions`.
 
-A reply waits for nothing: its record goes into bounded buffers that a task empties in batches, one
-for each store, so that neither waits for the other. What a full buffer cannot take is counted and
-said. A `kill -9` loses what was decided within the last `CERBERUS_DECISION_FLUSH_MS`, and what a
-store that is away has not acknowledged.
+A reply waits for no store. Its record goes into bounded buffers, one for each store, so that
+neither waits for the other; a task empties them in batches. What a full buffer cannot take is
+counted and reported. A `kill -9` loses the decisions of the last `CERBERUS_DECISION_FLUSH_MS`, and
+those that a store that is down has not acknowledged.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from cerberus.postgres import stores
 
 log = logging.getLogger(__name__)
 
-_ROWS, _MESSAGES = 50, 500  # rows hold up the loop while they are laid out: half a millisecond
+_ROWS, _MESSAGES = 50, 500  # laying out rows blocks the loop: half a millisecond
 _RETRY_S, _CLOSE_S = 1.0, 5.0
 
 
@@ -40,7 +40,7 @@ class _Buffer:
         self._prepare = prepare
         self._store = store
         self._ready = False
-        # By name: what is asked again while it waits is there already.
+        # By id: a repeated request must not store the waiting decision twice.
         self._records: collections.OrderedDict[uuid.UUID, tuple[float, records.Record]] = (
             collections.OrderedDict()
         )
@@ -64,7 +64,7 @@ class _Buffer:
         return [record for _, record in waiting]
 
     async def flush(self) -> None:
-        """Store all that waits; what is not acknowledged keeps waiting, and `problem` says why."""
+        """Store all that wait; those not acknowledged keep waiting, and `problem` says why."""
         try:
             if not self._ready:
                 await self._prepare()
@@ -78,7 +78,7 @@ class _Buffer:
             if self.problem is None:
                 log.warning("decisions wait: %s", error, extra={"action": "decisions_wait"})
             self.problem = str(error)
-            self._ready = False  # a store that was made anew lacks what was made in it
+            self._ready = False  # a store that was replaced lacks what was prepared in it
         else:
             self.problem = None
 
@@ -99,9 +99,9 @@ class DecisionLog:
 
     Args:
         config: Settings.
-        model: Kept beside the decisions that it takes.
-        postgres: Postgres' side; its tables, and the topics, are made where they are missing.
-        claimed: Keeps the claims of what Postgres does not have yet.
+        model: Stored with its decisions.
+        postgres: Stores the decisions. Missing tables and topics are created.
+        claimed: Renews the claims of decisions that Postgres does not have yet.
     """
 
     def __init__(
@@ -124,16 +124,16 @@ class DecisionLog:
         }
 
     def put(self, record: records.Record) -> None:
-        """Take a record, or count it where a buffer is full. Never waits."""
+        """Take a record, or count it as dropped if a buffer is full. Never waits."""
         for buffer in self._buffers.values():
             buffer.put(record)
 
     def report(self) -> Mapping[str, Mapping[str, Any]]:
-        """Return for each store how many records wait, how long (s), were dropped, and why."""
+        """Return how many records wait for each store, since when (s), how many were dropped."""
         return {name: buffer.report() for name, buffer in self._buffers.items()}
 
     async def run(self, progress: supervision.Progress) -> None:
-        """Store what comes, until told to stop."""
+        """Store records until asked to stop."""
         async with asyncio.TaskGroup() as group:
             for buffer in self._buffers.values():
                 group.create_task(self._empty(buffer, progress))
@@ -146,7 +146,7 @@ class DecisionLog:
             progress.beat()
 
     async def _renew(self, buffer: _Buffer, progress: supervision.Progress) -> None:
-        """Keep the claims of what waits for long: neither Redis nor Postgres would know of it."""
+        """Renew the claims of what waits long: else neither Redis nor Postgres has it."""
         pause_s = self._config.decisions.claim_ms / 3000
         wait_s = pause_s
         while not progress.stopping.is_set():
@@ -158,7 +158,7 @@ class DecisionLog:
                 wait_s = _RETRY_S
 
     async def close(self) -> None:
-        """Store what is left, within 5 s, and let go of Kafka."""
+        """Store what is left, within 5 s, and close the connection to Kafka."""
         flushing = [asyncio.create_task(b.flush()) for b in self._buffers.values() if b]
         if flushing:
             _, late = await asyncio.wait(flushing, timeout=_CLOSE_S)

@@ -1,8 +1,8 @@
 """The decision path of requests: one read, one model call and one claim for all that wait.
 
 A request that finds no round trip under way starts one at once; those that arrive meanwhile share
-the next. Nothing is added for a lone request, and load makes batches by itself. A transaction in
-hand is claimed before anyone is told, so that there is one decision on it, at every door.
+the next. A lone request waits for nothing, and load forms batches by itself. A transaction in hand
+is claimed before it is answered, so that it gets one decision, over HTTP and on the stream.
 """
 
 import asyncio
@@ -32,8 +32,8 @@ _LOOK_UP_S, _LOOKING_UP = 2.0, 2
 _TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")
 _IN_HAND = ("transaction_id", "amount", "currency", "merchant_id")
 _NEEDED = {
-    "transaction_id": "must come with an amount: without it nothing tells whether the stream has "
-    "counted the transaction already",
+    "transaction_id": "must come with an amount: it says whether the stream has counted the "
+    "transaction already",
     "amount": "must come with a transaction_id: a transaction in hand is scored by its amount",
 }
 
@@ -50,12 +50,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The decision that stands, and what the caller is told beside it.
+    """The decision that stands, and what the answer adds to it.
 
     Attributes:
-        record: The decision with all that it was taken from.
-        replayed: Whether it had been taken before, for another request or by the stream.
-        retrieval_ms: From the request's arrival here to its features, waiting included.
+        record: The decision with its inputs.
+        replayed: Whether it was made before, for another request or by the stream.
+        retrieval_ms: From the request's arrival to its features, including the wait.
     """
 
     record: decision_records.Record
@@ -126,11 +126,10 @@ class Predictor:
     def parse(self, document: Mapping[str, Any], traceparent: str = "") -> Request:
         """Read a request; null counts as absent, unknown fields are ignored.
 
-        `user_id` alone asks about the present, with `timestamp` about that moment. Any other known
-        field makes it a transaction in hand, which needs `transaction_id` and `amount`; its
-        `timestamp` is now unless given, and must be the one it carries on the stream, or the two
-        are different transactions and both count. The trace is that of `traceparent` (W3C Trace
-        Context), or a new one.
+        `user_id` alone asks about now, or about `timestamp`. Any other known field makes it a
+        transaction in hand, which needs `transaction_id` and `amount`. Its `timestamp` is now
+        unless given, and must be that of the stream record: with a different one, both count as
+        transactions. The trace is that of `traceparent` (W3C Trace Context), or a new one.
 
         Raises:
             InvalidInput: naming the field.
@@ -142,7 +141,8 @@ class Predictor:
         skew_ms = self._config.windows.max_future_skew_ms
         if as_of_ms > now + skew_ms:
             raise errors.InvalidInput(
-                "timestamp", f"must not lie more than {skew_ms / 1000:g} s ahead of the clock here"
+                "timestamp",
+                f"must not be more than {skew_ms / 1000:g} s ahead of the clock of the service",
             )
         traced = _TRACE.fullmatch(traceparent)
         trace_id = traced[1] if traced else secrets.token_hex(16)
@@ -164,15 +164,15 @@ class Predictor:
     async def predict(self, request: Request) -> Prediction:
         """Decide one request together with those that wait.
 
-        Deadline: `read_timeout_ms` to wait for a round trip, as much for each of two round trips;
-        2 s more where an old transaction is looked up. Idempotent: yes; a repeated transaction
+        Deadline: `read_timeout_ms` for the wait, and for each of two round trips; 2 s more if an
+        old transaction is looked up. Idempotent: yes; a repeated transaction
         gets its first decision. The answer does not depend on the others in its batch, to the bit.
 
         Raises:
             Overloaded: `max_in_flight` requests are being answered, or the wait was too long.
             FeaturesUnavailable: Redis did not answer in time.
             DecisionsUnavailable: The transaction may have been decided before, and Postgres does
-                not say.
+                not answer.
             Conflict: It was decided with other content; names the field.
         """
         if self.in_flight >= self._config.serving.max_in_flight:
@@ -210,11 +210,11 @@ class Predictor:
         return next(iter(found.values()), None)
 
     async def _decide(self, request: Request, *, looked_up: bool) -> Prediction | None:
-        """Wait for a batch; None where the transaction must be looked up first."""
+        """Wait for a batch; None if the transaction must be looked up first."""
         loop = asyncio.get_running_loop()
         waiting = _Waiting(request, looked_up, loop.create_future(), time.perf_counter())
         self._waiting.append(waiting)
-        # In a task of its own: a client that goes away takes nobody's round trip with it.
+        # In a task of its own: a client that disconnects must not cancel the others' round trip.
         if self._drain is None:
             self._drain = loop.create_task(self._answer_all())
         try:
@@ -242,7 +242,7 @@ class Predictor:
         return [waiting for waiting in batch if not waiting.answer.done()]
 
     async def _answer(self, batch: Sequence[_Waiting]) -> None:
-        """Answer a batch; whatever goes wrong is the batch's own."""
+        """Answer a batch; an error fails this batch alone."""
         try:
             predictions = await self._predict(batch)
         except Exception as error:
@@ -301,7 +301,7 @@ class Predictor:
     async def _claim(
         self, batch: Sequence[_Waiting], records: Sequence[decision_records.Record], now_ms: int
     ) -> list[decision_records.Record | None]:
-        """Return the decisions that stand; what has no transaction stands by itself."""
+        """Return the decisions that stand; a decision without a transaction always stands."""
         claiming = [(at, r) for at, r in enumerate(records) if r.transaction is not None]
         standing: list[decision_records.Record | None] = list(records)
         if claiming:

@@ -1,8 +1,8 @@
 """Kafka, Redis and Postgres on this machine, for `make run` and for the tests.
 
-Each is found in this order: its URL in the environment (nothing is started), a program of the
-system, a package of the index. Where one cannot be had, one sentence says what to do; there is no
-half-real substitute.
+Each is looked for in this order: its URL in the environment (nothing is started), a program of the
+system, an installed Python package. If one is missing, one sentence says what to do; nothing stands
+in for a real server.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class Stack:
 
     @property
     def environ(self) -> dict[str, str]:
-        """The variables that a process needs to reach them."""
+        """The variables with which a process reaches them."""
         return {
             "KAFKA_BROKER": self.kafka.url,
             "REDIS_URL": self.redis.url,
@@ -57,18 +57,18 @@ def servers(
     kafka_properties: Mapping[str, str] = _NOTHING,
     durable: bool = True,
 ) -> Iterator[Stack]:
-    """Start what the environment does not give; at the end stop that, in reverse, and nothing else.
+    """Start the servers that the environment does not name; at the end stop them, and only them.
 
     Args:
         directory: Holds data, ports, logs and process ids; one run at a time may use it.
-        environ: Of the caller. `CERBERUS_STACK=wheel` passes over the programs of the system,
-            `CERBERUS_STACK=system` over the packages.
-        say: Takes one line a server, and one each 2 s while something takes long.
-        kafka_properties: Put over those of the broker.
-        durable: False, for throw-away data: any free ports, and Postgres does not wait for disks.
+        environ: The environment of the caller. `CERBERUS_STACK=wheel` ignores programs of the
+            system, `CERBERUS_STACK=system` ignores packages.
+        say: Receives one line for each server, and one every 2 s while something takes long.
+        kafka_properties: Override those of the broker.
+        durable: False for throw-away data: any free ports, and Postgres does not wait for disks.
 
     Raises:
-        ServerUnavailable: One cannot be had, or does not come up within 60 s.
+        ServerUnavailable: A server is missing, or does not start within 60 s.
         ConfigError: CERBERUS_STACK has another value.
     """
     if environ.get("CERBERUS_STACK", "") not in ("", "wheel", "system"):
@@ -88,7 +88,7 @@ def servers(
 
 
 def clean(directory: pathlib.Path) -> None:
-    """End what a killed run left behind, then remove a stack's data and logs, wherever they are.
+    """End the processes that a killed run left behind, and remove a stack's data and logs.
 
     Raises:
         ServerUnavailable: It is running.
@@ -176,7 +176,7 @@ def _start(everyone: tuple[Server, ...], site: process.Site) -> None:
 
 
 def _report(server: Server, site: process.Site) -> None:
-    """Say where a server is and whence, without the secrets of a URL."""
+    """Print the address and the origin of a server, without the secrets of a URL."""
     addresses = [
         urllib.parse.urlsplit(part if "://" in part else f"//{part}").netloc.rpartition("@")[2]
         for part in server.url.split(",")

@@ -1,4 +1,4 @@
-"""The jars of Apache Kafka: a locked list, fetched once, kept for the user, checked every time."""
+"""The jars of Apache Kafka: a locked list, fetched once, cached, checked at every start."""
 
 import hashlib
 import os
@@ -36,7 +36,7 @@ class Jar:
 
 
 def cache(environ: Mapping[str, str]) -> pathlib.Path:
-    """Return where a user keeps the jars."""
+    """Return the directory of a user's jars."""
     base = environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "cerberus" / f"kafka-{VERSION}"
 
@@ -47,7 +47,7 @@ def fetch(site: process.Site) -> list[pathlib.Path]:
     Cost: 0.05 s when all are there, else about 10 s for 45 MB.
 
     Raises:
-        ServerUnavailable: One cannot be had, or is not the file that was locked.
+        ServerUnavailable: A jar cannot be fetched, or is not the locked file.
     """
     directory = cache(site.environ)
     try:
@@ -74,8 +74,8 @@ def _check(path: pathlib.Path, jar: Jar) -> None:
     if found != jar.sha256:
         path.unlink()
         raise errors.ServerUnavailable(
-            f"{path} was not the file that is locked (SHA-256 {found}, not {jar.sha256}) and is "
-            "deleted: start again to fetch it anew, or set KAFKA_BROKER"
+            f"{path} is not the locked file (SHA-256 {found}, not {jar.sha256}) and is "
+            "deleted: start again to fetch it, or set KAFKA_BROKER"
         )
 
 
@@ -100,7 +100,7 @@ def _fetch_all(missing: list[Jar], directory: pathlib.Path, site: process.Site) 
 
 def _fetch(jar: Jar, directory: pathlib.Path) -> None:
     try:
-        # Half a second, and not needed once the jars are here.
+        # The import takes half a second, and is not needed once the jars are here.
         from jgo.maven import MavenContext
     except ImportError as error:
         raise errors.ServerUnavailable(
@@ -115,8 +115,8 @@ def _fetch(jar: Jar, directory: pathlib.Path) -> None:
             except (OSError, RuntimeError) as error:
                 if attempt == _ATTEMPTS:
                     raise errors.ServerUnavailable(
-                        f"cannot fetch {jar.file_name} ({error}): start again, what has arrived "
-                        "is kept; or set KAFKA_BROKER; `docker compose up` brings its own"
+                        f"cannot fetch {jar.file_name} ({error}): start again, jars that have "
+                        "arrived are kept; or set KAFKA_BROKER; `docker compose up` brings its own"
                     ) from error
                 time.sleep(attempt)
             else:

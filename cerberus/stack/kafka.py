@@ -62,7 +62,7 @@ def find(environ: Mapping[str, str]) -> server.Program:
 
 
 class Kafka(server.Local):
-    """One Kafka node; its cluster id and its data are made once."""
+    """One Kafka node; its cluster id and its data are created once."""
 
     WANTS: ClassVar[Mapping[str, int]] = {"kafka": 9092, "controller": 0}
 

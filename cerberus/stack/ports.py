@@ -1,4 +1,4 @@
-"""Ports on the loopback interface that nobody else uses."""
+"""Free ports on the loopback interface."""
 
 import contextlib
 import errno
@@ -32,11 +32,11 @@ def free(port: int) -> bool:
 
 
 def assign(wanted: Mapping[str, int], saved: pathlib.Path) -> dict[str, int]:
-    """Give each name its port of last time, else the one it wants, else a free one.
+    """Return for each name its port of last time, else the one it wants, else any free one.
 
     Args:
         wanted: Name to port; 0 takes any.
-        saved: File that remembers the answer; a broken one is written anew.
+        saved: File that remembers the answer; a damaged one is replaced.
     """
     try:
         before = {str(name): int(port) for name, port in orjson.loads(saved.read_bytes()).items()}

@@ -1,4 +1,4 @@
-"""Postgres on this machine, also for root, whom Postgres refuses."""
+"""Postgres on this machine; also for root, as whom Postgres refuses to run."""
 
 import hashlib
 import importlib.metadata
@@ -23,7 +23,7 @@ _TERMINATE = b"X\0\0\0\4"
 
 
 def find(site: process.Site) -> server.Program:
-    """Find a Postgres of 15 or later, of the version that the data are of when there are data.
+    """Find a Postgres of 15 or later; of the version of the data, if there are data.
 
     Raises:
         ServerUnavailable: There is none; the message says what to install or set.
@@ -43,13 +43,13 @@ def find(site: process.Site) -> server.Program:
             f"put Postgres {major} on PATH, or remove {place}"
         )
     raise errors.ServerUnavailable(
-        f"no Postgres of {_OLDEST} or later that may be run here was found: install postgresql "
+        f"no usable Postgres of {_OLDEST} or later was found: install postgresql "
         "(apt, brew, dnf), or set DATABASE_URL; `docker compose up` brings its own"
     )
 
 
 class Postgres(server.Local):
-    """One Postgres that listens on TCP alone."""
+    """One Postgres that listens only on TCP."""
 
     WANTS: ClassVar[Mapping[str, int]] = {"postgres": 5432}
     # Fast, then immediate; SIGTERM would wait for every client to leave.
@@ -71,7 +71,7 @@ class Postgres(server.Local):
         self.created = not self._data.exists()
         if self.created:
             self._initialize()
-        # Its process is gone, and after a crash of the machine another may have its number.
+        # Its process is gone; after a crash of the machine another process may have its id.
         (self._data / "postmaster.pid").unlink(missing_ok=True)
 
     def _make_home(self) -> None:
@@ -84,7 +84,7 @@ class Postgres(server.Local):
         self._home.chmod(0o755)
 
     def _copied_program(self) -> server.Program:
-        """Copy what is needed of the wheel to where the unprivileged user may read it."""
+        """Copy the programs of the wheel to where the unprivileged user may read them."""
         number = importlib.metadata.version(_WHEEL)
         target = self._home / f"program-{number}-{self._program.version[0]}"
         if not target.exists():
@@ -122,7 +122,7 @@ class Postgres(server.Local):
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
-            # The path of a socket may be too long for one.
+            # The path may be too long for a socket.
             "unix_socket_directories": "",
             "fsync": "on" if self._site.durable else "off",
         }
@@ -130,7 +130,7 @@ class Postgres(server.Local):
         return [self._program.path / "postgres", "-D", self._data, *flags]
 
     def _answers(self) -> bool:
-        # Whoever may log in is greeted with R; while it starts up the answer is E.
+        # R greets a client that may log in; while Postgres starts up, the answer is E.
         length = struct.pack(">i", 4 + len(_STARTUP))
         return server.ask(self.port, length + _STARTUP + _TERMINATE, 1) == b"R"
 
@@ -170,7 +170,7 @@ def _places(environ: Mapping[str, str]) -> Iterator[tuple[pathlib.Path, str]]:
 
 
 def home(directory: pathlib.Path) -> pathlib.Path:
-    """Return where the data of a stack in `directory` is: where root's substitute can reach it."""
+    """Return where the stack in `directory` keeps its data; the unprivileged user can reach it."""
     if not _is_root() or _reachable(directory):
         return directory / "postgres"
     digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Child processes that outlive nothing: each has a session, a log file and a pid file."""
+"""Child processes that do not outlive us: each has a session, a log file and a pid file."""
 
 import contextlib
 import os
@@ -22,12 +22,12 @@ _TAIL_LINES = 12
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where children keep their files, and whom they tell what takes long.
+    """Where children keep their files, and where progress is reported.
 
     Attributes:
         directory: Absolute; holds data, logs and pid files.
         environ: What children inherit.
-        say: Takes one line.
+        say: Prints one line.
         durable: Whether data must survive a crash of the machine.
         cancelled: Ends every wait when set.
     """
@@ -40,7 +40,7 @@ class Site:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def tell(self, name: str, text: str) -> None:
-        """Print one line; threads do not mix theirs."""
+        """Print one line; lines of several threads do not mix."""
         with self._lock:
             self.say(f"{name:<12} {text}".rstrip())
 
@@ -111,10 +111,10 @@ class Process:
         self._pid_file.write_text(f"{self._child.pid}\n")
 
     def wait_for(self, done: Callable[[], bool], within_s: float, doing: str) -> None:
-        """Wait until `done()`, telling every 2 s what goes on.
+        """Wait until `done()`, and report every 2 s.
 
         Raises:
-            ServerUnavailable: It ended before, or was not done in time; with its last lines.
+            ServerUnavailable: It ended first, or was not done in time; the message quotes its log.
         """
         began = told = time.monotonic()
         while not done():
@@ -137,7 +137,7 @@ class Process:
         uid: int | None = None,
         within_s: float = 120.0,
     ) -> None:
-        """Start it and wait until it has ended well.
+        """Start it and wait until it has succeeded.
 
         Raises:
             ServerUnavailable: It ended with another status than 0, or not in time.
@@ -151,7 +151,7 @@ class Process:
             self.stop()
 
     def stop(self, grace_s: float = _GRACE_S) -> None:
-        """Ask it to end, insist, then kill; does nothing when it does not run."""
+        """Ask it to end, then kill it; does nothing if it does not run."""
         if self._child is not None:
             _end(self._child, self._stop_signals, grace_s)
             self._child = None
@@ -169,14 +169,14 @@ class Process:
     def end_leftover(
         self, owned: Callable[[Any], bool], more: Iterable[pathlib.Path] = ()
     ) -> int | None:
-        """End what a run that was killed has left behind.
+        """End a process that a killed run left behind.
 
         Args:
-            owned: Judges a process (of psutil) by more than its id.
+            owned: Says whether a process (of psutil) is ours, by more than its id.
             more: Files besides its own whose first line is its process id.
 
         Returns:
-            Its process id, None when there was none.
+            Its process id; None if there was none.
         """
         for file in (self._pid_file, *more):
             # Another user's process, one that is gone, or a broken file: not ours.
@@ -188,14 +188,14 @@ class Process:
         return None
 
     def account(self, what: str) -> str:
-        """Return what happened to it, with its log and the last lines in it."""
+        """Return what happened to it, with the last lines of its log."""
         return f"{self.name} {what}; {self.log} ends with:\n{self._tail() or '    nothing'}"
 
     def _tail(self) -> str:
         with self.log.open("rb") as log:
             log.seek(max(self.log_start, os.fstat(log.fileno()).st_size - 64 * 1024))
             lines = log.read().decode(errors="replace").splitlines()
-        # Java says what is wrong above a long list of places.
+        # Java says what is wrong above a long stack trace.
         telling = [line for line in lines if not line.startswith("\tat ")]
         return "\n".join(f"    {line}" for line in telling[-_TAIL_LINES:])
 
@@ -220,7 +220,7 @@ def _end(process: Any, signals: Sequence[int], grace_s: float) -> None:
         process.wait(_GRACE_S)
     _, left = psutil.wait_procs(children, timeout=5.0)
     _signal(left, signal.SIGKILL)
-    # What it started and did not live to end: it led a group, which exists while a member does.
+    # Its orphans: it led a process group, which exists as long as one member lives.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""What the three servers have in common, given or started here."""
+"""What the three servers have in common, whether given or started here."""
 
 import importlib.util
 import pathlib
@@ -24,7 +24,7 @@ class Program:
     Attributes:
         path: The binary, or the directory of several.
         version: Its leading numbers.
-        origin: Name, version and where it was found, for the reader.
+        origin: Name, version and where it was found, to be printed.
     """
 
     path: pathlib.Path
@@ -33,14 +33,14 @@ class Program:
 
 
 class Server:
-    """A server that somebody else runs: starting and stopping it is not our business.
+    """A server that somebody else runs: it is neither started nor stopped here.
 
     Attributes:
         name: kafka, redis or postgres.
         url: `host:port` for Kafka, else a URL.
         origin: Where it comes from, a few words.
         ready_s: From its start until it answered; 0 when it was not started here.
-        created: Whether its data began with this start.
+        created: Whether this start created its data.
     """
 
     def __init__(self, name: str, url: str, origin: str) -> None:
@@ -54,11 +54,11 @@ class Server:
         """Start it and return when it answers.
 
         Raises:
-            ServerUnavailable: It did not come up; the message names its log and quotes the end.
+            ServerUnavailable: It did not start; the message names its log and quotes the end.
         """
 
     def stop(self) -> None:
-        """End it: politely, within bounds, at last by SIGKILL. Idempotent: yes."""
+        """Stop it within bounds, at last by SIGKILL. Idempotent: yes."""
 
     def kill(self, number: int) -> None:
         """Send a signal to this server alone; SIGSTOP and SIGCONT reach its children too.
@@ -78,7 +78,7 @@ class Local(Server):
     """A server started here, alone in its session, with its data in a home directory.
 
     Attributes:
-        WANTS: Names of its ports, with the number that everybody expects or 0; its own is first.
+        WANTS: Names of its ports, each with its usual number or 0; its main port is first.
         STOP_SIGNALS: Tried in turn before SIGKILL.
     """
 
@@ -99,15 +99,15 @@ class Local(Server):
         return self._ports[self.name]
 
     def settle(self, chosen: Mapping[str, int]) -> None:
-        """Take its ports, and say so when the expected one belongs to somebody else."""
+        """Take its ports; `origin` then says if the usual one is in use."""
         self._ports = {name: chosen[name] for name in self.WANTS}
         self.url = self._address()
         expected = self.WANTS[self.name]
         if self._site.durable and self.port != expected and not ports.free(expected):
-            self.origin += f"; port {expected} is in use by another"
+            self.origin += f"; port {expected} is in use by another program"
 
     def end_leftover(self) -> None:
-        """End the server that a killed run left behind with the same data."""
+        """End the server of these data that a killed run left behind."""
         pid = self._process.end_leftover(self._owns, self._pid_files())
         if pid:
             self._site.tell(self.name, f"ended process {pid}, left by a run that was killed")
@@ -157,12 +157,12 @@ class Local(Server):
         return ()
 
     def _owns(self, candidate: Any) -> bool:
-        # Every server runs in the directory of its data and nothing else does.
+        # Every server runs in the directory of its data, and nothing else does.
         return pathlib.Path(candidate.cwd()) == self._cwd().resolve()
 
 
 def ask(port: int, request: bytes, length: int) -> bytes:
-    """Send bytes to a port of 127.0.0.1 and return the first of the answer, b"" when none comes.
+    """Send bytes to a port of 127.0.0.1 and return the start of the answer; b"" if none comes.
 
     Deadline: 1 s.
     """
@@ -180,7 +180,7 @@ def ask(port: int, request: bytes, length: int) -> bytes:
 def version(
     command: Sequence[str | pathlib.Path], pattern: str, environ: Mapping[str, str]
 ) -> tuple[int, ...] | None:
-    """Run a program that tells its version; None when it does not run or says something else."""
+    """Run a program that prints its version; None if it does not run or prints something else."""
     try:
         done = subprocess.run(
             command, env=dict(environ), capture_output=True, text=True, timeout=10.0, check=False

@@ -14,9 +14,9 @@ _UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.access")
 class JsonLines(logging.Formatter):
     """Formats a record as one line.
 
-    Its fields: `time` (RFC 3339, UTC, ms), `level`, `logger`, `task` (who was at work), `message`,
-    then whatever was given through `extra`, such as `action`, a stable name for machines, and
-    `traceback` or `stack` where there is one.
+    Its fields: `time` (RFC 3339, UTC, ms), `level`, `logger`, `task` (which one logged it),
+    `message`, then the fields of `extra`, such as `action`, a stable name for machines, and
+    `traceback` or `stack` if there is one.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -36,7 +36,7 @@ class JsonLines(logging.Formatter):
             line["stack"] = record.stack_info
         try:
             return orjson.dumps(line, default=repr).decode()
-        except TypeError:  # a lone surrogate, an integer above 64 bits: no line is lost for it
+        except TypeError:  # a lone surrogate or an integer above 64 bits must not lose the line
             return orjson.dumps({k: _encodable(v) for k, v in line.items()}, default=repr).decode()
 
 
@@ -49,10 +49,10 @@ def _encodable(value: object) -> object:
 
 
 def configure(level: str) -> None:
-    """Send all records to stderr, one line each; call it where the app is imported.
+    """Send all records to stderr, one line each; call this where the app is imported.
 
-    uvicorn has set up its own loggers by then. They keep their level where that is the stricter
-    one, and `--no-access-log` stays in force.
+    uvicorn has set up its own loggers by then. They keep their level if it is stricter,
+    and `--no-access-log` stays in force.
 
     Args:
         level: DEBUG, INFO, WARNING or ERROR.

@@ -1,20 +1,20 @@
-"""What is counted, under which names: the one place that knows Prometheus.
+"""The metrics and their names; no other module knows Prometheus.
 
 - `cerberus_requests_total{route, status}`: HTTP requests answered; an unknown path is `other`.
 - `cerberus_requests_in_flight`: predictions being answered.
 - `cerberus_stage_seconds{stage}`: a request's `wait` for a round trip, a batch's `features` (Redis
   and evaluation), `model` and `claim`.
 - `cerberus_predictions_total{prediction, degraded}`: decisions by their first reason of doubt,
-  empty when there is none; what is not empty over all is the degraded share.
-- `cerberus_records_total{outcome}`: records of the log, by what became of them.
+  empty if there is none; the share of the others is the degraded share.
+- `cerberus_records_total{outcome}`: records of the log, by outcome.
 - `cerberus_partition_lag{partition}`: records from an owned partition's position to its end.
 - `cerberus_decisions_waiting{store}`: decisions on requests that a store has not acknowledged.
-- `cerberus_decisions_dropped_total{store}`: those that its full buffer did not take.
-- `cerberus_labels_total{outcome}`: labels, told by request or topic, by what became of them.
+- `cerberus_decisions_dropped_total{store}`: decisions that its full buffer did not take.
+- `cerberus_labels_total{outcome}`: labels from requests and the topic, by outcome.
 - `cerberus_task_up{task}`: 1 while the task runs.
 - `cerberus_task_restarts_total{task}`: restarts since the process began.
 
-Beside them stand `process_*` and `python_gc_*`. Each process counts for itself: scrape each.
+`process_*` and `python_gc_*` are exposed too. Each process counts for itself: scrape each.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ _BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What other parts count for themselves, asked for at each scrape.
+    """The counts of other parts, read at each scrape.
 
     Attributes:
         in_flight: Predictions being answered.
@@ -101,7 +101,7 @@ class Metrics:
         self._claim.observe(claim_s)
 
     def render(self) -> bytes:
-        """Write everything in Prometheus' text format."""
+        """Return everything in Prometheus' text format."""
         return prometheus_client.generate_latest(self._registry)
 
 
@@ -130,14 +130,14 @@ class _Parts(registry.Collector):
             "cerberus_decisions_waiting", "Decisions not stored yet", labels=("store",)
         )
         dropped = core.CounterMetricFamily(
-            "cerberus_decisions_dropped", "Decisions that were not kept", labels=("store",)
+            "cerberus_decisions_dropped",
+            "Decisions that a full buffer did not take",
+            labels=("store",),
         )
         for store, (held, lost) in now.decisions.items():
             waiting.add_metric((store,), held)
             dropped.add_metric((store,), lost)
-        told = core.CounterMetricFamily(
-            "cerberus_labels", "Labels by what became of them", labels=("outcome",)
-        )
+        told = core.CounterMetricFamily("cerberus_labels", "Labels by outcome", labels=("outcome",))
         for outcome, count in now.labels.items():
             told.add_metric((outcome,), count)
         up = core.GaugeMetricFamily("cerberus_task_up", "1 while the task runs", labels=("task",))
