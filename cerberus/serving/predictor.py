@@ -269,18 +269,8 @@ class Predictor:
         decided_s = time.perf_counter()
         stages_ms = {"features": (read_s - began_s) * 1000, "model": (decided_s - read_s) * 1000}
         records = [
-            decision_records.Record(
-                decision_id=decision_records.of_transaction(w.request.in_hand)
-                if w.request.in_hand
-                else uuid.uuid4(),
-                decision=decision,
-                transaction=w.request.in_hand,
-                door=decision_records.HTTP,
-                partition=row.recent.partition if row.recent and decision.row.fence else None,
-                decided_ms=now,
-                spans=self._spans.names,
-                latency_ms=_rounded({"wait": (began_s - w.since_s) * 1000, **stages_ms}),
-                trace_id=w.request.trace_id,
+            self._record(
+                w.request, row, decision, now, {"wait": (began_s - w.since_s) * 1000, **stages_ms}
             )
             for w, row, decision in zip(batch, found, decided, strict=True)
         ]
@@ -298,6 +288,27 @@ class Predictor:
             for w, record, stands in zip(batch, records, standing, strict=True)
         ]
 
+    def _record(
+        self,
+        request: Request,
+        found: evaluation.OnlineRow,
+        decision: models.Decision,
+        now_ms: int,
+        stages_ms: Mapping[str, float],
+    ) -> decision_records.Record:
+        in_hand = request.in_hand
+        return decision_records.Record(
+            decision_id=decision_records.of_transaction(in_hand) if in_hand else uuid.uuid4(),
+            decision=decision,
+            transaction=in_hand,
+            door=decision_records.HTTP,
+            partition=found.recent.partition if found.recent and decision.row.fence else None,
+            decided_ms=now_ms,
+            spans=self._spans.names,
+            latency_ms={name: round(ms, 3) for name, ms in stages_ms.items()},
+            trace_id=request.trace_id,
+        )
+
     async def _claim(
         self, batch: Sequence[_Waiting], records: Sequence[decision_records.Record], now_ms: int
     ) -> list[decision_records.Record | None]:
@@ -312,10 +323,6 @@ class Predictor:
             for (at, _), stands in zip(claiming, claimed, strict=True):
                 standing[at] = stands
         return standing
-
-
-def _rounded(stages_ms: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(ms, 3) for name, ms in stages_ms.items()}
 
 
 def public(prediction: Prediction, total_ms: float) -> dict[str, Any]:
