@@ -110,15 +110,8 @@ def start(
         ConfigError: A setting is wrong; nothing was started.
         ServerUnavailable: A server or a step failed; the message quotes its log.
     """
-    environ = {**environ, "PYTHONUNBUFFERED": "1"}
     given = {name: value for name, value in environ.items() if value}
-    told = settings.load(_ADDRESSES | given)
-    if told.kafka.on_loopback:
-        environ = {**environ, **_SOON, **given}
-    wanted = window.Spans.of(told.windows)
-    if "CERBERUS_MODEL" not in given and wanted != window.Spans():
-        # The committed model and plan are for the default windows, and stay.
-        environ["CERBERUS_MODEL"] = str(directory.resolve() / "model" / settings.MODEL_PATH.name)
+    environ = _completed(environ, given, directory)
     try:
         with (
             concurrent.futures.ThreadPoolExecutor() as pool,
@@ -138,6 +131,19 @@ def start(
             f"{error}\n{', '.join(set_by)}: set, so no such server was started; unset it to "
             "start one"
         ) from error
+
+
+def _completed(
+    environ: Mapping[str, str], given: Mapping[str, str], directory: pathlib.Path
+) -> dict[str, str]:
+    """Check the settings, and return them with what suits a run on this machine."""
+    told = settings.load({**_ADDRESSES, **given})
+    soon = _SOON if told.kafka.on_loopback else {}
+    completed = {**environ, **soon, **given, "PYTHONUNBUFFERED": "1"}
+    if "CERBERUS_MODEL" not in given and window.Spans.of(told.windows) != window.Spans():
+        # The committed model and plan are for the default windows, and stay.
+        completed["CERBERUS_MODEL"] = str(directory.resolve() / "model" / settings.MODEL_PATH.name)
+    return completed
 
 
 def _prepare(
