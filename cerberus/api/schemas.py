@@ -204,17 +204,54 @@ def _accuracy() -> dict[str, Any]:
     )
 
 
+_REASON: Mapping[str, Any] = {"type": ["string", "null"]}
+
+
 def _health() -> dict[str, Any]:
-    reason = {"type": ["string", "null"]}
-    task = object_of(
+    text, number = {"type": "string"}, {"type": "number"}
+    return object_of(
+        {
+            "status": {"enum": ["ready", "degraded", "starting", "failed"]},
+            "reasons": {"type": "array", "items": text},
+        },
+        tasks=_by_name(_task_health()),
+        model=object_of({"sha256": text, "threshold": number, "policy": text}),
+        decisions=_by_name(_outbox_health())
+        | {"description": "decisions on requests that wait for each store"},
+        servers=_by_name(_REASON) | {"description": "null: the server answers; otherwise why not"},
+        partitions=_by_name(_partition_health()),
+        producer=object_of({"rate": number, "reason": text}),
+    )
+
+
+def _by_name(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": schema}
+
+
+def _task_health() -> dict[str, Any]:
+    return object_of(
         {
             "state": {"type": "string"},
             "since_s": {"type": "number"},
             "restarts": {"type": "integer"},
-            "last_error": reason,
+            "last_error": _REASON,
         }
     )
-    partition = object_of(
+
+
+def _outbox_health() -> dict[str, Any]:
+    return object_of(
+        {
+            "waiting": {"type": "integer"},
+            "oldest_s": {"type": "number"},
+            "dropped": {"type": "integer"},
+            "problem": _REASON,
+        }
+    )
+
+
+def _partition_health() -> dict[str, Any]:
+    return object_of(
         {
             "state": {"type": "string"},
             "progress": {"type": "number"},
@@ -223,37 +260,4 @@ def _health() -> dict[str, Any]:
             "epoch": {"type": "integer"},
             "offset": {"type": "integer"},
         }
-    )
-    return object_of(
-        {
-            "status": {"enum": ["ready", "degraded", "starting", "failed"]},
-            "reasons": {"type": "array", "items": {"type": "string"}},
-        },
-        tasks={"type": "object", "additionalProperties": task},
-        model=object_of(
-            {
-                "sha256": {"type": "string"},
-                "threshold": {"type": "number"},
-                "policy": {"type": "string"},
-            }
-        ),
-        decisions={
-            "type": "object",
-            "additionalProperties": object_of(
-                {
-                    "waiting": {"type": "integer"},
-                    "oldest_s": {"type": "number"},
-                    "dropped": {"type": "integer"},
-                    "problem": reason,
-                }
-            ),
-            "description": "decisions on requests that wait for each store",
-        },
-        servers={
-            "type": "object",
-            "additionalProperties": reason,
-            "description": "null: the server answers; otherwise why not",
-        },
-        partitions={"type": "object", "additionalProperties": partition},
-        producer=object_of({"rate": {"type": "number"}, "reason": {"type": "string"}}),
     )
