@@ -1,4 +1,4 @@
-"""The parts of one process, and how they are put together: here and nowhere else."""
+"""The parts of one process, and the only place that puts them together."""
 
 import contextlib
 import dataclasses
@@ -94,7 +94,7 @@ class Service:
 
     @functools.cached_property
     def claims(self) -> claims.Claims:
-        """Which decision on a transaction was the first."""
+        """What knows which decision on a transaction came first."""
         return claims.Claims(
             self.config,
             self.redis,

@@ -121,7 +121,7 @@ class Progress:
         self.behind = behind
 
     async def wait(self, seconds: float) -> None:
-        """Wait that long, or until told to stop."""
+        """Wait that long, or until asked to stop."""
         with anyio.move_on_after(seconds):
             await self.stopping.wait()
 
@@ -150,7 +150,7 @@ class _Fault:
 
 
 class Supervisor:
-    """Runs named tasks until told to stop.
+    """Runs named tasks until asked to stop.
 
     Args:
         on_give_up: Called once with the reason when a task cannot be kept alive.
@@ -224,7 +224,7 @@ class Supervisor:
                 await task.ended.wait()  # `cut_s` at most
 
     def status(self) -> dict[str, TaskStatus]:
-        """Say how each task is."""
+        """Return the state of each task, by name."""
         now, healthy_s = self._clock(), self._policy.healthy_s
         return {
             t.name: TaskStatus(

@@ -1,4 +1,4 @@
-"""The routes: each reads what is asked, asks a part, and lays out the answer."""
+"""The routes: each reads a request, asks a part, and lays out the answer."""
 
 import collections
 import logging

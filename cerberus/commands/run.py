@@ -329,7 +329,7 @@ class _Health:
 
 
 class _Warnings:
-    """Repeats on the terminal what a log says at level WARNING and above."""
+    """Repeats the lines of a log at level WARNING and above on the terminal."""
 
     def __init__(self, service: process.Process, site: process.Site) -> None:
         self._log = service.log

@@ -54,7 +54,7 @@ def fetch(site: process.Site) -> list[pathlib.Path]:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise errors.ServerUnavailable(
-            f"Kafka's jars cannot be kept in {directory} ({error}): set XDG_CACHE_HOME"
+            f"Kafka's jars cannot be stored in {directory} ({error}): set XDG_CACHE_HOME"
         ) from error
     jars = [Jar(*line.split()) for line in _LOCK.read_text().splitlines()]
     missing = []

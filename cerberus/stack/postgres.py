@@ -79,7 +79,7 @@ class Postgres(server.Local):
         found = self._home.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise errors.ServerUnavailable(
-                f"{self._home} belongs to somebody else: remove it, or set DATABASE_URL"
+                f"{self._home} belongs to another user: remove it, or set DATABASE_URL"
             )
         self._home.chmod(0o755)
 
