@@ -25,8 +25,18 @@ from cerberus.environment import (  # the vocabulary of the declarations below
     words,
 )
 
-ROOT = pathlib.Path(__file__).parent.parent
-MODEL_PATH = ROOT / "models" / "fraud_model.json"
+PACKAGE = pathlib.Path(__file__).parent
+ROOT = PACKAGE.parent
+
+
+def shipped(name: str, package: pathlib.Path = PACKAGE) -> pathlib.Path:
+    """Return a directory that comes with the package: inside it as installed, else beside it."""
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
+FEATURE_REPO = shipped("feature_repo")
+MODEL_PATH = shipped("models") / "fraud_model.json"
 POLICY_PATH = MODEL_PATH.with_name("policy.json")
 TASKS = ("api", "consumer", "producer", "materializer", "labels", "retention")
 AUTO_RATE = 2.0

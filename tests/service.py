@@ -24,12 +24,12 @@ def free_port():
 class Service:
     """One running service and a client of it."""
 
-    def __init__(self, environ, *arguments):
+    def __init__(self, environ, *arguments, python=sys.executable, cwd=ROOT):
         self.port = free_port()
         self.output = tempfile.TemporaryFile()  # a pipe that nobody reads would block it
         self.process = subprocess.Popen(
             [
-                sys.executable,
+                python,
                 "-m",
                 "uvicorn",
                 "cerberus.app:app",
@@ -40,7 +40,7 @@ class Service:
             env={k: v for k, v in os.environ.items() if k != "CI"} | environ,
             stdout=self.output,
             stderr=subprocess.STDOUT,
-            cwd=ROOT,
+            cwd=cwd,
             start_new_session=True,
         )
         self.http = httpx.Client(
@@ -86,9 +86,9 @@ class Service:
 
 
 @contextlib.contextmanager
-def service(environ, *arguments):
+def service(environ, *arguments, **where):
     """Run a service; at the end it is killed, with its workers, if it still runs."""
-    running = Service(environ, *arguments)
+    running = Service(environ, *arguments, **where)
     try:
         yield running
     finally:

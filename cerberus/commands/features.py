@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pathlib
 
 from cerberus import settings
 from cerberus.jobs import feast as feast_store
@@ -21,7 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the action and print its result; return 0."""
     config = settings.load(os.environ)
     if arguments.action == "render":
-        print(f"{feast_store.render(config)} written")
+        directory = feast_store.place() or pathlib.Path.cwd()
+        print(f"{feast_store.render(config, directory)} written")
     elif arguments.action == "apply":
         print(feast_store.apply(config).strip())
     else:

@@ -20,7 +20,7 @@ from types import FrameType
 import orjson
 
 from cerberus import assembly, errors, settings, stack, window
-from cerberus.jobs import materializer
+from cerberus.jobs import feast, materializer
 from cerberus.online import layout, user_rows
 from cerberus.online import pool as redis_pool
 from cerberus.stack import ports, process
@@ -32,8 +32,6 @@ _HEALTHY_S, _STOP_S, _STEP_S, _TRAINING_S = 60.0, 25.0, 180.0, 900.0
 _PATIENCE_S = 10.0
 _CURL = "curl -s localhost:{port}/predict{key} -H 'content-type: application/json' -d '{body}'"
 _CALM = ("DEBUG", "INFO")
-_SOURCE = pathlib.Path(__file__).parent.parent
-_REPO = _SOURCE.parent / "feature_repo"
 # The definitions in `feature_repo` also depend on these modules.
 _DEFINING = ("jobs/feast", "features/matrix", "online/layout", "window")
 DIRECTORY = pathlib.Path(".cerberus")
@@ -182,7 +180,9 @@ def _prepare_stores(site: process.Site, servers: stack.Stack, config: settings.S
     known = stamp.read_text() if stamp.exists() else ""
     # A database that was not started here may not be the one of last time.
     lasting = isinstance(servers.postgres, stack.Local) and not servers.postgres.created
-    if known == current and lasting and (_REPO / "feature_store.yaml").exists():
+    place = feast.place()
+    rendered = place is None or (place / "feature_store.yaml").exists()
+    if known == current and lasting and rendered:
         site.report("features", "definitions have not changed")
     else:
         _step(site, "features", "definitions are applied", "apply")
@@ -205,7 +205,8 @@ async def _seed(config: settings.Settings) -> None:
 
 def _definitions(config: settings.Settings) -> str:
     digest = hashlib.sha256()
-    for file in (*sorted(_REPO.glob("*.py")), *(_SOURCE / f"{name}.py" for name in _DEFINING)):
+    sources = (settings.PACKAGE / f"{name}.py" for name in _DEFINING)
+    for file in (*sorted(settings.FEATURE_REPO.glob("*.py")), *sources):
         digest.update(file.read_bytes())
     said = (config.postgres.url, config.redis.url, config.windows.spans)
     limits = (config.windows.allowed_lateness_ms, config.windows.max_future_skew_ms)

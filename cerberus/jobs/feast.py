@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from cerberus.features import declared
 from cerberus.online import layout, partition_states
 from cerberus.online import pool as redis_pool
 
-REPO = pathlib.Path(__file__).parent.parent.parent / "feature_repo"
+REPO = settings.FEATURE_REPO
 _SERVED = (declared.STATS_VIEW, declared.WINDOW_VIEW, declared.CREDIT_VIEW)
 _TYPES = {"Int64", "Float64", "Bytes"}
 _BATCH_ROWS = 10_000
@@ -48,7 +49,16 @@ class Loaded:
     new_rows: int
 
 
-def render(config: settings.Settings, directory: pathlib.Path = REPO) -> pathlib.Path:
+def place() -> pathlib.Path | None:
+    """Return the checkout's feature repo; None if it is read-only or part of an installation.
+
+    The rendered file holds passwords, so it is never left in an installed package.
+    """
+    in_checkout = REPO.parent == settings.ROOT
+    return REPO if in_checkout and os.access(REPO, os.W_OK) else None
+
+
+def render(config: settings.Settings, directory: pathlib.Path) -> pathlib.Path:
     """Write `feature_store.yaml` (mode 0600) for Feast's command line and notebooks.
 
     Raises:
@@ -90,13 +100,30 @@ def repo_config(config: settings.Settings) -> dict[str, Any]:
 
 
 def apply(
-    config: settings.Settings, directory: pathlib.Path = REPO, deadline_s: float = 120.0
+    config: settings.Settings, directory: pathlib.Path | None = None, deadline_s: float = 120.0
 ) -> str:
     """Write `feature_store.yaml`, run `feast apply` and return its output. Idempotent: yes.
+
+    Args:
+        config: All settings.
+        directory: Holds `features.py`; `place()` by default, else a private copy that is removed.
+        deadline_s: Of `feast apply`.
 
     Raises:
         StoreUnavailable: It failed or took longer than the deadline; the message says why.
     """
+    if directory := directory or place():
+        return _apply(config, directory, deadline_s)
+    with tempfile.TemporaryDirectory(prefix="cerberus-") as private:  # mode 0700
+        directory = pathlib.Path(private) / REPO.name
+        directory.mkdir()
+        shutil.copy(REPO / "features.py", directory)
+        # The definitions look for the package beside their directory if it is not on the path.
+        (directory.parent / "cerberus").symlink_to(settings.PACKAGE)
+        return _apply(config, directory, deadline_s)
+
+
+def _apply(config: settings.Settings, directory: pathlib.Path, deadline_s: float) -> str:
     render(config, directory)
     command = [sys.executable, "-c", "from feast.cli.cli import cli; cli()", "apply"]
     try:
