@@ -41,7 +41,7 @@ class UnknownDecision(CerberusError):
 
 
 class ModelMismatch(CerberusError):
-    """The model does not fit this build; `python models/train_model.py` trains one that does."""
+    """The model does not fit this build; `python -m cerberus train` trains one that does."""
 
 
 class FeaturesUnavailable(CerberusError):

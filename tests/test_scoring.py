@@ -164,7 +164,7 @@ def _refusal(path, spans=("10m",)):
     with pytest.raises(errors.ModelMismatch) as caught:
         models.Model.load(path, spans)
     message = str(caught.value)
-    assert "python models/train_model.py" in message
+    assert "python -m cerberus train" in message
     assert "CERBERUS_MODEL" in message
     return message
 

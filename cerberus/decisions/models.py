@@ -121,7 +121,7 @@ class Model:
             ConfigError: The message names what is wrong in the policy.
         """
         rules = policy.Policy.load(policy_path)
-        mend = "train one with `python models/train_model.py` or set CERBERUS_MODEL"
+        mend = "train one with `python -m cerberus train` or set CERBERUS_MODEL"
         try:
             content = path.read_bytes()
             manifest = read_manifest(manifest_path(path).read_bytes())
