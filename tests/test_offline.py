@@ -98,9 +98,8 @@ async def test_months_have_partitions_and_other_times_are_kept_all_the_same(pool
     }
 
 
-async def test_nobody_waits_for_what_a_migration_has_done(pool, postgres, monkeypatch):
-    monkeypatch.setattr(months, "_LOCK_MS", 8_000)
-    monkeypatch.setattr(months, "_WORK_MS", 8_000)
+async def test_nobody_waits_for_what_a_migration_has_done(pool, postgres):
+    slow = schema.Schema(pool, ("10m",), patience=months.Patience(lock_ms=8_000, work_ms=8_000))
     waiting = (
         "SELECT count(*) FROM pg_locks WHERE relation = 'decisions'::regclass AND NOT granted "
         "AND mode = 'AccessExclusiveLock'"
@@ -115,7 +114,7 @@ async def test_nobody_waits_for_what_a_migration_has_done(pool, postgres, monkey
         async with reader.transaction():
             await reader.execute("SELECT * FROM decisions")
             later = datetime.datetime(2031, 1, 1, tzinfo=datetime.UTC)
-            starting = asyncio.create_task(postgres.schema.migrate(later))
+            starting = asyncio.create_task(slow.migrate(later))
             await until(lambda: pool.fetchval(waiting), "a start waits for one table's month")
             assert [row["name"] for row in await pool.fetch(held)] == []
             assert await pool.fetchval(locked) == 0

@@ -1,6 +1,7 @@
 """What is older than is kept goes, in whole months; nothing else does, and nobody waits for it."""
 
 import asyncio
+import dataclasses
 import datetime
 import itertools
 import time
@@ -126,10 +127,9 @@ async def test_exactly_the_months_that_are_over_go_while_others_write(config, po
         assert await parts(pool, table) == {table + name for name in names}
 
 
-async def test_a_month_in_use_is_left_for_later_and_nobody_waits_behind_it(
-    config, pool, postgres, monkeypatch
-):
-    monkeypatch.setattr(months, "_PAUSE_S", 0.05)
+async def test_a_month_in_use_is_left_for_later_and_nobody_waits_behind_it(config, pool, postgres):
+    hasty = expiry.Expiry(pool, months.Patience(tries=months.PATIENT.tries, pause_s=0.05))
+    postgres = dataclasses.replace(postgres, expiry=hasty)
     await write(postgres, 1, KEPT_FROM_MS - 1)
     await write(postgres, 2, KEPT_FROM_MS)
     async with pool.acquire() as reader:
@@ -151,8 +151,8 @@ async def test_a_month_in_use_is_left_for_later_and_nobody_waits_behind_it(
     assert (await times(pool))["transactions"][0] == KEPT_FROM_MS
 
 
-async def test_what_has_no_month_of_its_own_goes_in_batches(config, pool, postgres, monkeypatch):
-    monkeypatch.setattr(months, "_BLOCKS", 1)
+async def test_what_has_no_month_of_its_own_goes_in_batches(config, pool, postgres):
+    postgres = dataclasses.replace(postgres, expiry=expiry.Expiry(pool, blocks=1))
     old_ms = KEPT_FROM_MS - 900 * 86_400_000
     await pool.execute(
         "INSERT INTO transactions SELECT u, $1::bigint + u % 2 * $2::bigint, 't' || u, 1, 'USD', "
@@ -161,7 +161,8 @@ async def test_what_has_no_month_of_its_own_goes_in_batches(config, pool, postgr
         KEPT_FROM_MS + 900 * 86_400_000 - old_ms,
     )
     async with pool.acquire() as connection:
-        batches = months.delete(connection, "transactions_default", "event_ms < $1", KEPT_FROM_MS)
+        rows = months.Rows("transactions_default", "event_ms < $1")
+        batches = months.delete(connection, rows, KEPT_FROM_MS, blocks=1)
         statements = [deleted async for deleted in batches]
     assert sum(statements) == 1_000
     assert len(statements) > 10
@@ -171,9 +172,9 @@ async def test_what_has_no_month_of_its_own_goes_in_batches(config, pool, postgr
 
 
 async def test_what_arrives_when_its_month_is_long_over_goes_with_the_next_sweep(
-    config, pool, postgres, monkeypatch
+    config, pool, postgres
 ):
-    monkeypatch.setattr(months, "_BLOCKS", 1)
+    postgres = dataclasses.replace(postgres, expiry=expiry.Expiry(pool, blocks=1))
     kept = [KEPT_FROM_MS, KEPT_FROM_MS + 900 * 86_400_000]
     for i, at_ms in enumerate(kept):
         await write(postgres, i % 2, at_ms)

@@ -47,10 +47,19 @@ class Expiry:
 
     Args:
         pool: The shared pool.
+        patience: How long the removal of a month waits for its table.
+        blocks: How many blocks of a table a statement deletes from.
     """
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        patience: months.Patience = months.PATIENT,
+        blocks: int = months.BLOCKS,
+    ) -> None:
         self._pool = pool
+        self._patience = patience
+        self._blocks = blocks
 
     async def drop(self, table: str, before: datetime.datetime) -> bool:
         """Drop the months of a table in `BY_MONTH` that end at or before `before`.
@@ -60,10 +69,11 @@ class Expiry:
             before: The first moment of a month.
 
         Returns:
-            Whether all were dropped. It stops at the first one that stays in use for 8 s.
+            Whether all were dropped. It stops at the first one that stays in use: for 8 s, by
+            default.
         """
         async with postgres_pool.connection(self._pool) as connection:
-            dropped, all_gone = await months.drop(connection, table, before)
+            dropped, all_gone = await months.drop(connection, table, before, self._patience)
         for name in dropped:
             log.info("dropped %s", name, extra={"action": "month_dropped"})
         return all_gone
@@ -78,8 +88,8 @@ class Expiry:
         async with postgres_pool.connection(self._pool) as connection:
             if not await connection.fetchval(_DUE[table], before_ms):
                 return
-            rows = months.delete(connection, table, _ROWS[table], before_ms, _WITH.get(table, ""))
-            async for deleted in rows:
+            rows = months.Rows(table, _ROWS[table], _WITH.get(table, ""))
+            async for deleted in months.delete(connection, rows, before_ms, self._blocks):
                 count += deleted
                 yield deleted
             if table == _STATS:

@@ -198,7 +198,7 @@ class Imports:
         """
         wanted = {months.of_ms(ms) for ms in times_ms} - self._months
         async with postgres_pool.connection(self._pool) as connection:
-            await months.add(connection, "transactions", sorted(wanted), months.TRIES)
+            await months.add(connection, "transactions", sorted(wanted), months.PATIENT)
         self._months |= wanted
 
     async def due(self) -> int:

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import re
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
@@ -17,11 +18,8 @@ TABLES = {"transactions": "event_ms", "decisions": "as_of_ms"}
 """The partitioned tables, and the column in ms that they are partitioned by."""
 AHEAD = 3
 """How many months have partitions, this one included."""
-_LOCK_MS, _WORK_MS = 500, 3_000
-_PAUSE_S = 1.0
-TRIES = 5
-"""How many attempts a change gets while others use the table and the caller can wait."""
-_BLOCKS = 512
+BLOCKS = 512
+"""How many blocks of a table a statement deletes from: 4 MB."""
 _OF_TABLE = """
 SELECT c.relname::text FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid
 WHERE i.inhparent = $1::regclass ORDER BY 1
@@ -38,6 +36,41 @@ _IN_USE = (
     asyncpg.QueryCanceledError,
     asyncpg.DeadlockDetectedError,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a change waits for a table that others use.
+
+    Attributes:
+        tries: How many attempts the change gets.
+        lock_ms: How long an attempt waits for the lock, while others wait behind it.
+        work_ms: How long an attempt may take.
+        pause_s: How long to wait before the next attempt.
+    """
+
+    tries: int = 1
+    lock_ms: int = 500
+    work_ms: int = 3_000
+    pause_s: float = 1.0
+
+
+ONCE, PATIENT = Patience(), Patience(tries=5)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a table to delete.
+
+    Attributes:
+        table: The table.
+        condition: SQL that is true for the rows; it refers to an argument as $1.
+        also: SQL that deletes more in each statement; it refers to the deleted rows as `gone`.
+    """
+
+    table: str
+    condition: str
+    also: str = ""
 
 
 def start_of(moment: datetime.datetime) -> datetime.datetime:
@@ -73,12 +106,12 @@ async def add(
     connection: asyncpg.Connection,
     table: str,
     starts: Iterable[datetime.datetime],
-    tries: int = 1,
+    patience: Patience = ONCE,
 ) -> list[str]:
     """Add the partitions of the months that begin at `starts`, and return the names of new ones.
 
     Idempotent: yes. A month that already has rows in the default partition stays there. A month
-    whose lock is not granted within 0.5 s in any of the `tries` is left to the next call.
+    whose lock is not granted in time is left to the next call.
     """
     made = []
     for start in starts:
@@ -88,13 +121,16 @@ async def add(
         low, high = to_ms(start), to_ms(start_of(start + datetime.timedelta(days=31)))
         create = f"CREATE TABLE {name} PARTITION OF {table} FOR VALUES FROM ({low}) TO ({high})"
         with contextlib.suppress(*_NEVER):
-            if await _changed(connection, create, tries):
+            if await _changed(connection, create, patience):
                 made.append(name)
     return made
 
 
 async def drop(
-    connection: asyncpg.Connection, table: str, before: datetime.datetime
+    connection: asyncpg.Connection,
+    table: str,
+    before: datetime.datetime,
+    patience: Patience = PATIENT,
 ) -> tuple[list[str], bool]:
     """Drop the partitions of months that end at or before `before`, the first moment of a month.
 
@@ -102,58 +138,56 @@ async def drop(
 
     Returns:
         The names of dropped partitions, and whether all are dropped. It stops at the first one
-        that stays in use for 8 s.
+        that stays in use: for 8 s, by default.
     """
     dropped: list[str] = []
     for (name,) in await connection.fetch(_OF_TABLE, table):
         if not _over(name, before):
             continue
-        if not await _changed(connection, f"DROP TABLE {name}", TRIES):
+        if not await _changed(connection, f"DROP TABLE {name}", patience):
             return dropped, False
         dropped.append(name)
     return dropped, True
 
 
 async def delete(
-    connection: asyncpg.Connection, table: str, condition: str, value: Any, also: str = ""
+    connection: asyncpg.Connection, rows: Rows, value: Any, blocks: int = BLOCKS
 ) -> AsyncIterator[int]:
-    """Delete the rows that meet a condition, 4 MB of the table a statement.
+    """Delete rows, `blocks` blocks of their table a statement.
 
     It reads the table once, block by block, so it needs no index and searches no block twice.
 
     Args:
         connection: A connection outside a transaction.
-        table: The table to read.
-        condition: SQL that refers to `value` as $1.
-        value: The argument $1.
-        also: SQL that deletes more in each statement; it refers to the rows deleted here as `gone`.
+        rows: Which rows.
+        value: The argument $1 of their condition.
+        blocks: How many blocks to read in a statement.
 
     Yields:
         How many rows each statement has deleted.
     """
     size = "SELECT pg_relation_size($1::regclass) / current_setting('block_size')::integer"
-    blocks = await connection.fetchval(size, table)
-    for at in range(0, blocks, _BLOCKS):
+    for at in range(0, await connection.fetchval(size, rows.table), blocks):
         query = (
-            f"WITH gone AS (DELETE FROM {table} WHERE ctid >= '({at},0)' "
-            f"AND ctid < '({at + _BLOCKS},0)' AND {condition} RETURNING *)"
+            f"WITH gone AS (DELETE FROM {rows.table} WHERE ctid >= '({at},0)' "
+            f"AND ctid < '({at + blocks},0)' AND {rows.condition} RETURNING *)"
         )
-        if also:
-            query += f", more AS ({also})"
+        if rows.also:
+            query += f", more AS ({rows.also})"
         yield await connection.fetchval(f"{query} SELECT count(*) FROM gone", value)
 
 
-async def _changed(connection: asyncpg.Connection, statement: str, tries: int) -> bool:
+async def _changed(connection: asyncpg.Connection, statement: str, patience: Patience) -> bool:
     """Change a table without blocking others for long; False when it stays in use."""
-    for left in reversed(range(tries)):
+    for left in reversed(range(patience.tries)):
         with contextlib.suppress(*_IN_USE):
             async with connection.transaction():
-                await connection.execute(f"SET LOCAL lock_timeout = {_LOCK_MS}")
-                await connection.execute(f"SET LOCAL statement_timeout = {_WORK_MS}")
+                await connection.execute(f"SET LOCAL lock_timeout = {patience.lock_ms}")
+                await connection.execute(f"SET LOCAL statement_timeout = {patience.work_ms}")
                 await connection.execute(statement)
             return True
         if left:
-            await asyncio.sleep(_PAUSE_S)
+            await asyncio.sleep(patience.pause_s)
     return False
 
 

@@ -39,14 +39,20 @@ class Schema:
         pool: The shared pool.
         spans: Names of the windows, such as ("10m",); each has two columns in the history.
         label_rules: Rules for the views, written once; None leaves them as they are.
+        patience: How long a new partition waits for its table.
     """
 
     def __init__(
-        self, pool: asyncpg.Pool, spans: Sequence[str], label_rules: labels.Rules | None = None
+        self,
+        pool: asyncpg.Pool,
+        spans: Sequence[str],
+        label_rules: labels.Rules | None = None,
+        patience: months.Patience = months.ONCE,
     ) -> None:
         self._pool = pool
         self._columns = span_columns(spans)
         self._label_rules = label_rules
+        self._patience = patience
         self._rules_written = False
 
     async def migrate(self, now: datetime.datetime | None = None) -> list[str]:
@@ -69,7 +75,7 @@ class Schema:
         # Not in the transaction above: writers would wait until it ends.
         async with postgres_pool.connection(self._pool) as connection:
             for table in months.TABLES:
-                await months.add(connection, table, coming)
+                await months.add(connection, table, coming, self._patience)
         return applied
 
     async def _add_columns(self, connection: asyncpg.Connection) -> None:
