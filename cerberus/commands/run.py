@@ -33,7 +33,7 @@ _PATIENCE_S = 10.0
 _CURL = "curl -s localhost:{port}/predict{key} -H 'content-type: application/json' -d '{body}'"
 _CALM = ("DEBUG", "INFO")
 # The definitions in `feature_repo` also depend on these modules.
-_DEFINING = ("jobs/feast", "features/matrix", "online/layout", "window")
+_DEFINING = ("jobs/feast", "features/declared", "online/layout", "window")
 DIRECTORY = pathlib.Path(".cerberus")
 # Minutes instead of days, so that the first figures of accuracy appear while somebody watches.
 _SOON = {
