@@ -30,7 +30,8 @@ def main() -> int:
     async def run(
         servers: stack.Stack, environ: Mapping[str, str], directory: pathlib.Path
     ) -> Sequence[str]:
-        async with cluster.opened(servers, environ, directory, users=runs.USERS) as target:
+        setup = cluster.Setup(runs.USERS)
+        async with cluster.opened(servers, environ, directory, setup) as target:
             told = await runs.run(target, plan, functools.partial(print, flush=True))
         print(runs.table(told), flush=True)
         return told.differences

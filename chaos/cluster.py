@@ -199,24 +199,34 @@ def environment(
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a cluster starts from.
+
+    Attributes:
+        users: The users who get a credit score.
+        instances: How many instances there are.
+        app: The ASGI application that they run.
+        credit: Whether fixed credit scores are materialized.
+        prepared: Whether topics and tables exist; if not, the first instance makes them.
+    """
+
+    users: Sequence[int]
+    instances: int = 3
+    app: str = APP
+    credit: bool = True
+    prepared: bool = True
+
+
 @contextlib.asynccontextmanager
 async def opened(
-    servers: stack.Stack,
-    environ: Mapping[str, str],
-    directory: pathlib.Path,
-    *,
-    users: Sequence[int],
-    instances: int = 3,
-    app: str = APP,
-    credit: bool = True,
-    prepared: bool = True,
+    servers: stack.Stack, environ: Mapping[str, str], directory: pathlib.Path, setup: Setup
 ) -> AsyncIterator[Cluster]:
     """Prepare topics, tables, model and scores, and yield the cluster with nothing running.
 
-    When `prepared` is false, the first instance makes topics and tables. At the end, every instance
-    that still runs is killed.
+    At the end, every instance that still runs is killed.
     """
-    environ = environment(environ, directory, credit=credit)
+    environ = environment(environ, directory, credit=setup.credit)
     config = settings.load(environ)
     spans = window.Spans.of(config.windows)
     pin_model(config, spans)
@@ -225,24 +235,19 @@ async def opened(
     async with postgres_pool.connect(config) as pool, redis:
         # Not `assembly.open`: an observer must not be the one that detects a restarted Redis.
         parts = assembly.Service(config, redis, pool)
-        if prepared:
-            await parts.postgres.schema.migrate()
-            await kafka.create_topics(config)
-        if credit:
-            scores = [(user_id, credit_score(user_id)) for user_id in users]
-            await parts.postgres.credit_scores.seed(scores, datetime.datetime.now(datetime.UTC))
-            await asyncio.to_thread(_apply, config, directory)
+        await _prepare(parts, setup, directory)
         cluster = Cluster(
             servers=servers,
             config=config,
             spans=spans,
             instances=[
-                service.Instance(f"service-{i}", site, environ, app) for i in range(instances)
+                service.Instance(f"service-{i}", site, environ, setup.app)
+                for i in range(setup.instances)
             ],
             online=parts.online,
             redis=redis,
             pool=pool,
-            credit=credit,
+            credit=setup.credit,
         )
         with contextlib.ExitStack() as undo:
             for instance in cluster.instances:
@@ -250,8 +255,18 @@ async def opened(
             yield cluster
 
 
+async def _prepare(parts: assembly.Service, setup: Setup, directory: pathlib.Path) -> None:
+    if setup.prepared:
+        await parts.postgres.schema.migrate()
+        await kafka.create_topics(parts.config)
+    if setup.credit:
+        scores = [(user_id, credit_score(user_id)) for user_id in setup.users]
+        await parts.postgres.credit_scores.seed(scores, datetime.datetime.now(datetime.UTC))
+        await asyncio.to_thread(_apply, parts.config, directory)
+
+
 def pin_model(config: settings.Settings, spans: window.Spans) -> layout.Plan:
-    """Train a small model at the path in the settings, and write the plan beside it."""
+    """Train a small model at the path in the settings, and write the feature plan beside it."""
     training.train(
         simulation.Plan(spans=config.windows.spans, events=3_000), config.model.path, lambda _: None
     )

@@ -64,7 +64,7 @@ def known(commit: str) -> bool:
 
 @contextlib.contextmanager
 def checkout(commit: str) -> Iterator[pathlib.Path]:
-    """Check a commit out beside this tree; the checkout is removed at the end.
+    """Check out a commit in a temporary directory, which is removed at the end.
 
     Raises:
         CerberusError: The history does not have it.

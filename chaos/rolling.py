@@ -62,19 +62,25 @@ async def run(group: rollout.Rollout, say: Callable[[str], None]) -> rollout.Tol
     except TimeoutError as error:
         told.wrong.append(str(error))
     _answered(group, asker.answers)
-    records = await target.log("transactions")
-    log = {
-        number: oracle.Partition(compare.RULES, ((r.offset, r.timestamp, r.value) for r in some))
-        for number, some in records.items()
-    }
-    _assigned(group, log, {n: [r.timestamp for r in some] for n, some in records.items()})
-    _logged(group)
+    log = await _inspected(group)
     if whole:
         query = "SELECT max(epoch) FROM log_epochs"
         acked_s = past.acked_s | publisher.acked_s
         life = questions.Life(log, acked_s, await target.pool.fetchval(query), began_s)
         await _compare(group, asker, life)
     return told
+
+
+async def _inspected(group: rollout.Rollout) -> compare.Log:
+    """Check assignments and logs, and return one oracle for each partition."""
+    records = await group.target.log("transactions")
+    log = {
+        number: oracle.Partition(compare.RULES, ((r.offset, r.timestamp, r.value) for r in some))
+        for number, some in records.items()
+    }
+    _assigned(group, log, {n: [r.timestamp for r in some] for n, some in records.items()})
+    _logged(group)
+    return log
 
 
 def _answered(group: rollout.Rollout, answers: Sequence[questions.Answer]) -> None:

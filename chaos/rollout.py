@@ -261,9 +261,8 @@ async def opened(
     plan: Plan,
 ) -> AsyncIterator[Rollout]:
     """Yield a group without members; its first member makes tables and topics."""
-    async with cluster.opened(
-        servers, environ, directory, users=USERS, instances=0, credit=False, prepared=False
-    ) as target:
+    setup = cluster.Setup(USERS, instances=0, credit=False, prepared=False)
+    async with cluster.opened(servers, environ, directory, setup) as target:
         own = cluster.environment(environ, directory, credit=False) | {
             "CERBERUS_TASKS": "api,consumer,labels,retention",
             "CERBERUS_READ_TIMEOUT_MS": "2000",  # a machine that starts instances is slow

@@ -103,44 +103,74 @@ async def run(target: cluster.Cluster, plan: Plan, say: Callable[[str], None]) -
     asker = questions.Asker(target, USERS, rng, publisher)
     schedule = faults.Schedule(target, publisher, plan.kinds, rng)
     told.injected, told.unasked, told.given = schedule.done, schedule.unasked, asker.answers
-    lives: list[questions.Life] = []
+    stages = _Stages(target, asker, told, say)
     try:
-        for instance in target.instances:
-            instance.start()
-        took_s = await cluster.until(lambda: _ready(target), "the instances serve", _READY_S)
-        say(f"{'start':<34} ready after     {took_s:5.1f} s")
-        for reborn in range(1 + bool(plan.reborn)):
-            began_s = time.time()
-            async with beside(asker.run()):
-                if reborn:
-                    publisher = traffic.Publisher(target, USERS, plan.reborn, rng, "r")
-                    publisher.rate, asker.publisher = _LAST_RATE / 3, publisher
-                    await target.recreate_topic()
-                async with beside(publisher.run()) as publishing:
-                    if reborn:
-                        await cluster.until(target.live, "the new topic is read", _READY_S)
-                        took_s = time.time() - began_s
-                        told.injected.append(faults.Fault(_REBORN, began_s, took_s))
-                        say(f"{_REBORN:<34} recovered after {took_s:5.1f} s")
-                    else:
-                        await schedule.run(say)
-                        publisher.rate = _LAST_RATE
-                    await asyncio.wait([publishing])
-                took_s = await cluster.until(target.drained, "all is stored", _DRAIN_S)
-                say(f"{'drain':<34} took            {took_s:5.1f} s")
-                await asyncio.sleep(2)
-            await cluster.until(target.kept, "what was answered last is stored", _READY_S)
-            lives.append(await _life(target, publisher, began_s))
-            told.stores.append(await compare.stores(target, [life.log for life in lives]))
-            say(f"{sum(told.stores[-1].compared.values()):,} values compared in the stores")
+        await stages.start()
+        await stages.under_fire(schedule, publisher)
+        if plan.reborn:
+            await stages.reborn(traffic.Publisher(target, USERS, plan.reborn, rng, "r"))
     except TimeoutError as error:
         told.unasked.append(str(error))
+    lives = stages.lives
     told.killed = schedule.killed
     told.events = sum(part.end for life in lives for part in life.log.values())
     if lives:
         told.outcomes, told.answers = questions.answers(target, asker.answers, lives)
         told.unkept, told.kept = await questions.kept(target, asker)
     return told
+
+
+@dataclass(slots=True)
+class _Stages:
+    """The stages of a run; each life of the topic is compared when it is over."""
+
+    target: cluster.Cluster
+    asker: questions.Asker
+    told: Told
+    say: Callable[[str], None]
+    lives: list[questions.Life] = field(default_factory=list)
+
+    async def start(self) -> None:
+        for instance in self.target.instances:
+            instance.start()
+        took_s = await cluster.until(lambda: _ready(self.target), "the instances serve", _READY_S)
+        self.say(f"{'start':<34} ready after     {took_s:5.1f} s")
+
+    async def under_fire(self, schedule: faults.Schedule, publisher: traffic.Publisher) -> None:
+        began_s = time.time()
+        async with beside(self.asker.run()):
+            async with beside(publisher.run()) as publishing:
+                await schedule.run(self.say)
+                publisher.rate = _LAST_RATE
+                await asyncio.wait([publishing])
+            await self._drain()
+        await self._compare(publisher, began_s)
+
+    async def reborn(self, publisher: traffic.Publisher) -> None:
+        began_s = time.time()
+        async with beside(self.asker.run()):
+            publisher.rate, self.asker.publisher = _LAST_RATE / 3, publisher
+            await self.target.recreate_topic()
+            async with beside(publisher.run()) as publishing:
+                await cluster.until(self.target.live, "the new topic is read", _READY_S)
+                took_s = time.time() - began_s
+                self.told.injected.append(faults.Fault(_REBORN, began_s, took_s))
+                self.say(f"{_REBORN:<34} recovered after {took_s:5.1f} s")
+                await asyncio.wait([publishing])
+            await self._drain()
+        await self._compare(publisher, began_s)
+
+    async def _drain(self) -> None:
+        took_s = await cluster.until(self.target.drained, "all is stored", _DRAIN_S)
+        self.say(f"{'drain':<34} took            {took_s:5.1f} s")
+        await asyncio.sleep(2)
+
+    async def _compare(self, publisher: traffic.Publisher, began_s: float) -> None:
+        await cluster.until(self.target.kept, "what was answered last is stored", _READY_S)
+        self.lives.append(await _life(self.target, publisher, began_s))
+        found = await compare.stores(self.target, [life.log for life in self.lives])
+        self.told.stores.append(found)
+        self.say(f"{sum(found.compared.values()):,} values compared in the stores")
 
 
 async def _ready(target: cluster.Cluster) -> bool:
@@ -159,7 +189,7 @@ async def _life(
 
 @contextlib.asynccontextmanager
 async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
-    """Run something beside the body; it is cancelled at the end, and its failure is the body's."""
+    """Run something during the body; cancel it at the end, and raise its error there."""
     task = asyncio.create_task(work)
     try:
         yield task

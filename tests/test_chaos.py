@@ -87,9 +87,8 @@ async def opened(servers, environ, directory, *changes, instances=1):
     if changes:
         (directory / "changed.py").write_text("\n".join((*changes, "from cerberus.app import app")))
         app = "changed:app"
-    async with cluster.opened(
-        servers, environ, directory, users=runs.USERS, instances=instances, app=app, credit=False
-    ) as target:
+    setup = cluster.Setup(runs.USERS, instances, app, credit=False)
+    async with cluster.opened(servers, environ, directory, setup) as target:
         yield target
 
 
