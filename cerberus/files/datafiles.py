@@ -248,4 +248,4 @@ def _parquet(path: pathlib.Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise errors.InvalidInput(path.name, f"is no Parquet file: {error}") from error
+        raise errors.InvalidInput(path.name, f"is not a Parquet file: {error}") from error

@@ -225,12 +225,12 @@ def read_label(
         InvalidInput: naming the field.
     """
     said = found.get("label")
-    told = str(said).lower() if isinstance(said, bool) else layouts.text(said)
-    if isinstance(told, str):
-        told = values.get(told, told)
+    word = str(said).lower() if isinstance(said, bool) else layouts.text(said)
+    if isinstance(word, str):
+        word = values.get(word, word)
     document = {
         "transaction_id": layouts.text(found.get("transaction_id")),
-        "label": told,
+        "label": word,
         "source": layouts.text(found.get("source", facts.IMPORTED)),
         "labelled_at": layout.moment(found.get("labelled_at"), "labelled_at"),
         "user_id": layouts.whole(found.get("user_id")),
@@ -257,8 +257,8 @@ def read_score(found: Mapping[str, Any], layout: layouts.Layout) -> imports.Scor
 def _fingerprint(kind: str, file: datafiles.File, plan: Plan) -> str:
     """Return a hash that identifies an import: the file, and how it is read."""
     layout = plan.layouts[kind]
-    told = (kind, file.fingerprint(), dataclasses.asdict(layout), dict(plan.label_values))
-    return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    identity = (kind, file.fingerprint(), dataclasses.asdict(layout), dict(plan.label_values))
+    return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 async def load(

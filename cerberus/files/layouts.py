@@ -65,7 +65,7 @@ class Layout:
                 continue
             raise errors.InvalidInput(
                 name,
-                f"{path.name} has no column {column!r}, only {', '.join(file.columns)}; say "
+                f"{path.name} has no column {column!r}, only {', '.join(file.columns)}; give "
                 f"--column {name}=COLUMN or --constant {name}=VALUE",
             )
         return file
@@ -236,7 +236,9 @@ def read_options(
             kinds = [k for k in fields if bare in fields[k] and kind in ("", k)]
             if not kinds:
                 known = sorted({n for names in fields.values() for n in names})
-                raise errors.InvalidInput(name, f"is no field; there are {', '.join(known)}")
+                raise errors.InvalidInput(
+                    name, f"is not a field; the fields are {', '.join(known)}"
+                )
             for k in kinds:
                 found[k][which][bare] = value
     return {

@@ -41,7 +41,7 @@ class Materializer:
         self._postgres = postgres
 
     async def run(self, progress: supervision.Progress) -> None:
-        """Refresh the views until told to stop."""
+        """Refresh the views until asked to stop."""
         while not progress.stopping.is_set():
             try:
                 async with self._postgres.locks.singleton("materializer") as still_held:
@@ -67,17 +67,17 @@ class Materializer:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        told = asyncio.create_task(child.communicate())
+        output = asyncio.create_task(child.communicate())
         stopping = asyncio.create_task(progress.stopping.wait())
         try:
             await asyncio.wait(
-                (told, stopping), timeout=_CHILD_S, return_when=asyncio.FIRST_COMPLETED
+                (output, stopping), timeout=_CHILD_S, return_when=asyncio.FIRST_COMPLETED
             )
         finally:
             stopping.cancel()
             if child.returncode is None:
                 child.kill()  # an interrupted load is repeated
-            said, _ = await told
+            said, _ = await output
         if progress.stopping.is_set():
             return
         text = said.decode(errors="replace").strip()

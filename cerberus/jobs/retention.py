@@ -37,7 +37,7 @@ class Retention:
         self._clock = clock
 
     async def run(self, progress: supervision.Progress) -> None:
-        """Remove what has expired every hour, until told to stop."""
+        """Remove what has expired every hour, until asked to stop."""
         while not progress.stopping.is_set():
             wait_s = _LOOK_S
             try:

@@ -250,7 +250,7 @@ async def _add(
         rows: list[Any] = [_transaction(line, paid) for line, paid in records]
         query, width = _ADD_TRANSACTIONS, 7
     else:
-        rows = [_label(told) if kind == "labels" else told for _, told in records]
+        rows = [_label(each) if kind == "labels" else each for _, each in records]
         query, width = (_ADD_LABELS, 5) if kind == "labels" else (_ADD_SCORES, 3)
     columns = postgres_pool.columns(rows, width)
     return int(await connection.fetchval(query, *columns, timeout=_STATEMENT_S))
@@ -261,5 +261,5 @@ def _transaction(line: int, paid: transactions.Transaction) -> tuple[Any, ...]:
     return (*named, paid.amount_minor, paid.currency, paid.merchant_id, line)
 
 
-def _label(told: labels.Label) -> tuple[Any, ...]:
-    return (told.transaction_id, told.user_id, told.label, told.source, told.labelled_ms)
+def _label(label: labels.Label) -> tuple[Any, ...]:
+    return (label.transaction_id, label.user_id, label.label, label.source, label.labelled_ms)

@@ -49,32 +49,32 @@ class LabelRows:
         self._pool = pool
         self.counts: collections.Counter[str] = collections.Counter()
 
-    async def write(self, told: Sequence[labels.Label], seen_ms: int) -> list[bool]:
+    async def write(self, given: Sequence[labels.Label], seen_ms: int) -> list[bool]:
         """Store labels, and say for each whether it is new. Idempotent: yes; `seen_ms` stays.
 
         Args:
-            told: Labels in any order, repetitions included.
+            given: Labels in any order, repetitions included.
             seen_ms: The time now: a label is known from the moment when it is first stored.
         """
-        if not told:
+        if not given:
             return []
-        rows = {_row(each) for each in told}
+        rows = {_row(each) for each in given}
         # Sorted, so that two writers lock rows in one order.
         arranged = sorted(rows, key=lambda row: (row[0], row[1] is not None, row[1:]))
         async with postgres_pool.connection(self._pool) as connection:
             stored = await connection.fetch(_INSERT, *postgres_pool.columns(arranged, 5), seen_ms)
         new = {tuple(row) for row in stored}
         found = []
-        for each in told:
+        for each in given:
             found.append(_row(each) in new)
             new.discard(_row(each))  # the same one again is known
         self.counts["stored"] += sum(found)
         self.counts["known"] += len(found) - sum(found)
         return found
 
-    async def expect(self, told: Sequence[labels.Label]) -> None:
+    async def expect(self, given: Sequence[labels.Label]) -> None:
         """Keep synthetic labels until they are due, at their `labelled_ms`. Idempotent: yes."""
-        rows = [(t.transaction_id, t.user_id, t.label, t.labelled_ms) for t in told]
+        rows = [(t.transaction_id, t.user_id, t.label, t.labelled_ms) for t in given]
         async with postgres_pool.connection(self._pool) as connection:
             await connection.executemany(_EXPECT, rows)
 
@@ -95,8 +95,8 @@ class LabelRows:
 
 async def write_rules(connection: asyncpg.Connection, rules: labels.Rules) -> None:
     """Store for the views when a decision is mature and what counts as fraud. Idempotent: yes."""
-    told = (rules.maturity_ms, rules.friendly_fraud_positive)
-    if await connection.execute(_WRITE_RULES, *told) != "UPDATE 0":
+    written = (rules.maturity_ms, rules.friendly_fraud_positive)
+    if await connection.execute(_WRITE_RULES, *written) != "UPDATE 0":
         log.info("the rules of labels are now %s", rules, extra={"action": "label_rules_written"})
 
 

@@ -160,11 +160,11 @@ class Ledger:
 
 
 def _row(record: decision_records.Record) -> tuple[Any, ...]:
-    told = record.columns()
-    told["features"] = orjson.dumps(told["features"]).decode()
-    told["degraded"] = ",".join(told["degraded"])
-    told["latency_ms"] = orjson.dumps(told["latency_ms"]).decode()
-    return tuple(told.values())
+    columns = record.columns()
+    columns["features"] = orjson.dumps(columns["features"]).decode()
+    columns["degraded"] = ",".join(columns["degraded"])
+    columns["latency_ms"] = orjson.dumps(columns["latency_ms"]).decode()
+    return tuple(columns.values())
 
 
 def _record(row: Mapping[str, Any]) -> decision_records.Record:
