@@ -227,7 +227,7 @@ async def test_a_store_that_is_away_is_told_with_when_to_come_back(environ, serv
             refused = await asked.get(path)
             told = is_problem(refused, "decisions_unavailable")
             assert refused.headers["retry-after"] == "1"
-            assert "ask again in a second" in told["detail"]
+            assert "try again in a second" in told["detail"]
             assert "secret" not in told["detail"]
     await away.close()
     blind = Served(environ | {"REDIS_URL": "redis://127.0.0.1:1/0"}, read_timeout_ms=50)
