@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from cerberus import errors
 
+PACKAGE = pathlib.Path(__file__).parent
+ROOT = PACKAGE.parent
 REQUIRED = "required"
 _PREFIX = "CERBERUS_"
 # Kubernetes and Docker set these in every container if a service is called cerberus.
@@ -25,6 +27,12 @@ _READ = "read"
 Read = Callable[[str, str], Any]
 """Takes the name of a variable and its text; raises ConfigError for a text that it cannot take."""
 Group = TypeVar("Group")
+
+
+def shipped(name: str, package: pathlib.Path = PACKAGE) -> pathlib.Path:
+    """Return a directory that comes with the package: inside it as installed, else beside it."""
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,18 +25,8 @@ from cerberus.environment import (  # the vocabulary of the declarations below
     words,
 )
 
-PACKAGE = pathlib.Path(__file__).parent
-ROOT = PACKAGE.parent
-
-
-def shipped(name: str, package: pathlib.Path = PACKAGE) -> pathlib.Path:
-    """Return a directory that comes with the package: inside it as installed, else beside it."""
-    inside = package / name
-    return inside if inside.is_dir() else package.parent / name
-
-
-FEATURE_REPO = shipped("feature_repo")
-MODEL_PATH = shipped("models") / "fraud_model.json"
+FEATURE_REPO = environment.shipped("feature_repo")
+MODEL_PATH = environment.shipped("models") / "fraud_model.json"
 POLICY_PATH = MODEL_PATH.with_name("policy.json")
 TASKS = ("api", "consumer", "producer", "materializer", "labels", "retention")
 AUTO_RATE = 2.0
@@ -194,10 +184,7 @@ class Windows:
         "CERBERUS_MAX_FUTURE_SKEW_S", "60", ms(0, 3_600), "how far ahead a timestamp may be, s"
     )
     max_staleness_ms: int = variable(
-        "CERBERUS_MAX_STALENESS_S",
-        "60",
-        ms(1, 86_400),
-        "age above which streamed values are null, s",
+        "CERBERUS_MAX_STALENESS_S", "60", ms(1, 86_400), "older streamed values are null, s"
     )
 
 

@@ -69,7 +69,7 @@ def schema(name):
 
 
 def test_the_page_of_settings_is_what_their_declarations_say():
-    tables = environment.tables(settings.Settings, settings.ROOT)
+    tables = environment.tables(settings.Settings, environment.ROOT)
     page = TEXT["docs/settings.md"]
     assert environment.between_markers(page, tables) == page, "make docs"
     shown = set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.M))

@@ -14,7 +14,7 @@ import zipfile
 import pytest
 from service import ROOT, service
 
-from cerberus import settings
+from cerberus import environment
 from cerberus.jobs import feast as feast_store
 
 SHIPPED = ("cerberus", "feature_repo", "models", "pyproject.toml", "README.md", "LICENSE")
@@ -96,12 +96,12 @@ def test_what_comes_with_the_package_is_found_beside_it_or_inside(tmp_path, plac
     package = tmp_path / "cerberus"
     wanted = (tmp_path if place == BESIDE else package) / "models"
     wanted.mkdir(parents=True)
-    assert settings.shipped("models", package) == wanted
+    assert environment.shipped("models", package) == wanted
 
 
 def test_an_installation_is_never_rendered_into_and_a_checkout_is(monkeypatch, tmp_path):
     assert feast_store.place() == ROOT / "feature_repo"
-    monkeypatch.setattr(feast_store, "REPO", settings.PACKAGE / "feature_repo")
+    monkeypatch.setattr(feast_store, "REPO", environment.PACKAGE / "feature_repo")
     assert feast_store.place() is None
 
 

@@ -19,7 +19,7 @@ from types import FrameType
 
 import orjson
 
-from cerberus import assembly, errors, settings, stack, window
+from cerberus import assembly, environment, errors, settings, stack, window
 from cerberus.jobs import feast, materializer
 from cerberus.online import layout, user_rows
 from cerberus.online import pool as redis_pool
@@ -205,7 +205,7 @@ async def _seed(config: settings.Settings) -> None:
 
 def _definitions(config: settings.Settings) -> str:
     digest = hashlib.sha256()
-    sources = (settings.PACKAGE / f"{name}.py" for name in _DEFINING)
+    sources = (environment.PACKAGE / f"{name}.py" for name in _DEFINING)
     for file in (*sorted(settings.FEATURE_REPO.glob("*.py")), *sources):
         digest.update(file.read_bytes())
     said = (config.postgres.url, config.redis.url, config.windows.spans)

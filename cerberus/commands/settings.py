@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the tables, or write them between the markers of a page."""
-    tables = environment.tables(settings.Settings, settings.ROOT)
+    tables = environment.tables(settings.Settings, environment.ROOT)
     if arguments.write is None:
         print(tables, end="")
     else:

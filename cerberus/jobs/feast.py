@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from cerberus import errors, settings
+from cerberus import environment, errors, settings
 from cerberus.features import declared
 from cerberus.online import layout, partition_states
 from cerberus.online import pool as redis_pool
@@ -54,7 +54,7 @@ def place() -> pathlib.Path | None:
 
     The rendered file holds passwords, so it is never left in an installed package.
     """
-    in_checkout = REPO.parent == settings.ROOT
+    in_checkout = REPO.parent == environment.ROOT
     return REPO if in_checkout and os.access(REPO, os.W_OK) else None
 
 
@@ -119,7 +119,7 @@ def apply(
         directory.mkdir()
         shutil.copy(REPO / "features.py", directory)
         # The definitions look for the package beside their directory if it is not on the path.
-        (directory.parent / "cerberus").symlink_to(settings.PACKAGE)
+        (directory.parent / "cerberus").symlink_to(environment.PACKAGE)
         return _apply(config, directory, deadline_s)
 
 
