@@ -4,17 +4,17 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3.14 python3; 
 BIN := .venv/bin
 LOCK := --quiet --universal --generate-hashes --no-emit-index-url --no-annotate --no-header -p 3.11
 
-# Tests wait more than they work, so there are more at a time than cores; each has servers of its own.
+# Tests wait more than they compute, so there are more workers than cores; each has its own servers.
 WORKERS ?= 3
-# One worker has all tests of a module, which share what it makes. In order: test_chaos takes longest.
+# One worker runs all tests of a module, which share fixtures; in order, as test_chaos takes longest.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 ROLLING := $(OLD:%=--old %) $(EVENTS:%=--events %) $(SEED:%=--seed %)
 CHAOS := $(EVENTS:%=--events %) $(KILLS:%=--kills %) $(SEED:%=--seed %)
 
 .DEFAULT_GOAL := help
-.PHONY: help run check quick test chaos rolling bench train lock fmt clean
+.PHONY: help run check quick test chaos rolling bench train docs lock fmt clean
 
-help: ## Show what there is
+help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 .venv/.installed: requirements-dev.txt
@@ -27,38 +27,38 @@ help: ## Show what there is
 run: .venv/.installed ## Start what is missing and serve; ARGS="--port 8001 --rate 50"
 	@$(BIN)/python -m cerberus run $(ARGS)
 
-check: .venv/.installed ## Format, lint, types, layers
+check: .venv/.installed ## Check format, lint, types and layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
-quick: check ## The same, and the tests that need no server, within a minute
+quick: check ## check, and the tests that need no server; a minute
 	$(PYTEST) -m "not servers"
 
-test: check ## Everything that must hold, within ten minutes; WORKERS=1
+test: check ## check, and all tests on real servers; ten minutes; WORKERS=1
 	$(PYTEST)
 
-chaos: .venv/.installed ## Exactness under fire, about five minutes; EVENTS=1000000 KILLS=30 SEED=7
+chaos: .venv/.installed ## Compare every value while servers and instances fail; five minutes; EVENTS=1000000 KILLS=30 SEED=7
 	$(BIN)/python -m chaos $(CHAOS)
 
-rolling: .venv/.installed ## A rolling update from an older commit, and back; OLD=5bac5f3 EVENTS=20000 SEED=7
+rolling: .venv/.installed ## Update a running group from an older commit, and roll back; three minutes; OLD=5bac5f3 EVENTS=20000 SEED=7
 	$(BIN)/python -m chaos.rolling $(ROLLING)
 
-bench: .venv/.installed ## Requests, look-ups, replay, backlog and memory, as ratios within one run
+bench: .venv/.installed ## Measure requests, look-ups, replay, backlog and memory
 	$(BIN)/python benchmarks/predict.py
 	$(BIN)/python benchmarks/lookups.py
 	$(BIN)/python benchmarks/replay.py
 	$(BIN)/python benchmarks/backlog.py
 	$(BIN)/python benchmarks/memory.py
 
-train: .venv/.installed ## Train models/fraud_model.json anew
+train: .venv/.installed ## Train models/fraud_model.json
 	$(BIN)/python models/train_model.py $(ARGS)
 
 docs: .venv/.installed ## Write docs/settings.md from the settings' declarations
 	$(BIN)/python -m cerberus settings --write docs/settings.md
 
-lock: ## Pin all requirements anew, hashed and without addresses; wants uv on PATH
+lock: ## Lock all requirements with hashes and no addresses; needs uv on PATH
 	uv pip compile $(LOCK) pyproject.toml -o requirements.txt
 	uv pip compile $(LOCK) --group stack --group dev pyproject.toml -o requirements-dev.txt
 

@@ -165,7 +165,7 @@ class Judged:
             rules, rows = await self._turns.call(timeout_s, self._count, timeout_s, *place)
         except errors.Overloaded as error:
             raise errors.Overloaded(
-                "Another report is being made; ask again in a second."
+                "Another report is being made; try again in a second."
             ) from error
         except TimeoutError as error:
             raise errors.DecisionsUnavailable(
