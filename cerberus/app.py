@@ -34,6 +34,7 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
             for name, run in service.tasks().items():
                 service.supervisor.add(name, run)
             running.state.parts = gate.Parts.of(service)
+            _ = service.predictor, service.lookups, service.meter  # before the collector is frozen
             # Otherwise a full collection walks all that was imported: 25 ms without an answer.
             gc.collect()
             gc.freeze()

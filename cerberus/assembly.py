@@ -203,7 +203,7 @@ class Service:
 
 def for_command(config: settings.Settings) -> contextlib.AbstractAsyncContextManager[Service]:
     """Open the parts for a command, which runs no task and does not store the label rules."""
-    return open(dataclasses.replace(config, tasks=frozenset()))
+    return open(dataclasses.replace(config, tasks=frozenset()), onlooker=True)
 
 
 @contextlib.asynccontextmanager
@@ -212,6 +212,7 @@ async def open(
     *,
     clock: clock.Clock = clock.now_ms,
     give_up: Callable[[str], None] = _nobody,
+    onlooker: bool = False,
 ) -> AsyncIterator[Service]:
     """Open the pools and yield the parts on them; at the end the pools are closed, within bounds.
 
@@ -219,11 +220,13 @@ async def open(
         config: Settings.
         clock: The wall clock in ms since the Unix epoch, of every part.
         give_up: Called with the reason when a task cannot be kept alive.
+        onlooker: Whether to leave it to others to mark in Redis that its server has restarted: the
+            mark is the time of this machine's clock.
 
     Raises:
         ConfigError: The address of Redis has a parameter that the client does not know.
     """
-    redis = redis_pool.connect(config, claims.recognise(config, clock))
+    redis = redis_pool.connect(config, None if onlooker else claims.recognise(config, clock))
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(redis.aclose)
         pool = await postgres_pool.connect(config)

@@ -265,11 +265,12 @@ class Claims:
             names = {record.decision_id for record in unsure}
             left = [record for record in unsure if record.decision_id not in known]
             claimed = await self.claim(left, now_ms, names, brief=True)
-            if None in claimed:
-                raise errors.NeedsOperator(
-                    "a claim in Redis is of a later version or broken: wait until it has expired, "
-                    "or update this process"
-                )
+            for record, stands in zip(left, claimed, strict=True):
+                if stands is None:
+                    raise errors.NeedsOperator(
+                        f"Redis key {key(self._config, record.decision_id)} holds a claim of a "
+                        "later version, or a broken one: update this process, or delete the key"
+                    )
             known |= {r.decision_id: r for r in claimed if r is not None}
             found = [
                 stands or known[r.decision_id] for r, stands in zip(records, found, strict=True)

@@ -18,7 +18,7 @@ REQUIRED = "required"
 _PREFIX = "CERBERUS_"
 # Kubernetes and Docker set these in every container if a service is called cerberus.
 _OF_PLATFORM = re.compile(
-    r"CERBERUS_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
+    r"CERBERUS_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|NAME|ENV_\w+)"
 )
 _BEGIN, _END = "<!-- settings: `make docs` writes them -->", "<!-- end of settings -->"
 _VARIABLES = "variables"
@@ -283,7 +283,9 @@ def check_names(environ: Mapping[str, str], known: Collection[str]) -> None:
     """
     ours = {name.removeprefix(_PREFIX): name for name in known if name.startswith(_PREFIX)}
     for name in sorted(environ):
-        if not name.startswith(_PREFIX) or name in known or _OF_PLATFORM.fullmatch(name):
+        if not name.startswith(_PREFIX) or not environ[name].strip():
+            continue
+        if name in known or _OF_PLATFORM.fullmatch(name):
             continue
         like = difflib.get_close_matches(name.removeprefix(_PREFIX), ours, n=1)
         raise errors.ConfigError(

@@ -44,13 +44,12 @@ class Exit:
         self.asked = asyncio.Event()
         self.reason: str | None = None
         self._deadline_s = deadline_s
-        self._heard: queue.SimpleQueue[int] = (
-            queue.SimpleQueue()
-        )  # a signal handler may call its put
+        # A signal handler may call its put.
+        self._heard: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._before: dict[int, Any] = {}
 
     def watch(self) -> None:
-        """Listen to the signals; the first statement of the lifespan.
+        """Listen to the signals, from the start of the lifespan on.
 
         Only the main thread can: in any other, as in tests, this does nothing.
         """

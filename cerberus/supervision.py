@@ -293,9 +293,8 @@ class Supervisor:
             await asyncio.wait({child}, timeout=policy.watch_s)
             now = self._clock()
             if now - looked_s > policy.watch_s + policy.stall_s:
-                progress.last_s = (
-                    now  # the whole process was suspended: no task could make progress
-                )
+                # The whole process was suspended: no task could make progress.
+                progress.last_s = now
             silent = progress.behind and now - progress.last_s > policy.stall_s
             if silent and not child.done() and not progress.stopping.is_set():
                 child.cancel()

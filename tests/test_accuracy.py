@@ -253,7 +253,7 @@ async def test_a_report_that_takes_too_long_is_given_up_and_says_what_to_do(data
     async with opened(database, labels.Rules(MATURITY_MS, False)) as (pool, postgres):
         async with pool.acquire() as other, other.transaction():
             await other.execute("LOCK TABLE decisions")
-            with pytest.raises(errors.DecisionsUnavailable, match="ask for less by `since`"):
+            with pytest.raises(errors.DecisionsUnavailable, match="set `since`"):
                 await postgres.judged.report(NOW_MS, judged.Question(), timeout_s=0.2)
         assert (await postgres.judged.report(NOW_MS, judged.Question()))["models"] == []
 

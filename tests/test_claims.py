@@ -144,7 +144,8 @@ async def test_the_same_identity_with_other_content_gets_what_stands(one, other)
 @pytest.mark.parametrize("version", [0, 1])
 async def test_a_claim_of_either_version_stands_for_who_writes_the_other(environ, one, version):
     await one.vouching()
-    first, second = (decided("a", now_ms(), told_by) for told_by in "12")
+    at = now_ms()
+    first, second = (decided("a", at, told_by) for told_by in "12")
     async with (
         side(environ, version=version) as writer,
         side(environ, version=1 - version) as other,
@@ -156,7 +157,8 @@ async def test_a_claim_of_either_version_stands_for_who_writes_the_other(environ
 
 async def test_a_claim_of_a_later_version_is_neither_replaced_nor_overlooked(one):
     await one.vouching()
-    first, second = (decided("a", now_ms(), told_by) for told_by in "12")
+    at = now_ms()
+    first, second = (decided("a", at, told_by) for told_by in "12")
     later = first.pack().replace(b'"version":1', b'"version":2')
     await one.redis.set(claims.key(one.config, first.decision_id), later)
     assert await one.claimed.claim([second], now_ms(), set()) == [None]

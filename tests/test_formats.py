@@ -92,6 +92,8 @@ def test_a_claim_says_its_version_and_what_is_not_known_in_it_is_ignored(record)
         b'{"version": 1}',
         PAID.pack().replace(b'"version":1', b'"version":2'),
         PAID.pack()[:-1],
+        PAID.pack().replace(f'"{PAID.decision_id}"'.encode(), b"7"),
+        b'[7, "http", null, 0, {}, "", [], [0, 0, "", ""], ["", ""], null, 1, 1, 0, 0, 0, [], 0]',
         PAID.pack(0)[:-1] + b",1]",
     ],
 )
@@ -163,6 +165,13 @@ def test_a_partition_state_of_a_later_release_is_read():
     told = json.loads(fences.PartitionState(1, 2, "live", 3, version=9).pack())
     state = fences.PartitionState.unpack(json.dumps({"outcomes": 1, **told}).encode())
     assert state == fences.PartitionState(1, 2, "live", 3, version=9)
+
+
+@pytest.mark.parametrize("version", ["1", None, 1.5])
+def test_a_partition_state_with_another_kind_of_version_is_refused(version):
+    told = json.loads((FORMATS / "partition-state-0.json").read_bytes())
+    with pytest.raises(TypeError, match="version"):
+        fences.PartitionState.unpack(json.dumps({**told, "version": version}).encode())
 
 
 def test_a_packed_window_of_version_1_is_read():

@@ -449,7 +449,7 @@ async def test_while_postgres_is_away_labels_are_refused_and_may_be_sent_again(e
         await away.close()
     told = is_problem(refused, "labels_unavailable")
     assert refused.headers["retry-after"] == "1"
-    assert "send all of the request again in a second" in told["detail"]
+    assert "send the whole request again in a second" in told["detail"]
 
 
 async def test_the_label_of_the_readme_is_taken(served, http):

@@ -35,24 +35,34 @@ async def test_versions_are_spoken_that_the_owners_of_all_partitions_read(served
     assert served.store.spoken == 1
 
 
-@pytest.mark.parametrize("interruption", ["an owner that reads less", "a missing owner"])
+@pytest.mark.parametrize(
+    "interruption", ["an owner that reads less", "a missing owner", "nobody who reads the states"]
+)
 async def test_a_newer_version_is_spoken_after_an_hour_without_interruption(served, interruption):
-    spoken, now_s = [], [0.0]
+    now_s = [0.0]
     served.store._partitions.versions._clock = lambda: now_s[0]
+
+    async def spoken(at_s):
+        while now_s[0] < at_s:
+            now_s[0] = min(at_s, now_s[0] + 10.0)
+            await served.store.states()
+        return served.store.spoken
+
     await served.live(version=1)
-    for now_s[0] in (0.0, 3_599.0):
-        await served.store.states()
-        spoken.append(served.store.spoken)
-    if interruption == "a missing owner":
+    await served.store.states()
+    assert await spoken(3_590.0) == 0
+    if interruption == "nobody who reads the states":
+        now_s[0] += 11.0
+    elif interruption == "a missing owner":
         await served.client.delete("cerberus:partitions:transactions")
     else:
         await served.live(version=0)
     await served.store.states()
     await served.live(version=1)
-    for now_s[0] in (3_600.0, 7_199.0, 7_200.0):
-        await served.store.read([1], NOW_MS, 1.0)
-        spoken.append(served.store.spoken)
-    assert spoken == [0, 0, 0, 0, 1]
+    await served.store.read([1], NOW_MS, 1.0)
+    again_s = now_s[0]
+    assert await spoken(again_s + 3_590.0) == 0
+    assert await spoken(again_s + 3_600.0) == 1
     await served.live(version=0)
     await served.store.states()
     assert served.store.spoken == 0  # at once: somebody cannot read version 1

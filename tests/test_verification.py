@@ -166,7 +166,7 @@ async def test_the_command_tells_a_wrong_argument_and_an_absent_store_from_a_dif
     assert "Postgres did not answer" in away.stderr
     shown = await cerberus(environ, "replay", "--help")
     for status in (wrong.returncode, away.returncode, 0, 1, 3, 78):
-        assert re.search(rf"\b{status}\b", shown.stdout.partition("Status:")[2])
+        assert re.search(rf"\b{status}\b", shown.stdout.partition("Exit status:")[2])
 
 
 async def test_a_user_is_shown_to_a_person(environ, served):

@@ -21,10 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; return 0, or 1 when the files cannot be written."""
-    from cerberus.learning import (
-        simulation,
-        training,
-    )  # a second of imports that no other command needs
+    # A second of imports that no other command needs.
+    from cerberus.learning import simulation, training
 
     try:
         training.train(simulation.Plan(spans=arguments.spans, seed=arguments.seed), arguments.out)

@@ -245,7 +245,7 @@ def unpack(value: bytes) -> Record:
             return _from_array(told)
         if told["version"] == VERSION:
             return from_columns(told | {"decision_id": uuid.UUID(told["decision_id"])})
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"decision: the bytes are not a decision ({error!r})") from error
     raise ValueError(f"decision: version {told['version']} is later than {VERSION}; update")
 

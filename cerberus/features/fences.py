@@ -74,6 +74,13 @@ class PartitionState:
 
     @classmethod
     def unpack(cls, value: bytes) -> "PartitionState":
-        """Read what `pack` wrote, of a later version too."""
+        """Read what `pack` wrote, of a later version too.
+
+        Raises:
+            ValueError, TypeError: It is no state.
+        """
         told = orjson.loads(value)
-        return cls(**{name: told[name] for name in cls.__slots__ if name in told})
+        state = cls(**{name: told[name] for name in cls.__slots__ if name in told})
+        if not isinstance(state.version, int):
+            raise TypeError(f"version: {state.version!r} is not a whole number")
+        return state

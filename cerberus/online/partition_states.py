@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import secrets
 import types
 from collections.abc import Callable, Mapping
@@ -56,6 +57,7 @@ class Trail:
     tried: str | None = None
 
 
+_UNHEARD_S = 10.0
 NO_TRAILS: Mapping[int, Trail] = types.MappingProxyType({})
 
 
@@ -78,13 +80,17 @@ class Versions:
         self._patience_s = patience_s
         self._clock = clock
         self._heard = 0
-        self._since_s = 0.0
+        self._since_s = self._last_s = -math.inf
 
     def hear(self, version: int) -> None:
-        """Take note of the newest version that all owners read now; 0 if an owner is missing."""
+        """Take note of the newest version that all owners read now; 0 if an owner is missing.
+
+        More than 10 s without a call interrupt the wait, too.
+        """
         now_s = self._clock()
-        if version != self._heard:
+        if version != self._heard or now_s - self._last_s > _UNHEARD_S:
             self._heard, self._since_s = version, now_s
+        self._last_s = now_s
         if version <= self.spoken or now_s - self._since_s >= self._patience_s:
             self.spoken = version
 

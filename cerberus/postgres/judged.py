@@ -169,7 +169,8 @@ class Judged:
             ) from error
         except TimeoutError as error:
             raise errors.DecisionsUnavailable(
-                f"The report was not made within {timeout_s:g} s; ask about a shorter period."
+                f"The report was not made within {timeout_s:g} s; set `since` to "
+                "report on less, or run `cerberus accuracy`, which waits longer."
             ) from error
         since_ms = asked.since_ms
         return {
