@@ -6,8 +6,9 @@ LOCK := --quiet --universal --generate-hashes --no-emit-index-url --no-annotate 
 
 # Tests wait more than they compute, so there are more workers than cores; each has its own servers.
 WORKERS ?= 3
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS)
 # One worker runs all tests of a module, which share fixtures; in order, as test_chaos takes longest.
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+TOGETHER = --dist loadfile --no-loadscope-reorder
 ROLLING := $(OLD:%=--old %) $(EVENTS:%=--events %) $(SEED:%=--seed %)
 CHAOS := $(EVENTS:%=--events %) $(KILLS:%=--kills %) $(SEED:%=--seed %)
 
@@ -34,10 +35,10 @@ check: .venv/.installed ## Check format, lint, types and layers
 	PYTHONPATH=. $(BIN)/lint-imports
 
 quick: check ## check, and the tests that need no server; a minute
-	$(PYTEST) -m "not servers"
+	$(PYTEST) --dist worksteal -m "not servers"
 
 test: check ## check, and all tests on real servers; ten minutes; WORKERS=1
-	$(PYTEST)
+	$(PYTEST) $(TOGETHER)
 
 chaos: .venv/.installed ## Compare every value while servers and instances fail; five minutes; EVENTS=1000000 KILLS=30 SEED=7
 	$(BIN)/python -m chaos $(CHAOS)
