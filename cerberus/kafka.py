@@ -15,7 +15,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import GroupCoordinatorNotAvailableError, IllegalStateError, KafkaError
 
-from cerberus import errors, settings, transactions
+from cerberus import endpoints, errors, settings, transactions
 from cerberus.decisions import records
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _DEAD_LETTER_BYTES = 900_000
 _stopping: set["asyncio.Task[None]"] = set()
 
 
-def client_options(kafka: settings.Kafka) -> dict[str, Any]:
+def client_options(kafka: endpoints.Kafka) -> dict[str, Any]:
     """Return what every Kafka client is built with.
 
     Raises:
@@ -55,7 +55,7 @@ def client_options(kafka: settings.Kafka) -> dict[str, Any]:
     return options
 
 
-def _ssl_context(kafka: settings.Kafka) -> ssl.SSLContext:
+def _ssl_context(kafka: endpoints.Kafka) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cadata=kafka.ca_pem or None)
         # A platform's own CA signs certificates that carry no host name.
@@ -73,7 +73,7 @@ def _ssl_context(kafka: settings.Kafka) -> ssl.SSLContext:
 
 
 @contextlib.asynccontextmanager
-async def admin(kafka: settings.Kafka) -> AsyncIterator[Any]:
+async def admin(kafka: endpoints.Kafka) -> AsyncIterator[Any]:
     """Open an admin client; start and close are bounded.
 
     Raises:

@@ -13,7 +13,7 @@ import redis
 from asking import client
 from served import Served
 
-from cerberus import errors, kafka, settings, stack
+from cerberus import endpoints, errors, kafka, stack
 
 SCRUBBED = ("CERBERUS_", "KAFKA_", "REDIS_", "DATABASE_URL")
 AS_CALLED = dict(os.environ)
@@ -149,7 +149,7 @@ async def _sql(servers, statement):
 
 
 async def _delete_topics(servers, prefix):
-    async with kafka.admin(settings.Kafka((servers.kafka.url,))) as client:
+    async with kafka.admin(endpoints.Kafka((servers.kafka.url,))) as client:
         ours = [topic for topic in await client.list_topics() if topic.startswith(prefix)]
         if ours:
             await client.delete_topics(ours)

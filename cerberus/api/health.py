@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from cerberus import assembly, settings
+from cerberus import assembly, endpoints
 from cerberus.features import evaluation, fences
 
 _PROBE_S = 1.0
@@ -48,7 +48,7 @@ async def _in_time(probe: Probe) -> Any:
         return await probe()
 
 
-async def reach_kafka(kafka: settings.Kafka, tls: Any) -> None:
+async def reach_kafka(kafka: endpoints.Kafka, tls: Any) -> None:
     """Connect to any broker; over TLS with a whole handshake, or the broker logs an attack.
 
     Deadline: 1 s.
