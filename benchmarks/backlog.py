@@ -91,6 +91,8 @@ def main():
                 "CERBERUS_PARTITIONS": str(replay.PARTITIONS),
                 "CERBERUS_TASKS": "api,consumer",
                 "CERBERUS_RATE": "0",
+                "CERBERUS_API_KEY": "",
+                "CERBERUS_OPEN": "loopback",
             }
             config = settings.load(environ)
             asyncio.run(kafka.create_topics(config))

@@ -236,7 +236,7 @@ async def run(rounds, seconds):
     """Start the servers, measure, report, stop the servers."""
     from cerberus import stack
 
-    ours = {"CERBERUS_TASKS": "api", "CERBERUS_API_KEY": ""}
+    ours = {"CERBERUS_TASKS": "api", "CERBERUS_API_KEY": "", "CERBERUS_OPEN": "loopback"}
     given = {
         k: v for k, v in os.environ.items() if not k.startswith(("KAFKA", "REDIS", "DATABASE"))
     }

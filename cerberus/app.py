@@ -50,6 +50,7 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
 async def _open(stack: contextlib.AsyncExitStack, leaving: shutdown.Exit) -> assembly.Service:
     try:
         config = settings.load(os.environ)
+        settings.check_serving(config)
         opened = assembly.open(config, give_up=leaving.request)
         service = await stack.enter_async_context(opened)
         service.check()

@@ -61,7 +61,7 @@ class Overloaded(CerberusError):
 
 
 class Unauthorized(CerberusError):
-    """Send the key in the X-API-Key header, or call from the same machine when no key is set."""
+    """Send the key in the X-API-Key header, or as Authorization: Bearer."""
 
 
 class ServerUnavailable(CerberusError):

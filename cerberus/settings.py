@@ -56,8 +56,14 @@ class Serving:
         "CERBERUS_API_KEY",
         "",
         words,
-        "keys of callers, comma separated; empty serves only direct callers on the same machine",
+        "keys of callers, comma separated; needed to serve, unless `CERBERUS_OPEN` is set",
         secret=True,
+    )
+    open_to: str = variable(
+        "CERBERUS_OPEN",
+        "",
+        matching("(loopback)?", "loopback, or not set"),
+        "`loopback` serves direct callers on the same machine without a key; a key overrules it",
     )
     max_in_flight: int = variable(
         "CERBERUS_MAX_IN_FLIGHT", "512", integer(1, 100_000), "predictions at once; more get 503"
@@ -278,6 +284,19 @@ def load(environ: Mapping[str, str]) -> Settings:
     _check_sasl(config.kafka)
     _check_retention(config)
     return config
+
+
+def check_serving(config: Settings) -> None:
+    """Hold that somebody has chosen who may call; a process that serves HTTP needs it.
+
+    Raises:
+        ConfigError: Nobody has.
+    """
+    if not config.serving.api_keys and not config.serving.open_to:
+        raise errors.ConfigError(
+            "CERBERUS_API_KEY is not set: set it to the key that callers must send, or set "
+            "CERBERUS_OPEN=loopback to serve callers on this machine without a key"
+        )
 
 
 def _check_sasl(kafka: endpoints.Kafka) -> None:

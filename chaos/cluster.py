@@ -196,6 +196,7 @@ def environment(
         "CERBERUS_MODEL": str(directory / "fraud_model.json"),
         "CERBERUS_POLICY": str(settings.POLICY_PATH),
         "CERBERUS_TASKS": "api,consumer,materializer" if credit else "api,consumer",
+        "CERBERUS_OPEN": "loopback",
     }
 
 

@@ -52,6 +52,9 @@ class Release:
         own = directory / self.name
         own.mkdir(exist_ok=True)
         (own / "release.py").write_text(_APP.format(changes=self.changes))
+        # Older versions are open to loopback unasked, and refuse a setting that they do not know.
+        knows = "CERBERUS_OPEN" in (self.tree / "cerberus" / "settings.py").read_text()
+        environ = {k: v for k, v in environ.items() if knows or k != "CERBERUS_OPEN"}
         site = process.Site(own, environ, lambda line: None)
         return service.Instance(f"{self.name}-{number}", site, environ, "release:app", self.tree)
 

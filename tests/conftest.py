@@ -122,6 +122,7 @@ def environ(servers, database):
         "KAFKA_PREFIX": f"{name}.",
         "REDIS_URL": redis_url,
         "DATABASE_URL": database,
+        "CERBERUS_OPEN": "loopback",
     }
     asyncio.run(_delete_topics(servers, f"{name}."))
 

@@ -32,7 +32,7 @@ def redis_only(servers):
     url = f"{servers.redis.url.rpartition('/')[0]}/15"
     with redis.Redis.from_url(url) as client:
         client.flushdb()
-    return {**servers.environ, "REDIS_URL": url}
+    return {**servers.environ, "REDIS_URL": url, "CERBERUS_OPEN": "loopback"}
 
 
 class Served:

@@ -8,7 +8,7 @@ import uuid
 import jsonschema
 import orjson
 import pytest
-from asking import client, is_problem, validate
+from asking import LOCAL, client, is_problem, validate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import NOW_MS, Served, redis_only, transaction
@@ -247,16 +247,22 @@ async def test_with_a_key_every_route_but_live_wants_it(environ):
                 {"X-API-Key": ""},
                 {"Authorization": "Basic first-key"},
                 {"Authorization": "Bearer"},
+                {"X-API-Key": "first -key"},
+                {"X-API-Key": "\x0bfirst-key"},
+                {"Authorization": "Bearer first-key\x0c"},
             ):
                 refused = await http.get(path, headers=headers)
                 is_problem(refused, "unauthorized")
                 assert refused.headers["www-authenticate"] == "Bearer"
+        refused = await http.get("/metrics?api_key=first-key&key=first-key")
+        assert "in the address is not read" in is_problem(refused, "unauthorized")["detail"]
         assert (await http.get("/health/live")).status_code == 200
     for accepted in (
         {"X-API-Key": "first-key"},
         {"Authorization": "bearer first-key"},
         [(b"X-API-Key", "schlüssel".encode())],
         [(b"X-API-Key", b"old"), (b"X-API-Key", b"first-key")],
+        {"X-API-Key": "\t first-key "},
     ):
         far = client(app, peer="203.0.113.9", base_url="https://fraud.example", headers=accepted)
         async with far as http:
@@ -269,6 +275,25 @@ async def test_with_a_key_every_route_but_live_wants_it(environ):
 async def test_without_a_key_a_direct_local_caller_is_served(served, peer, host):
     async with client(served.app(), peer=peer, headers={"Host": host}) as http:
         assert (await http.get("/openapi.json")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Sec-Fetch-Site": "none"}, {"Sec-Fetch-Site": "same-origin", "Origin": LOCAL}],
+)
+async def test_without_a_key_a_browser_reads_the_page_and_tries_a_request(served, headers):
+    async with client(served.app(), headers=headers) as http:
+        assert (await http.get("/docs")).status_code == 200
+        assert (await http.post("/predict", json={"user_id": 1})).status_code == 200
+
+
+async def test_whoever_has_not_chosen_to_be_open_serves_nobody_without_a_key(environ):
+    served = Served(environ | {"CERBERUS_OPEN": ""})
+    async with client(served.app()) as http:
+        for path in ALL:
+            is_problem(await http.get(path), "forbidden")
+        assert (await http.get("/health/live")).status_code == 200
+    await served.close()
 
 
 @pytest.mark.parametrize(
@@ -289,7 +314,19 @@ async def test_without_a_key_a_direct_local_caller_is_served(served, peer, host)
         ("127.0.0.1", {"Host": ""}),
         ("127.0.0.1", {"Host": "[::1"}),
         ("127.0.0.1", {"Origin": "https://elsewhere.example"}),
+        ("127.0.0.1", {"Host": "local\thost:8000"}),
+        ("127.0.0.1", {"Host": "local host"}),
+        ("127.0.0.1", {"Host": "localhost?"}),
+        ("127.0.0.1", {"Host": "rebound.example@localhost"}),
+        ("127.0.0.1", {"Host": "[::ffff:10.0.0.9]"}),
         ("127.0.0.1", {"Origin": "null"}),
+        ("127.0.0.1", {"Origin": "http://127.0.0.1:3000"}),
+        ("127.0.0.1", {"Origin": "http://localhost:8000"}),
+        ("127.0.0.1", {"Origin": "https://127.0.0.1:8000"}),
+        ("127.0.0.1", {"Origin": "http://127.0.0.1:8000@elsewhere.example"}),
+        ("127.0.0.1", {"Sec-Fetch-Site": "cross-site"}),
+        ("127.0.0.1", {"Sec-Fetch-Site": "same-site"}),
+        ("127.0.0.1", {"Sec-Fetch-Site": ""}),
     ],
 )
 async def test_without_a_key_nobody_else_is(served, peer, headers):
@@ -308,7 +345,18 @@ async def test_without_a_key_nobody_else_is(served, peer, headers):
         ({"client": None}, False),
         ({"headers": []}, False),
         ({"headers": [(b"host", b"localhost"), (b"host", b"rebound.example")]}, False),
-        ({"headers": [(b"host", b"localhost"), (b"origin", b"http://localhost:8000")]}, True),
+        ({"headers": [(b"host", b"LocalHost:1"), (b"origin", b"http://localhost:1")]}, True),
+        ({"headers": [(b"host", b"localhost"), (b"origin", b"http://localhost:8000")]}, False),
+        (
+            {
+                "headers": [
+                    (b"host", b"localhost"),
+                    (b"origin", b"http://localhost"),
+                    (b"origin", b"http://elsewhere.example"),
+                ]
+            },
+            False,
+        ),
     ],
 )
 async def test_what_no_client_library_sends_is_judged_too(served, changes, admitted):

@@ -28,6 +28,7 @@ BASE = {
     "KAFKA_BROKER": "127.0.0.1:1",
     "REDIS_URL": "redis://127.0.0.1:1",
     "DATABASE_URL": "postgres://127.0.0.1:1/x",
+    "CERBERUS_OPEN": "loopback",
 }
 
 
@@ -39,6 +40,10 @@ BASE = {
         ({"CERBERUS_MODEL": "/nowhere/m.json"}, "cannot read /nowhere/m.json"),
         ({"CERBERUS_SPANS": "7m"}, "CERBERUS_SPANS says 7m"),
         ({"CERBERUS_SPAN": "7m"}, "did you mean CERBERUS_SPANS?"),
+        ({"CERBERUS_OPEN": ""}, "CERBERUS_API_KEY is not set"),
+        ({"CERBERUS_OPEN": "", "CERBERUS_API_KEY": " , "}, "CERBERUS_OPEN=loopback"),
+        ({"CERBERUS_OPEN": "", "CERBERUS_TASKS": "consumer"}, "CERBERUS_API_KEY is not set"),
+        ({"CERBERUS_OPEN": "all"}, "CERBERUS_OPEN must be loopback, or not set"),
     ],
 )
 def test_a_wrong_setting_ends_the_start_with_one_sentence(changes, named):

@@ -111,6 +111,7 @@ def test_an_installed_wheel_serves_with_three_addresses_from_an_empty_directory(
     addresses = {name: environ[name] for name in ("KAFKA_BROKER", "REDIS_URL", "DATABASE_URL")}
     # The prefix keeps this test's topics apart; an empty path shuts the checkout out.
     world = {**addresses, "KAFKA_PREFIX": environ["KAFKA_PREFIX"], "PYTHONPATH": ""}
+    world["CERBERUS_OPEN"] = "loopback"
     where = run(
         [installed.python, "-c", "import cerberus; print(cerberus.__file__)"], installed.cwd, world
     )

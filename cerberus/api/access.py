@@ -1,42 +1,49 @@
 """Who may call: the one check that every route but `/health/live` passes.
 
-If keys are set, every caller must send one, callers on the same machine included. If none is set,
-only a *direct local* caller is served. A loopback address alone does not prove that: a reverse
-proxy on this machine has one too, and so has a local browser that runs a page from elsewhere. So a
-caller without a key must also show no trace of a proxy (forwarding headers, or HTTP/1.0, which
-nginx speaks by default), must ask for a loopback name (a rebound DNS name is not one), and must not
-come from another origin. A proxy that leaves no trace cannot be detected: set a key wherever a
-proxy stands in front.
+If keys are set, every caller must send one, callers on the same machine included. A key in the
+address is none: addresses are kept in histories and logs.
+
+With `CERBERUS_OPEN=loopback` and no key, a *direct local* caller is served. A loopback address
+alone does not prove that: a reverse proxy on this machine has one too, and so has a local browser
+that runs a page from elsewhere. So such a caller must also show no trace of a proxy (forwarding
+headers, or HTTP/1.0), must ask for a loopback name (a rebound DNS name is not one), and must not be
+a page of another origin, another port of this machine included. A proxy that leaves no trace cannot
+be detected, so nobody is served without a key unless that was chosen.
 """
 
 import functools
 import hashlib
 import hmac
 import ipaddress
-import urllib.parse
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cerberus import errors
+from cerberus import errors, settings
 
 _PROXIED = frozenset(
     (b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"cf-connecting-ip", b"true-client-ip")
 )
+_OURS = (b"same-origin", b"none")
+# Not by `urlsplit`, which drops tabs and line ends, and takes what stands before an @ or after a ?.
+_HOST = re.compile(rb"(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.IGNORECASE)
 
 
 class Forbidden(errors.CerberusError):
-    """No key is set, so only direct callers on this machine are served; set CERBERUS_API_KEY."""
+    """Without a key, only direct callers on this machine are served; set CERBERUS_API_KEY."""
 
 
 class Guard:
     """Lets a caller pass or refuses it.
 
     Args:
-        keys: A caller must send one of them; without any, only direct local callers are served.
+        serving: If it has keys, a caller must send one of them. Otherwise direct local callers are
+            served if it is open to them, and nobody else.
     """
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = tuple(_digest(key.encode()) for key in keys)
+    def __init__(self, serving: settings.Serving) -> None:
+        self._digests = tuple(_digest(key.encode()) for key in serving.api_keys)
+        self._open = serving.open_to == "loopback"
 
     def check(self, scope: Mapping[str, Any]) -> None:
         """Let a caller pass, or raise. Cost: a few µs, the same for any wrong key.
@@ -51,8 +58,10 @@ class Guard:
         headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
         if self._digests:
             self._check_key(headers)
-        else:
+        elif self._open:
             _check_local(scope, headers)
+        else:
+            raise Forbidden
 
     def _check_key(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         known = False
@@ -61,7 +70,8 @@ class Guard:
                 known |= hmac.compare_digest(sent, digest)
         if not known:
             raise errors.Unauthorized(
-                "Send the key in the X-API-Key header, or as Authorization: Bearer <key>."
+                "Send the key in the X-API-Key header, or as Authorization: Bearer <key>; "
+                "a key in the address is not read."
             )
 
 
@@ -72,10 +82,11 @@ def _digest(key: bytes) -> bytes:
 
 def _sent_keys(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[bytes]:
     for name, value in headers:
+        # Spaces and tabs around a value are none of it, and not every parser takes them away.
         if name == b"x-api-key":
-            yield value
+            yield value.strip(b" \t")
         elif name == b"authorization" and value[:7].lower() == b"bearer ":
-            yield value[7:].strip()
+            yield value[7:].strip(b" \t")
 
 
 def _check_local(scope: Mapping[str, Any], headers: Sequence[tuple[bytes, bytes]]) -> None:
@@ -84,31 +95,32 @@ def _check_local(scope: Mapping[str, Any], headers: Sequence[tuple[bytes, bytes]
         raise Forbidden
     if scope.get("http_version") == "1.0":
         raise Forbidden(_because("it speaks HTTP/1.0, as reverse proxies do"))
-    hosts = 0
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) != 1:
+        raise Forbidden(_because("there must be one Host header"))
+    if not _loopback_host(hosts[0]):
+        raise Forbidden(_because("the Host header is not a loopback name"))
     for name, value in headers:
         if name in _PROXIED or name.startswith(b"x-forwarded-"):
             raise Forbidden(_because(f"a proxy sends the header {name.decode('latin-1')}"))
-        if name == b"host":
-            hosts += 1
-            if not _loopback_url(b"//" + value):
-                raise Forbidden(_because("the Host header is not a loopback name"))
-        elif name == b"origin" and not _loopback_url(value):
+        if (name == b"sec-fetch-site" and value not in _OURS) or (
+            name == b"origin" and value.lower() != _origin(scope, hosts[0])
+        ):
             raise Forbidden(_because("the request comes from a page of another origin"))
-    if hosts != 1:
-        raise Forbidden(_because("there must be one Host header"))
 
 
 def _because(reason: str) -> str:
     return f"{Forbidden()} This caller is not one: {reason}."
 
 
+def _origin(scope: Mapping[str, Any], host: bytes) -> bytes:
+    return f"{scope.get('scheme', 'http')}://".encode() + host.lower()
+
+
 @functools.lru_cache(maxsize=256)
-def _loopback_url(value: bytes) -> bool:
-    try:
-        host = urllib.parse.urlsplit(value.decode("ascii")).hostname
-    except ValueError:
-        return False
-    return host is not None and _loopback(host)
+def _loopback_host(value: bytes) -> bool:
+    found = _HOST.fullmatch(value)
+    return found is not None and _loopback(found[1].decode().strip("[]").lower())
 
 
 @functools.lru_cache(maxsize=256)

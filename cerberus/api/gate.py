@@ -46,7 +46,7 @@ class Parts:
         servers = health.Servers({"redis": service.online.states, **asked})
         return cls(
             service=service,
-            guard=access.Guard(service.config.serving.api_keys),
+            guard=access.Guard(service.config.serving),
             health=health.Health(service, servers),
             label_turns=postgres_pool.Turns(2),
         )

@@ -48,7 +48,7 @@ def document(spans: Sequence[str], currency: str) -> dict[str, Any]:
             "version": VERSION,
             "summary": "Real-time card-fraud decisions.",
             "description": "If CERBERUS_API_KEY is set, every route except `/health/live` requires "
-            "a key; otherwise only direct callers on the same machine are served.",
+            "a key; with CERBERUS_OPEN=loopback alone it serves direct callers of its machine.",
         },
         "security": [{"header": []}, {"bearer": []}, {}],
         "paths": {

@@ -138,6 +138,8 @@ def _completed(
     told = settings.load({**_ADDRESSES, **given})
     soon = _SOON if told.kafka.on_loopback else {}
     completed = {**environ, **soon, **given, "PYTHONUNBUFFERED": "1"}
+    if not told.serving.api_keys:
+        completed["CERBERUS_OPEN"] = "loopback"  # it serves on a loopback address
     if "CERBERUS_MODEL" not in given and window.Spans.of(told.windows) != window.Spans():
         # The committed model and plan are for the default windows, and stay.
         completed["CERBERUS_MODEL"] = str(directory.resolve() / "model" / settings.MODEL_PATH.name)
