@@ -490,6 +490,74 @@ async def test_any_json_gets_an_answer_or_a_problem_of_the_caller(environ, datab
         await served.close()
 
 
+# What strangers write reaches no terminal and no log as it came.
+
+
+def carries_no_codes(text):
+    return all(character.isprintable() or character == "\n" for character in text)
+
+
+@pytest.mark.parametrize("path", ["*", "", "?", "//", "///docs", "nowhere", "/\x1b[31m\x9b\u202e"])
+@pytest.mark.parametrize("method", ["GET", "OPTIONS", "POST"])
+async def test_any_path_and_host_is_answered_counted_and_told_without_codes(served, path, method):
+    scope = {
+        "type": "http",
+        "client": ("127.0.0.1", 1),
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "query_string": b"",
+    }
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    async def send(message):
+        sent.append(message)
+
+    app = served.app()
+    await app(scope | {"headers": [(b"host", b"elsewhere.example")]}, receive, send)
+    await app(scope | {"headers": [(b"host", b"localhost:1")]}, receive, send)
+    app.state.parts.guard.check = lambda scope: None  # as with the right key
+    await app(scope | {"headers": [(b"host", b"[\x1b")]}, receive, send)
+    answers = [message for message in sent if message["type"] == "http.response.start"]
+    assert [answer["status"] for answer in answers] == [403, 404, 404]
+    for body in (message["body"] for message in sent if "body" in message):
+        assert carries_no_codes(body.decode())
+        assert method in body.decode() or b"CERBERUS_API_KEY" in body
+    counted = app.state.parts.service.meter.render().decode()
+    assert 'cerberus_requests_total{route="other",status="404"} 2.0' in counted
+
+
+async def test_no_answer_can_be_read_by_a_page_of_another_origin(served):
+    app = served.app()
+
+    async def breaks(request):
+        raise RuntimeError
+
+    app.router.routes.append(Route("/breaks", breaks))
+    async with client(app) as http:
+        answers = [await http.get(path) for path in (*ALL, "/health/live", "/breaks")]
+        answers.append(await http.post("/predict", json={"user_id": 1005}))
+        answers.append(await http.get("/docs", headers={"Origin": "https://elsewhere.example"}))
+    assert {answer.status_code for answer in answers} >= {200, 403, 404, 500}
+    for answer in answers:
+        assert answer.headers.get_list("x-content-type-options") == ["nosniff"]
+        assert answer.headers.get_list("cross-origin-resource-policy") == ["same-origin"]
+
+
+async def test_what_a_stranger_named_is_answered_without_codes_and_with_the_same_meaning(http):
+    name = "t\x7f\x9b31m\u2028\u202e\U000e0041é"
+    hand = {"user_id": 1005, "transaction_id": name, "amount": 9}
+    answer = await http.post("/predict", json=hand)
+    assert carries_no_codes(answer.text)
+    assert answer.json()["transaction_id"] == name
+    refused = await http.get("/decisions", params={name: "x"})
+    assert carries_no_codes(refused.text)
+    is_problem(refused, "invalid", name)
+
+
 @settings(
     max_examples=150,
     deadline=None,

@@ -25,6 +25,11 @@ _PROXIED = frozenset(
     (b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"cf-connecting-ip", b"true-client-ip")
 )
 _OURS = (b"same-origin", b"none")
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+"""Of every answer: no page of another origin may read it, whatever its browser says of the page."""
 # Not by `urlsplit`, which drops tabs and line ends, and takes what stands before an @ or after a ?.
 _HOST = re.compile(rb"(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.IGNORECASE)
 

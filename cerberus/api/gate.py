@@ -72,6 +72,7 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message["headers"], *access.HEADERS]
             await send(message)
 
         try:
@@ -84,7 +85,8 @@ class Gate:
                 await self._app(scope, receive, note)
         finally:
             if parts is not None:
-                route = path if path in _ROUTES else f"/{path.split('/')[1]}"
+                # The path may be `*`, or empty.
+                route = path if path in _ROUTES else f"/{path[1:].partition('/')[0]}"
                 parts.service.meter.request(route if route in _ROUTES else "other", status)
 
 

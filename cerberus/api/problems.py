@@ -4,13 +4,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
-from cerberus import errors
+from cerberus import errors, printable
 from cerberus.api import access, codes
 
 log = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class Refusal(errors.CerberusError):
 
 def _problem(code: str, detail: str, field: str | None = None) -> Response:
     return Response(
-        orjson.dumps(codes.problem(code, detail, field)),
+        printable.dumps(codes.problem(code, detail, field)),
         status_code=codes.PROBLEMS[code].status,
         headers=_HEADERS.get(code),
         media_type=codes.MEDIA_TYPE,
@@ -84,7 +83,7 @@ async def refuse(request: Request, error: Exception) -> Response:
         raise error
     field = error.field if isinstance(error, errors.Conflict) else None
     if isinstance(error, errors.StoreUnavailable | errors.ConfigError):
-        log.warning("%s was refused: %s", request.url.path, error)
+        log.warning("%s was refused: %s", request.scope["path"], error)
     return _problem(code, str(_HIDDEN.get(type(error), error)), field)
 
 
@@ -92,7 +91,7 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
     known = {404: "not_found", 405: "method_not_allowed"}
     if not isinstance(error, HTTPException) or error.status_code not in known:
         raise error
-    detail = f"{request.method} {request.url.path} is not served here."
+    detail = f"{request.method} {request.scope['path']} is not served here."
     response = _problem(known[error.status_code], detail)
     response.headers.update(error.headers or {})
     return response
@@ -103,7 +102,9 @@ async def _refuse_rest(request: Request, error: Exception) -> Response:
 
 
 async def _fault(request: Request, error: Exception) -> Response:
-    return _problem("internal", "The request failed; the log of this process has the cause.")
+    response = _problem("internal", "The request failed; the log of this process has the cause.")
+    response.raw_headers.extend(access.HEADERS)  # it does not pass the gate
+    return response
 
 
 HANDLERS: Mapping[Any, ExceptionHandler] = {

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import orjson
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -14,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Lifespan
 
-from cerberus import errors, labels
+from cerberus import errors, labels, printable
 from cerberus.api import bodies, gate, openapi, pages, parameters, problems
 from cerberus.postgres import pool as postgres_pool
 from cerberus.serving import predictor
@@ -49,7 +48,7 @@ def build(lifespan: Lifespan[Starlette] | None = None) -> Starlette:
 
 
 def _json(told: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(told), status_code=status, media_type="application/json")
+    return Response(printable.dumps(told), status_code=status, media_type="application/json")
 
 
 async def predict(request: Request) -> Response:

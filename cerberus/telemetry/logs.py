@@ -5,10 +5,11 @@ import logging
 
 import orjson
 
-from cerberus import supervision
+from cerberus import printable, supervision
 
 _OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
-_UVICORN = ("uvicorn", "uvicorn.error", "uvicorn.access")
+_ACCESS = "uvicorn.access"
+_UVICORN = ("uvicorn", "uvicorn.error", _ACCESS, "uvicorn.asgi")
 
 
 class JsonLines(logging.Formatter):
@@ -35,9 +36,10 @@ class JsonLines(logging.Formatter):
         if record.stack_info:
             line["stack"] = record.stack_info
         try:
-            return orjson.dumps(line, default=repr).decode()
+            written = orjson.dumps(line, default=repr)
         except TypeError:  # a lone surrogate or an integer above 64 bits must not lose the line
-            return orjson.dumps({k: _encodable(v) for k, v in line.items()}, default=repr).decode()
+            written = orjson.dumps({k: _encodable(v) for k, v in line.items()}, default=repr)
+        return printable.escaped(written.decode())
 
 
 def _encodable(value: object) -> object:
@@ -48,11 +50,19 @@ def _encodable(value: object) -> object:
     return value
 
 
+def _without_query(record: logging.LogRecord) -> bool:
+    """Cut the query off uvicorn's line about a request: it may hold a key."""
+    if isinstance(record.args, tuple):
+        cut = (a.partition("?")[0] if isinstance(a, str) else a for a in record.args)
+        record.args = tuple(cut)
+    return True
+
+
 def configure(level: str) -> None:
     """Send all records to stderr, one line each; call this where the app is imported.
 
     uvicorn has set up its own loggers by then. They keep their level if it is stricter,
-    and `--no-access-log` stays in force.
+    `--no-access-log` stays in force, and no line has the query of a request.
 
     Args:
         level: DEBUG, INFO, WARNING or ERROR.
@@ -64,6 +74,7 @@ def configure(level: str) -> None:
     root.addHandler(handler)
     root.setLevel(level)
     logging.captureWarnings(True)
+    logging.getLogger(_ACCESS).addFilter(_without_query)
     for name in _UVICORN:
         logger = logging.getLogger(name)
         logger.propagate = logger.propagate or bool(logger.handlers)
