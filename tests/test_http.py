@@ -95,6 +95,46 @@ async def test_a_transaction_that_is_asked_about_again_has_its_first_answer(http
     assert (await http.post("/predict", json=other)).json()["decision_id"] != first["decision_id"]
 
 
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+PARENT = f"{TRACE}-00f067aa0ba902b7"
+
+
+@pytest.mark.parametrize(
+    ("headers", "kept"),
+    [
+        ([f"00-{PARENT}-01"], True),
+        ([f"00-{PARENT}-ff"], True),
+        ([f"cc-{PARENT}-01"], True),
+        ([f"cc-{PARENT}-01-what-comes-later"], True),
+        ([f"cc-{PARENT}-01what-comes-later"], False),
+        ([f"00-{PARENT}-01-what-comes-later"], False),
+        ([f"00-{PARENT}-01-"], False),
+        ([f"ff-{PARENT}-01"], False),
+        ([f"ff-{PARENT}-01-what-comes-later"], False),
+        ([f"00-{'0' * 32}-00f067aa0ba902b7-01"], False),
+        ([f"00-{TRACE}-{'0' * 16}-01"], False),
+        ([f"00-{PARENT.upper()}-01"], False),
+        ([f"0-{PARENT}-01"], False),
+        ([f"00-{PARENT}-1"], False),
+        ([f"00-{PARENT}0-01"], False),
+        ([f"00-0{PARENT}-01"], False),
+        ([f"00-{PARENT}"], False),
+        ([f"00-{PARENT}-01", f"00-{PARENT}-01"], False),
+        ([], False),
+    ],
+)
+async def test_the_trace_is_the_caller_s_if_the_w3c_says_that_it_is_one(
+    http, served, headers, kept
+):
+    hand = {"user_id": 1005, "transaction_id": "b", "amount": 9}
+    sent = [("traceparent", header) for header in headers]
+    assert (await http.post("/predict", json=hand, headers=sent)).status_code == 200
+    traced = (await served.ask(**hand)).record.trace_id
+    assert (traced == TRACE) == kept
+    assert len(traced) == 32
+    assert set(traced) - {"0"}
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [

@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 MAX_BATCH = 256
 _GRACE_S = 1.0
 _LOOK_UP_S, _LOOKING_UP = 2.0, 2
-_TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")
+# W3C Trace Context: neither version ff nor an id of zeros; only later versions than 00 have more.
+_TRACE = re.compile(
+    "(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
 _IN_HAND = ("transaction_id", "amount", "currency", "merchant_id")
 _NEEDED = {
     "transaction_id": "must come with an amount: it says whether the stream has counted the "
