@@ -1,11 +1,12 @@
 """The command line: `python -m cerberus COMMAND`, or `cerberus COMMAND`."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from cerberus import errors
+from cerberus import errors, printable
 from cerberus.commands import (
     accuracy,
     clean,
@@ -21,6 +22,7 @@ from cerberus.commands import (
     settings,
     train,
 )
+from cerberus.telemetry import logs
 
 _DESCRIPTION = "Real-time card-fraud decisions. `cerberus COMMAND --help` explains a command."
 FAILED_STATUS, USAGE_STATUS = 1, 2
@@ -57,9 +59,19 @@ _READ_FILES = ("train", "import", "send", "forget")
 """These commands read files: a wrong value may come from a file, so it is not wrong usage."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that quotes a wrong argument escaped: the name of a file may be a stranger's."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and exit."""
+        super().error(printable.escaped(message))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; an error is one sentence on stderr, and the status says who must act."""
-    parser = argparse.ArgumentParser(prog="cerberus", description=_DESCRIPTION)
+    if logging.lastResort is not None:  # what libraries log while a command runs
+        logging.lastResort.setFormatter(logs.Lines())
+    parser = _Parser(prog="cerberus", description=_DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (meaning, command) in _COMMANDS.items():
         sentence = f"{meaning[0].upper()}{meaning[1:]}."
@@ -68,7 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _COMMANDS[chosen.command][1].run(chosen)
     except (errors.CerberusError, OSError) as error:
-        print(f"cerberus {chosen.command}: {error}", file=sys.stderr)
+        told = f"cerberus {chosen.command}: {error}"
+        # Only what quotes the log of a local server has several lines.
+        several = isinstance(error, errors.ServerUnavailable)
+        printable.say(*(told.split("\n") if several else [told]), file=sys.stderr)
         return _status(chosen.command, error)
     except KeyboardInterrupt:
         return 130

@@ -15,7 +15,7 @@ from typing import NoReturn
 import anyio
 from starlette.applications import Starlette
 
-from cerberus import assembly, errors, settings, shutdown, supervision
+from cerberus import assembly, errors, printable, settings, shutdown, supervision
 from cerberus.api import gate, routes
 from cerberus.telemetry import logs
 
@@ -73,7 +73,7 @@ def _refuse_to_start(error: errors.CerberusError) -> NoReturn:
     application without one, and serves on. Under `--workers` its parent restarts a dead worker for
     ever, unless the worker ended with uvicorn's own status of a failed startup.
     """
-    sys.stderr.write(f"cerberus: {error}\n")
+    sys.stderr.write(printable.escaped(f"cerberus: {error}") + "\n")
     sys.stderr.flush()
     os._exit(_STARTUP_FAILURE if multiprocessing.parent_process() else _CONFIG_STATUS)
 

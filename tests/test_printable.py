@@ -2,14 +2,16 @@
 
 import json
 import logging
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from service import service
-from test_start import BASE
+from test_start import BASE, python
 
-from cerberus import printable
+from cerberus import __main__, printable
+from cerberus.commands import inspect, run
 from cerberus.telemetry import logs
 
 CODES = "\x1b[2J\x07\r\n\t\x7f\x9b31m\u2028\u202e\u200b\ufeff\U000e0041"
@@ -49,6 +51,80 @@ def test_a_log_line_is_one_line_whatever_is_logged(text):
     told = json.loads(line)
     assert CODES in told["message"]
     assert CODES in told["traceback"]
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """Set addresses where no server is."""
+    for name, value in BASE.items():
+        monkeypatch.setenv(name, value)
+
+
+NAME = f"x{CODES}\udcff"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (f"{NAME}.xlsx", b""),
+        (f"{NAME}.csv", b"a,b\n1,2\n"),
+        ("x.csv", f'transaction_id,user_id,amount,timestamp{{"{CODES}"}}\n1,2,3,4'.encode()),
+        ("x.csv", f'transaction_id,user_id,amount,timestamp\n1,"{CODES}",3,4'.encode()),
+        ("x.jsonl", json.dumps({"transaction_id": CODES, CODES: CODES}).encode()),
+        ("x.jsonl", f"{CODES}".encode()),
+        ("absent.jsonl", None),
+    ],
+)
+def test_a_command_quotes_files_in_one_line_without_codes(nowhere, capsys, tmp_path, name, content):
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    assert __main__.main(["send", str(file)]) == 1
+    told = capsys.readouterr()
+    assert (told.out, told.err.count("\n")) == ("", 1)
+    assert told.err[:-1].isprintable()
+
+
+@pytest.mark.parametrize("arguments", [[CODES], ["send", "x", CODES], ["inspect", CODES]])
+def test_a_wrong_argument_is_quoted_without_codes(nowhere, capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(__main__.main(arguments))
+    assert ended.value.code == 2
+    *_, last, end = capsys.readouterr().err.split("\n")
+    assert last.startswith("cerberus")
+    assert (last.isprintable(), end) == (True, "")
+
+
+def test_what_a_library_logs_under_a_command_has_no_codes():
+    code = (
+        "import logging; from cerberus import __main__; __main__.main(['settings']);"
+        f"logging.getLogger('library').warning('no topic %s', {CODES!r})"
+    )
+    told = python(BASE, "-c", code).stderr
+    assert told.startswith("no topic")
+    assert told[:-1].replace("\n", "").isprintable()
+
+
+def test_what_the_log_of_the_service_says_is_repeated_without_codes(capsys):
+    record = logging.makeLogRecord({"msg": f"a{CODES}b", "levelname": "WARNING"})
+    run._say(run._alarm(logs.JsonLines().format(record)))
+    run._say(f"two{CODES.replace(chr(10), '')}\nlines")
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 3
+    assert all(line.isprintable() for line in told)
+
+
+def test_the_transactions_of_a_user_are_a_line_each(capsys):
+    decided = {"as_of": "2026", "decision": "approve", "probability": 0.5, "door": "http"}
+    told = {
+        **{"user_id": 1, "as_of": "2026", "partition": 0, "fence": None, "degraded": []},
+        **{"features": {}, "events": []},
+        "decisions": [decided | {"decision_id": "d", "transaction_id": CODES}],
+    }
+    printable.say(*inspect.describe(told).split("\n"))
+    lines = capsys.readouterr().out.split("\n")
+    assert len(lines) == 7
+    assert all(line.isprintable() for line in lines)
 
 
 @pytest.mark.parametrize("options", [(), ("--http", "h11"), ("--log-level", "trace")])

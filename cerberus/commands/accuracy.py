@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from cerberus import assembly, settings
+from cerberus import assembly, printable, settings
 from cerberus.api import parameters
 
 _REPORT_S = 600.0
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         async with assembly.for_command(config) as service:
             return await service.postgres.judged.report(service.clock(), asked, _REPORT_S)
 
-    print(describe(asyncio.run(judge())))
+    printable.say(*describe(asyncio.run(judge())).split("\n"))
     return 0
 
 

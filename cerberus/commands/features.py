@@ -4,7 +4,7 @@ import argparse
 import os
 import pathlib
 
-from cerberus import settings
+from cerberus import printable, settings
 from cerberus.jobs import feast as feast_store
 
 
@@ -23,10 +23,10 @@ def run(arguments: argparse.Namespace) -> int:
     config = settings.load(os.environ)
     if arguments.action == "render":
         directory = feast_store.place() or pathlib.Path.cwd()
-        print(f"{feast_store.render(config, directory)} written")
+        printable.say(f"{feast_store.render(config, directory)} written")
     elif arguments.action == "apply":
-        print(feast_store.apply(config).strip())
+        printable.say(*feast_store.apply(config).strip().split("\n"))
     else:
         config.model.plan_path.write_bytes(feast_store.compile_plan(config).pack())
-        print(f"{config.model.plan_path} written")
+        printable.say(f"{config.model.plan_path} written")
     return 0

@@ -10,7 +10,17 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from cerberus import assembly, claims, clock, errors, kafka, settings, transactions, window
+from cerberus import (
+    assembly,
+    claims,
+    clock,
+    errors,
+    kafka,
+    printable,
+    settings,
+    transactions,
+    window,
+)
 from cerberus.files import layouts
 from cerberus.online import layout
 from cerberus.online import pool as redis_pool
@@ -38,18 +48,18 @@ def run(arguments: argparse.Namespace) -> int:
     user_id = transactions.parse_user_id({"user_id": layouts.whole(arguments.user)})
     config = settings.load(os.environ)
     if not asyncio.run(_remove(config, user_id, sure=arguments.yes)):
-        print("nothing was removed")
+        printable.say("nothing was removed")
         return 1
     spans = window.Spans.of(config.windows)
-    print(
+    printable.say(
         "Consumers that hold this user's window in memory write the row again until the last "
         f"transaction is {spans.keep_ms // 1000} s old: if it is not yet, run this again then. "
         "A consumer that restarts restores what the log still holds of that time."
     )
     try:
-        print(*asyncio.run(held_by_the_log(config, clock.now_ms())), sep="\n")
+        printable.say(*asyncio.run(held_by_the_log(config, clock.now_ms())))
     except errors.StoreUnavailable as error:
-        print(f"how long the log keeps records is unknown: {error}")
+        printable.say(f"how long the log keeps records is unknown: {error}")
         return 1
     return 0
 
@@ -62,12 +72,12 @@ async def _remove(config: settings.Settings, user_id: int, *, sure: bool) -> boo
         person = await postgres.persons.find(user_id)
         keys = _keys(config, person)
         found = {**person.rows, "Redis": await _sum(client, "exists", keys)}
-        print(f"user {user_id}: {_listed(found)}")
+        printable.say(f"user {user_id}: {_listed(found)}")
         if not sure and not _agreed(user_id):
             return False
         gone = await _sum(client, "delete", keys)
         removed = {"Redis": gone, **await postgres.persons.remove(person)}
-        print(f"removed: {_listed(removed)}")
+        printable.say(f"removed: {_listed(removed)}")
     return True
 
 
@@ -97,7 +107,8 @@ def _listed(found: Mapping[str, int]) -> str:
 
 
 def _agreed(user_id: int) -> bool:
-    print(f"Type {user_id} to remove all of it: ", end="", flush=True)
+    sys.stdout.write(f"Type {user_id} to remove all of it: ")
+    sys.stdout.flush()
     return sys.stdin.readline().strip() == str(user_id)
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from cerberus import assembly, settings
+from cerberus import assembly, printable, settings
 from cerberus.api import parameters
 
 
@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the window and the decisions; return 0."""
     config = settings.load(os.environ)
-    print(describe(asyncio.run(_look_up(config, parameters.user_id(arguments.user)))))
+    told = asyncio.run(_look_up(config, parameters.user_id(arguments.user)))
+    printable.say(*describe(told).split("\n"))
     return 0
 
 
@@ -42,7 +43,9 @@ def describe(told: Mapping[str, Any]) -> str:
     lines.append(f"last decisions ({len(told['decisions'])} shown)")
     lines += [
         f"  {each['as_of']}  {each['decision']:<8}{each['probability']:>8.4f}  "
-        f"{each['door']:<7}{each['decision_id']}  {each['transaction_id'] or ''}"
+        f"{each['door']:<7}{each['decision_id']}  "
+        # It is the client's text, and may hold a line end.
+        f"{printable.escaped(each['transaction_id'] or '')}"
         for each in told["decisions"]
     ]
     return "\n".join(lines)

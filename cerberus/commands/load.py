@@ -5,7 +5,7 @@ import asyncio
 import os
 import pathlib
 
-from cerberus import assembly, errors, settings
+from cerberus import assembly, errors, printable, settings
 from cerberus.files import importing, layouts
 from cerberus.postgres import imports
 
@@ -45,9 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
     for kind, progress in done.items():
         there = progress.position[0] - progress.added - progress.rejected
         said = f"{kind}: {progress.added} added, {there} were there, {progress.rejected} refused"
-        print(said + (f": {plan.rejects_of(kind)}" if progress.rejected else ""))
+        printable.say(said + (f": {plan.rejects_of(kind)}" if progress.rejected else ""))
     if "transactions" in done and done["transactions"].added:
-        print("windows count them after the next start of the consumers")
+        printable.say("windows count them after the next start of the consumers")
     return int(any(p.rejected and p.rejected == p.position[0] for p in done.values()))
 
 

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from cerberus import clock, settings
+from cerberus import clock, printable, settings
 from cerberus.jobs import feast as feast_store
 
 
@@ -14,5 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Load new rows and print how many; return 0. Idempotent: yes."""
     loaded = feast_store.materialize(settings.load(os.environ), clock.now_ms())
-    print(f"credit scores: {loaded.new_rows} new" + (", all loaded again" if loaded.full else ""))
+    again = ", all loaded again" if loaded.full else ""
+    printable.say(f"credit scores: {loaded.new_rows} new{again}")
     return 0

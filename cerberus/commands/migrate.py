@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import os
 
-from cerberus import assembly, kafka, settings
+from cerberus import assembly, kafka, printable, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,5 +21,5 @@ async def _migrate(config: settings.Settings) -> None:
     async with assembly.for_command(config) as service:
         applied = await service.postgres.schema.migrate()
     topics = await kafka.create_topics(config)
-    print(f"tables: {', '.join(applied) or 'up to date'}")
-    print(f"topics: {', '.join(topics) or 'all there'}")
+    printable.say(f"tables: {', '.join(applied) or 'up to date'}")
+    printable.say(f"topics: {', '.join(topics) or 'all there'}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import tqdm
 
-from cerberus import assembly, settings
+from cerberus import assembly, printable, settings
 from cerberus.api import parameters
 from cerberus.decisions import models as scoring_models
 from cerberus.decisions import records as decision_records
@@ -102,11 +102,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the result; return 0, 1 if some differ, 3 if some cannot be made again."""
     config = settings.load(os.environ)
     found = asyncio.run(_verify(config, parameters.since_ms(arguments.since)))
-    for line in found.examples:
-        print(line)
-    print(f"{found.repeated} decisions made again, {found.differing} differ")
+    printable.say(
+        *found.examples, f"{found.repeated} decisions made again, {found.differing} differ"
+    )
     if found.unknown:
-        print(
+        printable.say(
             f"{found.unknown} decisions cannot be made again: their model or policy is not stored "
             "in table artifacts, or this version cannot read it",
             file=sys.stderr,

@@ -19,7 +19,7 @@ from types import FrameType
 
 import orjson
 
-from cerberus import assembly, environment, errors, settings, stack, window
+from cerberus import assembly, environment, errors, printable, settings, stack, window
 from cerberus.jobs import feast, materializer
 from cerberus.online import layout, user_rows
 from cerberus.online import pool as redis_pool
@@ -395,5 +395,5 @@ def _short(path: pathlib.Path) -> pathlib.Path:
 def _say(text: str) -> None:
     # A closed terminal must not keep us from stopping what we started.
     with contextlib.suppress(OSError):
-        sys.stdout.write(f"{text}\n")
+        sys.stdout.write(f"{printable.lines(text)}\n")
         sys.stdout.flush()

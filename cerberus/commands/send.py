@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 
-from cerberus import clock, errors, kafka, settings, window
+from cerberus import clock, errors, kafka, printable, settings, window
 from cerberus.files import layouts, sending
 
 _SLOWEST = 0.001
@@ -45,15 +45,15 @@ def run(arguments: argparse.Namespace) -> int:
     found = sender.check()
     spans = window.Spans.of(config.windows)
     if not found.count:
-        print(f"{arguments.file.name} has no rows", file=sys.stderr)
+        printable.say(f"{arguments.file.name} has no rows", file=sys.stderr)
     elif not pace.now and found.latest_ms < clock.now_ms() - spans.keep_ms:
-        print(
+        printable.say(
             f"every row is older than the {spans.keep_ms // 1000} s that windows keep: behind "
             "newer records of the topic they change no window; --now replaces them",
             file=sys.stderr,
         )
     count = asyncio.run(sender.send(found))
-    print(f"{count} transactions sent to {config.kafka.topic(kafka.TRANSACTIONS)}")
+    printable.say(f"{count} transactions sent to {config.kafka.topic(kafka.TRANSACTIONS)}")
     return 0
 
 

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from cerberus import environment, settings
+from cerberus import environment, printable, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the tables, or write them between the markers of a page."""
     tables = environment.tables(settings.Settings, environment.ROOT)
     if arguments.write is None:
-        print(tables, end="")
+        printable.say(*tables.splitlines())
     else:
         page = arguments.write.read_text()
         arguments.write.write_text(environment.between_markers(page, tables))

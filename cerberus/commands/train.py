@@ -5,7 +5,7 @@ import os
 import pathlib
 import sys
 
-from cerberus import settings, window
+from cerberus import printable, settings, window
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         training.train(simulation.Plan(spans=arguments.spans, seed=arguments.seed), arguments.out)
     except OSError as error:
-        print(f"cannot write the model: {error}; give another --out", file=sys.stderr)
+        printable.say(f"cannot write the model: {error}; give another --out", file=sys.stderr)
         return 1
     return 0
 

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 import tqdm
 
-from cerberus import errors, labels, settings, transactions
+from cerberus import errors, labels, printable, settings, transactions
 from cerberus.files import datafiles, layouts
 from cerberus.online import partition_states
 from cerberus.online import pool as redis_pool
@@ -87,10 +87,10 @@ class Rejects:
         if not refused:
             return
         lines = [
-            orjson.dumps(
-                {"file": self._file, "line": line, "field": error.field, "reason": error.reason},
-                option=orjson.OPT_APPEND_NEWLINE,
+            printable.dumps(
+                {"file": self._file, "line": line, "field": error.field, "reason": error.reason}
             )
+            + b"\n"
             for line, error in refused
         ]
         with self._path.open("ab") as file:

@@ -42,6 +42,14 @@ class JsonLines(logging.Formatter):
         return printable.escaped(written.decode())
 
 
+class Lines(logging.Formatter):
+    """Formats a record as text for a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text, without its end."""
+        return printable.lines(super().format(record))
+
+
 def _encodable(value: object) -> object:
     try:
         orjson.dumps(value, default=repr)
