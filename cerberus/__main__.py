@@ -17,6 +17,7 @@ from cerberus.commands import (
     materialize,
     migrate,
     replay,
+    resume,
     run,
     send,
     settings,
@@ -53,6 +54,7 @@ _COMMANDS: Mapping[str, tuple[str, Command]] = {
     "train": ("train the model on simulated traffic", train),
     "import": ("load past transactions, labels and credit scores from files", load),
     "send": ("publish a file of transactions", send),
+    "resume": ("let consumers go on that a schema break has stopped", resume),
     "forget": ("remove one person from every store", forget),
 }
 _READ_FILES = ("train", "import", "send", "forget")

@@ -72,6 +72,7 @@ class Consumer:
         for held in (self._parts, self._parked, self._fresh, self._committed):
             held.clear()
         self._upstream.forget()
+        self.problems.pop("schema", None)
         try:
             if not await self._connect(progress):
                 return
@@ -118,12 +119,13 @@ class Consumer:
             log.warning("the topic was created again", extra={"action": "topic_ended"})
             self._hold(ended)
         self._liveness.ended.clear()
-        if self._fresh and "schema" not in self.problems:
-            await self._resolve(generation, progress)
-        polled = await self._poll(_POLL_MS)
-        if "schema" in self.problems:
+        if "schema" in self.problems and not await self._resumed(progress):
+            await self._poll(_POLL_MS)
             progress.beat()
             return
+        if self._fresh:
+            await self._resolve(generation, progress)
+        polled = await self._poll(_POLL_MS)
         batch = await self._observe(polled, generation, progress)
         if batch is None:
             return
@@ -148,6 +150,24 @@ class Consumer:
                 progress.beat()
             await self._tell(generation, progress, now=bool(batch.observed))
 
+    async def _resumed(self, progress: supervision.Progress) -> bool:
+        """Return whether `cerberus resume` was run since consuming stopped; ask each second."""
+        await progress.wait(_PAUSE_S)
+        try:
+            resumed = await self._postgres.lives.resumed(self._topic)
+        except supervision.AWAY as error:
+            self._trouble("resume", f"cannot see whether consuming was resumed: {error}")
+            return False
+        self.problems.pop("resume", None)
+        if not self._upstream.goes_on(resumed):
+            return False
+        log.warning(
+            "consuming goes on: resume %d was run", resumed.number, extra={"action": "resumed"}
+        )
+        self._upstream.forget()
+        del self.problems["schema"]
+        return True
+
     async def _poll(self, timeout_ms: int) -> Mapping[Any, Sequence[aiokafka.ConsumerRecord]]:
         try:
             polled: Mapping[Any, Sequence[aiokafka.ConsumerRecord]] = await self._client.getmany(
@@ -164,6 +184,7 @@ class Consumer:
         try:
             resolved = await self._resolver.resolve(self._client, fresh, self._parked)
             told = await self._online.states()
+            resumed = await self._postgres.lives.resumed(self._topic)
         except (TimeoutError, KafkaError, *supervision.AWAY) as error:
             self._trouble("resolve", f"cannot find where to start: {error!r}")
             progress.beat()
@@ -173,6 +194,7 @@ class Consumer:
             return
         self.problems.pop("resolve", None)
         self._liveness.succeed(resolved, told)
+        self._upstream.excuse((owned.part for owned in resolved.owned.values()), resumed)
         for tp, owned in resolved.owned.items():
             self._parts[tp], part = owned, owned.part
             self._client.seek(tp, part.offset)
@@ -229,7 +251,7 @@ class Consumer:
         if seen is None:
             self.counts["replayed"] += 1
         elif isinstance(seen, partition.Rejected):
-            batch.rejected.append((record, seen.reason))
+            batch.rejected.append(sink.Refused(record, seen.reason, len(batch.observed)))
             self.counts["rejected"] += 1
         else:
             batch.observed.append((part.number, seen))

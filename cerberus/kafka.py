@@ -26,7 +26,9 @@ GROUP, LABEL_GROUP = "cerberus", "cerberus-labels"
 METADATA_MS = 1_000
 """How long a new partition, or a topic that was created again, may go unnoticed."""
 _TOPIC_EXISTS = 36
-_CALL_S, _COMMIT_S = 15.0, 5.0
+CALL_S = 15.0
+"""Deadline of a question to the brokers, and of a batch that is published."""
+_COMMIT_S = 5.0
 _PAUSE_S = 0.1
 _SENT_AT_ONCE = 10
 _DEAD_LETTER_BYTES = 900_000
@@ -81,7 +83,7 @@ async def admin(kafka: endpoints.Kafka) -> AsyncIterator[Any]:
     """
     client = AIOKafkaAdminClient(**client_options(kafka), request_timeout_ms=10_000)
     try:
-        async with asyncio.timeout(_CALL_S):
+        async with asyncio.timeout(CALL_S):
             await client.start()
         yield client
     except (TimeoutError, OSError, KafkaError) as error:
@@ -138,7 +140,7 @@ async def create_topics(config: settings.Settings) -> list[str]:
 
 async def _coordinator(client: Any, group: str) -> None:
     """Wait until a group can be joined: new brokers first create the offsets topic."""
-    async with asyncio.timeout(_CALL_S):
+    async with asyncio.timeout(CALL_S):
         while True:
             with contextlib.suppress(GroupCoordinatorNotAvailableError):
                 await client.find_coordinator(group)
@@ -216,6 +218,35 @@ def consumer(
     )
     _pause_between_questions(client._client)
     return client
+
+
+@contextlib.asynccontextmanager
+async def reader(
+    config: settings.Settings, topic: str
+) -> AsyncIterator[tuple[Any, list[aiokafka.TopicPartition]]]:
+    """Open a client without a group that reads a topic from its start, and name its partitions.
+
+    Raises:
+        StoreUnavailable: No broker answered within 15 s, or the topic is missing.
+    """
+    client = aiokafka.AIOKafkaConsumer(
+        **client_options(config.kafka),
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+    )
+    _pause_between_questions(client._client)
+    try:
+        async with asyncio.timeout(CALL_S), admin(config.kafka) as asked:
+            count = await partition_count(asked, topic)
+            await client.start()
+        tps = [aiokafka.TopicPartition(topic, number) for number in range(count)]
+        client.assign(tps)
+        yield client, tps
+    except (TimeoutError, OSError, KafkaError) as error:
+        raise errors.StoreUnavailable(f"Kafka did not answer about {topic}: {error!r}") from error
+    finally:
+        await stop(client)
 
 
 async def commit(client: Any, due: Mapping[aiokafka.TopicPartition, Any], action: str) -> bool:
@@ -297,7 +328,7 @@ class Publisher:
             StoreUnavailable: Not all were.
         """
         try:
-            async with asyncio.timeout(_CALL_S):
+            async with asyncio.timeout(CALL_S):
                 sent = []
                 for number, message in enumerate(messages):
                     if number % _SENT_AT_ONCE == 0:

@@ -117,7 +117,7 @@ class Stream:
         "CERBERUS_MAX_REJECTED_SHARE",
         "0.05",
         number(0, 1),
-        "share of a minute's records that may be rejected, 0 to 1; above it consuming stops",
+        "share of records that may be refused, 0 to 1; consuming stops soon at twice the share",
     )
     resend_s: float = variable(
         "CERBERUS_RESEND_S", "300", number(1, 86_400), "time between full writes of live rows, s"

@@ -3,6 +3,9 @@
 Calls raise `StoreUnavailable` when Postgres does not answer within 10 s.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import asyncpg
 
 from cerberus.postgres import facts
@@ -29,10 +32,32 @@ WITH life AS (
 SELECT begin_ms FROM life WHERE EXISTS (
     SELECT FROM transactions WHERE topic = '{facts.IMPORTED}' AND event_ms <= begin_ms)
 """
+_RESUME = """
+INSERT INTO log_resumes AS l (topic, epoch, ends)
+VALUES ($1, coalesce((SELECT epoch FROM log_epochs WHERE topic = $1), 0), $2)
+ON CONFLICT (topic) DO UPDATE SET
+    number = l.number + 1, epoch = excluded.epoch, ends = excluded.ends,
+    resumed_at = excluded.resumed_at
+RETURNING number
+"""
+
+
+class Resumed(NamedTuple):
+    """The last time that an operator let consuming go on after a schema break.
+
+    Attributes:
+        number: How many times before it and with it; 0 if never.
+        epoch: Of the topic then.
+        ends: Where the log of each partition ended then.
+    """
+
+    number: int = 0
+    epoch: int = 0
+    ends: Sequence[int] = ()
 
 
 class Lives:
-    """Reads and writes `log_epochs` and `log_begins`, reads `log_positions`.
+    """Reads and writes `log_epochs`, `log_begins` and `log_resumes`, reads `log_positions`.
 
     Each call is one or two statements by key; safe for concurrent use.
 
@@ -87,3 +112,20 @@ class Lives:
         """
         async with postgres_pool.connection(self._pool) as connection:
             return await connection.fetchval(_BEGIN, topic, epoch, partition, begin_ms) or 0
+
+    async def resume(self, topic: str, ends: Sequence[int]) -> int:
+        """Let all consumers of a topic go on after a schema break; return the resume's number.
+
+        Args:
+            topic: The log's topic.
+            ends: Where each partition's log ends now: what is refused below it stops nobody.
+        """
+        async with postgres_pool.connection(self._pool) as connection:
+            return int(await connection.fetchval(_RESUME, topic, ends))
+
+    async def resumed(self, topic: str) -> Resumed:
+        """Return the last resume of a topic."""
+        query = "SELECT number, epoch, ends FROM log_resumes WHERE topic = $1"
+        async with postgres_pool.connection(self._pool) as connection:
+            found = await connection.fetchrow(query, topic)
+        return Resumed(*found) if found else Resumed()

@@ -10,6 +10,7 @@ import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import aiokafka
 
@@ -23,17 +24,25 @@ from cerberus.stream import dependencies, ownership
 _ROWS = 500
 
 
+class Refused(NamedTuple):
+    """A record for the dead-letter topic, the reason, and how many valid ones came before it."""
+
+    record: aiokafka.ConsumerRecord
+    reason: str
+    after: int
+
+
 @dataclasses.dataclass(slots=True)
 class Batch:
     """What one poll leaves to be stored; the numbers are partitions.
 
     Attributes:
         observed: Valid transactions, in the log's order within a partition.
-        rejected: Records for the dead-letter topic, each with the reason.
+        rejected: Records for the dead-letter topic.
     """
 
     observed: list[tuple[int, partition.Observed]] = dataclasses.field(default_factory=list)
-    rejected: list[tuple[aiokafka.ConsumerRecord, str]] = dataclasses.field(default_factory=list)
+    rejected: list[Refused] = dataclasses.field(default_factory=list)
 
 
 class Sink:
@@ -200,12 +209,12 @@ class Sink:
 
     async def _publish(
         self,
-        rejected: Sequence[tuple[aiokafka.ConsumerRecord, str]],
+        rejected: Sequence[Refused],
         decided: Sequence[records.Record],
     ) -> None:
         messages = [kafka.decision_message(self._config, record) for record in decided]
         topic = self._config.kafka.topic(kafka.DEAD_LETTERS)
-        dead = [kafka.dead_letter(topic, *each) for each in rejected]
+        dead = [kafka.dead_letter(topic, each.record, each.reason) for each in rejected]
         await self._publisher.publish(messages + dead)
 
 

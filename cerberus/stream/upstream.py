@@ -1,11 +1,12 @@
 """What is wrong with the log's writers: records that are refused, users in several partitions."""
 
-import collections
 import time
+from collections.abc import Iterable
 
-from cerberus.stream import sink
+from cerberus import partition
+from cerberus.postgres import lives
+from cerberus.stream import rejections, sink
 
-_BREAK_RECORDS, _BREAK_S = 200, 60.0
 _SPLIT = (
     "records of one user are in several partitions: key every record with user_id as ASCII digits "
     "and the default (murmur2) partitioner; after partitions were added, this passes by itself"
@@ -13,23 +14,41 @@ _SPLIT = (
 
 
 class Upstream:
-    """Judges the topic's writers by their records.
+    """Judges the topic's writers by the records that this process takes; a replay is not judged.
 
     Args:
-        max_rejected_share: The most of a minute's records that may be refused, if they are 200
-            or more.
+        max_rejected_share: As in `rejections.Rejections`.
         longest_ms: The longest window: how long the values of a split user stay in doubt.
     """
 
     def __init__(self, max_rejected_share: float, longest_ms: int) -> None:
-        self._max_rejected_share = max_rejected_share
         self._longest_s = longest_ms / 1000
-        self._judged: collections.deque[tuple[float, int, int]] = collections.deque()
+        self._rejections = rejections.Rejections(max_rejected_share)
+        self._resumed = 0
+        self._excused: dict[int, int] = {}
         self._split_s = 0.0
 
     def forget(self) -> None:
         """Forget what was refused."""
-        self._judged.clear()
+        self._rejections.clear()
+
+    def excuse(self, parts: Iterable[partition.Partition], resumed: lives.Resumed) -> None:
+        """Judge no refused record that was in the log when consuming was last resumed.
+
+        Args:
+            parts: Partitions that are about to be read.
+            resumed: Where their logs ended then.
+        """
+        self._resumed = resumed.number
+        ends = dict(enumerate(resumed.ends))
+        for part in parts:
+            # Offsets of a topic that was created again since then mean other records.
+            same = resumed.epoch >= part.since_epoch
+            self._excused[part.number] = ends.get(part.number, 0) if same else 0
+
+    def goes_on(self, resumed: lives.Resumed) -> bool:
+        """Return whether consuming was resumed since partitions were last about to be read."""
+        return resumed.number != self._resumed
 
     def split(self) -> str:
         """Note a record outside its user's partition; return what to say about it."""
@@ -42,17 +61,16 @@ class Upstream:
 
     def breaks_schema(self, batch: sink.Batch) -> str | None:
         """Add a batch; return why so much is refused that the writer, not a record, is at fault."""
-        now_s, rejected = time.monotonic(), len(batch.rejected)
-        if rejected or batch.observed:
-            self._judged.append((now_s, rejected + len(batch.observed), rejected))
-        while self._judged and self._judged[0][0] < now_s - _BREAK_S:
-            self._judged.popleft()
-        seen = sum(entry[1] for entry in self._judged)
-        refused = sum(entry[2] for entry in self._judged)
-        if seen < _BREAK_RECORDS or refused <= seen * self._max_rejected_share:
-            return None
-        return (
-            f"{refused} of {seen} records in a minute were refused, the last because "
-            f"{batch.rejected[-1][1] if rejected else 'of its form'}: consuming has stopped; fix "
-            "the topic's writer, then restart with CERBERUS_MAX_REJECTED_SHARE=1 to set them aside"
-        )
+        judged, before = self._rejections, 0
+        for record, reason, after in batch.rejected:
+            judged.accept(after - before)
+            before = after
+            if record.offset >= self._excused.get(record.partition, 0) and judged.refuse():
+                return (
+                    f"{judged.refused} of the last {judged.judged} records were refused, as in "
+                    f"partition {record.partition} at offset {record.offset}: {reason}. Consuming "
+                    "has stopped: mend the topic's writer, look at `transactions.dlq`, then run "
+                    "`cerberus resume`, which lets what is refused so far become dead letters"
+                )
+        judged.accept(len(batch.observed) - before)
+        return None
