@@ -91,22 +91,25 @@ def recognise(config: settings.Settings, clock: clock.Clock = clock.now_ms) -> r
     """Return a hook that checks, at each new connection, whether this server was restarted.
 
     A server that was restarted or has taken over may have lost the latest claims, so it vouches
-    only for claims from now on. Where INFO is forbidden, that goes unnoticed.
+    only for claims from now on. A replica is refused. Where INFO is forbidden, both go unnoticed.
     """
-    prefix = _prefix(config)
+    prefix, clustered = _prefix(config), config.redis.cluster
 
     async def connected(connection: Any) -> None:
         await connection.on_connect()
         try:
-            await connection.send_command("INFO", "server", check_health=False)
-            run = re.search(rb"run_id:(\w+)", await connection.read_response())
+            await connection.send_command("INFO", check_health=False)
+            told = await connection.read_response()
+            if b"role:slave" in told and not clustered:  # a cluster's replica sends writes on
+                raise redis.exceptions.ReadOnlyError("a replica", status_code="READONLY")
+            run = re.search(rb"run_id:(\w+)", told)
             if run is not None:
                 arguments = (clock(), run[1], prefix, _BUCKETS, secrets.token_hex(8))
                 await connection.send_command("EVAL", _RECOGNISE, 0, *arguments, check_health=False)
                 await connection.read_response()
-        except redis.exceptions.ClusterDownError:
-            raise  # it was restarted, and is recognised when it takes part again
         except redis.exceptions.ResponseError as error:
+            if redis_pool.refusal(error) is not None:
+                raise  # it may be another run, and is recognised when it takes writes again
             log.debug("Redis does not say which run it is: %s", error)
 
     return connected
@@ -199,7 +202,7 @@ class Claims:
             name = f"{_mark(self._config, bucket)}:run"
             pipe.set(name, b"%b#%b" % (run, token), nx=True)
             pipe.get(name)
-        _, *found = await redis_pool.answers(pipe.execute())
+        _, *found = await redis_pool.answers(self._client, pipe.execute())
         runs: list[bytes] = found[::2]
         # A server that was only emptied is the same one: claims need not be doubted twice.
         self._runs = [run.partition(b"#")[0] for run in runs]

@@ -17,6 +17,7 @@ from aiokafka.errors import KafkaConnectionError, KafkaError, OffsetOutOfRangeEr
 from cerberus import errors, kafka, partition, supervision, transactions
 from cerberus.features import fences
 from cerberus.stream import assignment, dependencies, liveness, ownership, sink, upstream
+from cerberus.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Consumer:
         self._parked: dict[aiokafka.TopicPartition, ownership.Owned] = {}
         self._committed: dict[aiokafka.TopicPartition, int] = {}
         self._upstream = upstream.Upstream(config.stream.max_rejected_share, spans.longest_ms)
+        self._said = logs.Repeated(log)
         self.problems: dict[str, str] = {}
         self.counts: collections.Counter[str] = collections.Counter()
 
@@ -337,9 +339,9 @@ class Consumer:
         try:
             await self._liveness.tell(self._parts, progress.beat)
         except supervision.AWAY as error:
-            self._trouble("store", f"cannot say who is live: {error}")
+            self._trouble("liveness", f"cannot say who is live: {error}")
         else:
-            self.problems.pop("store", None)
+            self.problems.pop("liveness", None)
 
     def _hold(self, tps: Iterable[aiokafka.TopicPartition]) -> None:
         """Pause partitions until they are resolved again."""
@@ -350,8 +352,7 @@ class Consumer:
             self._fresh.add(tp)
 
     def _trouble(self, name: str, sentence: str) -> None:
-        if name not in self.problems:
-            log.warning("%s", sentence, extra={"action": f"{name}_trouble"})
+        self._said.warn(sentence, f"{name}_trouble")
         self.problems[name] = sentence
 
     def assigned(self, tps: Iterable[aiokafka.TopicPartition]) -> None:

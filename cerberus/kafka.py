@@ -13,10 +13,16 @@ import orjson
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from aiokafka.errors import GroupCoordinatorNotAvailableError, IllegalStateError, KafkaError
+from aiokafka.errors import (
+    GroupCoordinatorNotAvailableError,
+    IllegalStateError,
+    KafkaError,
+    for_code,
+)
 
 from cerberus import endpoints, errors, settings, transactions
 from cerberus.decisions import records
+from cerberus.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +39,7 @@ _PAUSE_S = 0.1
 _SENT_AT_ONCE = 10
 _DEAD_LETTER_BYTES = 900_000
 _stopping: set["asyncio.Task[None]"] = set()
+_said = logs.Repeated(log)
 
 
 def client_options(kafka: endpoints.Kafka) -> dict[str, Any]:
@@ -129,6 +136,10 @@ async def create_topics(config: settings.Settings) -> list[str]:
             return []
         answer = await client.create_topics(missing, timeout_ms=10_000)
         for name, code, *message in answer.topic_errors:
+            if code not in (0, _TOPIC_EXISTS) and for_code(code).retriable:
+                raise errors.StoreUnavailable(
+                    f"Kafka cannot create topic {name} now ({for_code(code).__name__})"
+                )
             if code not in (0, _TOPIC_EXISTS):
                 raise errors.NeedsOperator(
                     f"Kafka refused to create topic {name} (error {code} {message}): "
@@ -258,7 +269,7 @@ async def commit(client: Any, due: Mapping[aiokafka.TopicPartition, Any], action
         async with asyncio.timeout(_COMMIT_S):
             await client.commit(due)
     except (TimeoutError, KafkaError, IllegalStateError) as error:
-        log.warning("commit failed: %r", error, extra={"action": action})
+        _said.warn(f"commit failed: {error!r}", action)
         return False
     return True
 

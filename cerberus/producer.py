@@ -14,6 +14,7 @@ from aiokafka.errors import KafkaError
 
 from cerberus import clock, errors, kafka, labels, settings, supervision, synthetic, transactions
 from cerberus.postgres import stores
+from cerberus.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Producer:
         self._clock = clock
         self._postgres = postgres
         self._told_ms = 0
+        self._said = logs.Repeated(log)
         self.sent = 0
 
     async def run(self, progress: supervision.Progress) -> None:
@@ -63,7 +65,7 @@ class Producer:
                     if still_held is not None:
                         await self._produce(progress, still_held)
             except errors.StoreUnavailable as error:
-                log.warning("waiting: %s", error, extra={"action": "producer_waits"})
+                self._said.warn(f"waiting: {error}", "producer_waits")
             await progress.wait(_RETRY_S)
 
     async def _produce(self, progress: supervision.Progress, still_held: Any) -> None:

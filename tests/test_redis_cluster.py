@@ -252,3 +252,20 @@ async def test_a_node_that_begins_anew_is_recognised_once_it_takes_part_again(en
         names = node.keys("cerberus:claim:*:run")
         assert names
         assert {node.get(name).partition(b"#")[0] for name in names} == {run}
+
+
+async def test_one_node_that_takes_no_writes_is_not_called_sound(environ, cluster):
+    async with world(environ | cluster.settings | SMALL) as here:
+        await here.online.prove(clustered=True)
+        for port in cluster.ports:
+            with redis.Redis(port=port) as node:
+                node.config_set("min-replicas-to-write", 1)
+                with pytest.raises(errors.FeaturesUnavailable, match="NOREPLICAS"):
+                    await here.online.prove(clustered=True)
+                node.config_set("min-replicas-to-write", 0)
+
+            async def well():
+                with contextlib.suppress(errors.FeaturesUnavailable):
+                    return not await here.online.prove(clustered=True)
+
+            await until(well, "it takes writes", 10)

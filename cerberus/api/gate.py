@@ -1,5 +1,6 @@
 """Who passes: the service has started, the caller may call, and this process runs what it asks."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -43,7 +44,8 @@ class Parts:
                 the process needs.
         """
         asked = health.probes(service) if probes is None else probes
-        servers = health.Servers({"redis": service.online.states, **asked})
+        prove = functools.partial(service.online.prove, clustered=service.config.redis.cluster)
+        servers = health.Servers({"redis": prove, **asked})
         return cls(
             service=service,
             guard=access.Guard(service.config.serving),

@@ -11,8 +11,9 @@ from starlette.types import ExceptionHandler
 
 from cerberus import errors, printable
 from cerberus.api import access, codes
+from cerberus.telemetry import logs
 
-log = logging.getLogger(__name__)
+_said = logs.Repeated(logging.getLogger(__name__))
 
 _CODES: Mapping[type[Exception], str] = {
     errors.InvalidInput: "invalid",
@@ -83,7 +84,8 @@ async def refuse(request: Request, error: Exception) -> Response:
         raise error
     field = error.field if isinstance(error, errors.Conflict) else None
     if isinstance(error, errors.StoreUnavailable | errors.ConfigError):
-        log.warning("%s was refused: %s", request.scope["path"], error)
+        route = request.scope["path"].split("/")[1]
+        _said.warn(f"/{route} was refused: {error}", "refused")
     return _problem(code, str(_HIDDEN.get(type(error), error)), field)
 
 

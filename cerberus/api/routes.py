@@ -17,9 +17,9 @@ from cerberus import errors, labels, printable
 from cerberus.api import bodies, gate, openapi, pages, parameters, problems
 from cerberus.postgres import pool as postgres_pool
 from cerberus.serving import predictor
-from cerberus.telemetry import metrics
+from cerberus.telemetry import logs, metrics
 
-log = logging.getLogger(__name__)
+_said = logs.Repeated(logging.getLogger(__name__))
 
 
 def build(lifespan: Lifespan[Starlette] | None = None) -> Starlette:
@@ -95,7 +95,7 @@ async def take_labels(request: Request) -> Response:
         write = parts.service.postgres.labels.write
         new = await parts.label_turns.call(postgres_pool.QUERY_S, write, valid, now_ms)
     except (TimeoutError, errors.StoreUnavailable, errors.ConfigError) as error:
-        log.warning("labels were refused: %r", error)
+        _said.warn(f"labels were refused: {type(error).__name__}: {error}", "labels_refused")
         raise problems.Refusal(
             "labels_unavailable",
             "Postgres takes no labels now; send the whole request again in a second.",

@@ -98,7 +98,7 @@ async def _sum(client: Any, command: str, keys: list[bytes | str]) -> int:
         pipe = client.pipeline(transaction=False)
         for key in keys[at : at + _KEYS]:
             getattr(pipe, command)(key)
-        total += sum(await redis_pool.answers(pipe.execute()))
+        total += sum(await redis_pool.answers(client, pipe.execute()))
     return total
 
 

@@ -287,5 +287,5 @@ async def load(
     if "credit_scores" in done and done["credit_scores"].added:
         # This forces a full load: some scores are older than those that were loaded last.
         for key in (partition_states.MATERIALIZED, partition_states.LOADING):
-            await redis_pool.answers(redis.delete(key))
+            await redis_pool.answers(redis, redis.delete(key))
     return done

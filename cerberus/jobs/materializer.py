@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from cerberus import errors, settings, supervision, synthetic
 from cerberus.online import user_rows
 from cerberus.postgres import stores
+from cerberus.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Materializer:
         self._config = config
         self._online = online_store
         self._postgres = postgres
+        self._said = logs.Repeated(log)
 
     async def run(self, progress: supervision.Progress) -> None:
         """Refresh the views until asked to stop."""
@@ -52,7 +54,7 @@ class Materializer:
                         progress.beat()
                         await self._rest(progress, still_held)
             except (errors.StoreUnavailable, errors.FeaturesUnavailable) as error:
-                log.warning("waiting: %s", error, extra={"action": "materializer_waits"})
+                self._said.warn(f"waiting: {error}", "materializer_waits")
             await progress.wait(_LOOK_S)
 
     async def _refresh(self, progress: supervision.Progress) -> None:

@@ -14,6 +14,7 @@ from cerberus.online import pool as redis_pool
 
 MATERIALIZED = "cerberus:{materialized}"  # a cluster places keys by what is in braces
 LOADING = f"{MATERIALIZED}:loading"
+_PROVED, _PROVED_MS, _NODES = "cerberus:proved:{{{}}}", 60_000, 64
 
 # KEYS[1] is the topic's hash of partitions. ARGV: partition, epoch, offset, the trail that was left
 # and the one that was tried. Goes on unless the fence is older (0) or the trail differs (-1); an
@@ -155,14 +156,16 @@ class PartitionStates:
             FeaturesUnavailable: Redis did not answer within 2 s; follow again.
         """
         new, loaded = witness.encode(), f"{MATERIALIZED}:witness"
-        if (old := await redis_pool.answers(self._client.get(loaded))) != new:
+        if (old := await redis_pool.answers(self._client, self._client.get(loaded))) != new:
             if old is not None:
-                await redis_pool.answers(self._client.delete(MATERIALIZED, LOADING))
-            await redis_pool.answers(self._client.set(loaded, new))
-        if (old := await redis_pool.answers(self._client.hget(self.key, "witness"))) != new:
+                await redis_pool.answers(self._client, self._client.delete(MATERIALIZED, LOADING))
+            await redis_pool.answers(self._client, self._client.set(loaded, new))
+        if (
+            old := await redis_pool.answers(self._client, self._client.hget(self.key, "witness"))
+        ) != new:
             if old is not None:
-                await redis_pool.answers(self._client.delete(self.key))
-            await redis_pool.answers(self._client.hset(self.key, "witness", new))
+                await redis_pool.answers(self._client, self._client.delete(self.key))
+            await redis_pool.answers(self._client, self._client.hset(self.key, "witness", new))
 
     async def read(self) -> dict[int, fences.PartitionState]:
         """Read what the owners say about all partitions.
@@ -170,11 +173,27 @@ class PartitionStates:
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.
         """
-        return self.unpack(await redis_pool.answers(self._client.hgetall(self.key)))[1]
+        return self.unpack(await redis_pool.answers(self._client, self._client.hgetall(self.key)))[
+            1
+        ]
+
+    async def prove(self, *, clustered: bool) -> dict[int, fences.PartitionState]:
+        """Write a mark that expires, on a cluster one for each node, and read all states.
+
+        A replica and a server without memory still answer reads.
+
+        Raises:
+            FeaturesUnavailable: Redis does not answer, or takes no writes.
+        """
+        pipe = self._client.pipeline(transaction=False)
+        pipe.hgetall(self.key)
+        for part in range(_NODES if clustered else 1):
+            pipe.set(_PROVED.format(part), 1, px=_PROVED_MS)
+        return self.unpack((await redis_pool.answers(self._client, pipe.execute()))[0])[1]
 
     async def materialized_ms(self) -> int | None:
         """Return when the batch views were last loaded; None when Redis has lost them."""
-        value = await redis_pool.answers(self._client.get(MATERIALIZED))
+        value = await redis_pool.answers(self._client, self._client.get(MATERIALIZED))
         return None if value is None else int(value)
 
     def unpack(self, found: Mapping[bytes, bytes]) -> tuple[int, dict[int, fences.PartitionState]]:

@@ -4,9 +4,13 @@ Commands are those of Redis 6.2. Nothing is sent before the first use of the poo
 """
 
 import asyncio
+import contextlib
 import functools
 import hashlib
+import re
 import ssl
+import time
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -24,6 +28,21 @@ REDIS_DOWN = (
     redis.exceptions.RedisError,
     redis.exceptions.RedisClusterException,
 )
+
+REFUSALS = {
+    "READONLY": "it is a replica",
+    "MASTERDOWN": "it is a replica without its primary",
+    "LOADING": "it is still loading its data",
+    "CLUSTERDOWN": "its cluster is not complete",
+    "TRYAGAIN": "its cluster is moving the keys",
+    "NOREPLICAS": "too few of its replicas are in reach",
+    "OOM": "its memory is full",
+    "MISCONF": "it cannot save its data to disk",
+}
+"""What a server says that cannot do what is asked now, and what that means."""
+_REFUSAL = re.compile(rf"\b({'|'.join(REFUSALS)})\b")
+_RENEW_S = 0.5
+_renewed_s: "weakref.WeakKeyDictionary[Any, float]" = weakref.WeakKeyDictionary()
 
 Redis = "redis.asyncio.Redis | redis.asyncio.RedisCluster"
 Connected = Callable[[Any], Awaitable[None]]
@@ -71,11 +90,19 @@ def connect(
     return made
 
 
-async def answers(command: Awaitable[Any], timeout_s: float = CALL_S) -> Any:
+async def answers(client: Any, command: Awaitable[Any], timeout_s: float = CALL_S) -> Any:
     """Await what Redis answers.
 
+    A server that refuses may have handed over to another one under the same address, so the
+    connections to it are given up, and the next attempt connects by name.
+
+    Args:
+        client: The shared pool.
+        command: Sent by that client.
+        timeout_s: To wait.
+
     Raises:
-        FeaturesUnavailable: It did not answer in time.
+        FeaturesUnavailable: It did not answer in time, or refuses; the message has its word.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -83,14 +110,52 @@ async def answers(command: Awaitable[Any], timeout_s: float = CALL_S) -> Any:
     except redis.exceptions.NoScriptError:
         raise
     except REDIS_DOWN as error:
-        raise errors.FeaturesUnavailable(f"Redis did not answer: {error!r}") from error
+        word = refusal(error)
+        if word is not None or (_silent(error) and timeout_s >= CALL_S):
+            await _renew(client)
+        if word is not None:
+            sentence = f"Redis refuses: {word} ({REFUSALS[word]})"
+        else:
+            sentence = f"Redis did not answer: {type(error).__name__}: {error}".rstrip(": ")
+        raise errors.FeaturesUnavailable(sentence) from error
+
+
+def refusal(error: BaseException) -> str | None:
+    """Return the word of `REFUSALS` in an error, also if a script met it; None when there is none.
+
+    Redis 6.2 answers a failed script with a text that has the word somewhere inside.
+    """
+    if getattr(error, "status_code", None) in REFUSALS:
+        return str(error.status_code)  # type: ignore[attr-defined]
+    # The client puts the command, whose arguments may be any text, before the answer.
+    found = _REFUSAL.search(str(error).rpartition("caused error: ")[2])
+    return found and found[1]
+
+
+def _silent(error: BaseException) -> bool:
+    return isinstance(error, TimeoutError | redis.exceptions.TimeoutError)
+
+
+async def _renew(client: Any) -> None:
+    """Let a client's idle connections be replaced now, and those in use after their answer."""
+    now_s = time.monotonic()
+    if now_s - _renewed_s.get(client, -_RENEW_S) < _RENEW_S:
+        return
+    _renewed_s[client] = now_s
+    pool = getattr(client, "connection_pool", None)
+    with contextlib.suppress(*REDIS_DOWN):
+        if pool is None:
+            await client.aclose()  # a cluster's client: the next call finds the nodes again
+        else:
+            await pool.update_active_connections_for_reconnect()
+            await pool.disconnect(inuse_connections=False)
 
 
 async def evaluate(client: Any, calls: Sequence[Call], timeout_s: float = CALL_S) -> list[Any]:
     """Run scripts in one round trip, or in a few if a server has lost them.
 
     Raises:
-        FeaturesUnavailable: Redis did not answer in time.
+        FeaturesUnavailable: Redis did not answer in time, or refuses.
     """
 
     async def call() -> list[Any]:
@@ -98,14 +163,14 @@ async def evaluate(client: Any, calls: Sequence[Call], timeout_s: float = CALL_S
         for script, keys, arguments in calls:
             # Not `pipe.evalsha`: its cluster form refuses what the cluster itself accepts.
             pipe.execute_command("EVALSHA", _sha(script), len(keys), *keys, *arguments)
-        found: list[Any] = await answers(pipe.execute(), timeout_s)
+        found: list[Any] = await answers(client, pipe.execute(), timeout_s)
         return found
 
     try:
         return await call()
     except redis.exceptions.NoScriptError:
         for script in {script for script, _, _ in calls}:
-            await answers(client.script_load(script))
+            await answers(client, client.script_load(script))
         return await call()
 
 

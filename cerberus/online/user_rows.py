@@ -140,7 +140,7 @@ class OnlineStore:
         pipe.hgetall(self._partitions.key)
         for user_id in user_ids:
             pipe.hmget(self._key(user_id), self._fields)
-        found, *hashes = await redis_pool.answers(pipe.execute(), timeout_s)
+        found, *hashes = await redis_pool.answers(self._client, pipe.execute(), timeout_s)
         count, states = self._partitions.unpack(found)
         rows = []
         for user_id, values in zip(user_ids, hashes, strict=True):
@@ -182,7 +182,7 @@ class OnlineStore:
         for user_id in user_ids:
             pipe.hmget(self._key(user_id), (self._fields.credit, self._fields.credit_at))
         pipe.get(partition_states.MATERIALIZED)
-        before, *values, after = await redis_pool.answers(pipe.execute())
+        before, *values, after = await redis_pool.answers(self._client, pipe.execute())
         scores = {
             user_id: _readable(self._score, score, at, now_ms)[0]
             for user_id, (score, at) in zip(user_ids, values, strict=True)
@@ -249,6 +249,10 @@ class OnlineStore:
             FeaturesUnavailable: Redis did not answer within 2 s.
         """
         return await self._partitions.read()
+
+    async def prove(self, *, clustered: bool) -> dict[int, fences.PartitionState]:
+        """Prove that Redis takes writes, and read all states; see `PartitionStates.prove`."""
+        return await self._partitions.prove(clustered=clustered)
 
     async def materialized_ms(self) -> int | None:
         """Return when the batch views were last loaded; None when Redis has lost them."""

@@ -97,12 +97,19 @@ class Ledger:
     async def find(
         self, wanted: Sequence[transactions.Transaction]
     ) -> dict[uuid.UUID, decision_records.Record]:
-        """Return the decisions that were made on transactions, by their ids."""
+        """Return the decisions that were made on transactions, by their ids.
+
+        Only of a server that takes writes: a standby may not have the latest decisions yet.
+        """
         if not wanted:
             return {}
         names = [decision_records.of_transaction(transaction) for transaction in wanted]
-        rows = await self._fetch(_FIND, names, [transaction.event_ms for transaction in wanted])
-        return {record.decision_id: record for record in rows}
+        times_ms = [transaction.event_ms for transaction in wanted]
+        async with postgres_pool.connection(self._pool) as connection:
+            await postgres_pool.prove(connection)
+            rows = await connection.fetch(_FIND, names, times_ms)
+        found = [_record(row) for row in rows]
+        return {record.decision_id: record for record in found}
 
     async def get(self, decision_id: uuid.UUID) -> decision_records.Record | None:
         """Return the decision with this id, or None."""

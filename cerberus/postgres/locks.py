@@ -27,22 +27,24 @@ class Locks:
 
         Yields:
             None when another instance holds it; else a function to await every few seconds, which
-            raises `StoreUnavailable` when the lock was lost.
+            raises `StoreUnavailable` when the lock was lost, or its server has become a standby:
+            another instance may hold the lock on the server that took over.
 
         Raises:
-            StoreUnavailable: Postgres did not answer within 10 s.
+            StoreUnavailable: Postgres did not answer within 10 s, or takes no writes.
         """
-        with postgres_pool.unavailable():
+        async with postgres_pool.unavailable(self._pool):
             connection = await self._pool.acquire(timeout=postgres_pool.QUERY_S)
         try:
-            with postgres_pool.unavailable():
+            async with postgres_pool.unavailable(self._pool):
+                await postgres_pool.prove(connection)
                 held = await connection.fetchval(
                     "SELECT pg_try_advisory_lock($1, hashtext($2))", _SINGLETON_LOCK, name
                 )
 
             async def still_held() -> None:
-                with postgres_pool.unavailable():
-                    await connection.fetchval("SELECT 1")
+                async with postgres_pool.unavailable(self._pool):
+                    await postgres_pool.prove(connection)
 
             yield still_held if held else None
         finally:

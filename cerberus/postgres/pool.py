@@ -6,7 +6,7 @@ Nothing is sent before the first use of the pool.
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import asyncpg
@@ -35,8 +35,19 @@ _POSTGRES_DOWN = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.InsufficientResourcesError,
     asyncpg.TransactionRollbackError,
+)
+# Another server may be in its place by now.
+_LEFT = (
+    OSError,
+    TimeoutError,
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
     asyncpg.ReadOnlySQLTransactionError,
 )
+_READ_ONLY = "SELECT current_setting('transaction_read_only')::boolean"
 T = TypeVar("T")
 
 
@@ -61,11 +72,11 @@ async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
     """Borrow a connection to Postgres.
 
     Raises:
-        StoreUnavailable: Postgres did not answer within 10 s.
+        StoreUnavailable: Postgres did not answer within 10 s, or takes no writes.
         NeedsOperator: Tables of this version are missing; `migrate` makes them.
         ConfigError: Postgres refuses the credentials or the database.
     """
-    with unavailable():
+    async with unavailable(pool):
         borrowed = await pool.acquire(timeout=QUERY_S)
         try:
             yield borrowed
@@ -83,12 +94,25 @@ async def release(pool: asyncpg.Pool, borrowed: asyncpg.Connection) -> None:
             borrowed.terminate()
 
 
-@contextlib.contextmanager
-def unavailable() -> Iterator[None]:
-    """Translate errors of Postgres into the service's own.
+async def prove(connection: asyncpg.Connection) -> None:
+    """Raise an error if the server takes no writes now, as a standby does.
 
     Raises:
-        StoreUnavailable: Postgres did not answer.
+        ReadOnlySQLTransactionError: It takes none; `unavailable` translates it.
+    """
+    if await connection.fetchval(_READ_ONLY):
+        raise asyncpg.ReadOnlySQLTransactionError("the server is a standby, or set to read-only")
+
+
+@contextlib.asynccontextmanager
+async def unavailable(pool: asyncpg.Pool) -> AsyncIterator[None]:
+    """Translate errors of Postgres into the service's own.
+
+    Where another server may have taken over, all connections are replaced at their next use, and
+    connect by name.
+
+    Raises:
+        StoreUnavailable: Postgres did not answer, or takes no writes.
         NeedsOperator: Tables of this version are missing.
         ConfigError: Postgres refuses the credentials or the database.
     """
@@ -101,7 +125,12 @@ def unavailable() -> Iterator[None]:
             "Postgres is missing tables of this version: run `python -m cerberus migrate` "
             f"({error})"
         ) from error
+    except asyncpg.ReadOnlySQLTransactionError as error:
+        await pool.expire_connections()
+        raise errors.StoreUnavailable(f"Postgres takes no writes: {error}") from error
     except _POSTGRES_DOWN as error:
+        if isinstance(error, _LEFT):
+            await pool.expire_connections()
         raise errors.StoreUnavailable(f"Postgres did not answer: {error!r}") from error
 
 

@@ -87,13 +87,13 @@ class Schema:
             await connection.execute(f"ALTER TABLE {_STATS} ADD COLUMN {column} {kind}")
 
     async def check(self) -> None:
-        """Send Postgres a trivial query to see whether it answers.
+        """Ask Postgres whether it takes writes.
 
         Raises:
-            StoreUnavailable: Postgres does not answer.
+            StoreUnavailable: Postgres does not answer, or takes none.
         """
         async with postgres_pool.connection(self._pool) as connection:
-            await connection.fetchval("SELECT 1")
+            await postgres_pool.prove(connection)
 
 
 async def _apply_missing(connection: asyncpg.Connection) -> list[str]:

@@ -22,7 +22,7 @@ from cerberus.decisions import records as decision_records
 from cerberus.features import evaluation
 from cerberus.online import user_rows
 from cerberus.postgres import pool as postgres_pool
-from cerberus.telemetry import metrics
+from cerberus.telemetry import logs, metrics
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ class Predictor:
         self._waiting: deque[_Waiting] = deque()
         self._drain: asyncio.Task[None] | None = None
         self._turns = postgres_pool.Turns(_LOOKING_UP, config.serving.max_in_flight)
+        self._said = logs.Repeated(log)
         self.in_flight = 0
 
     def parse(self, document: Mapping[str, Any], traceparent: str = "") -> Request:
@@ -249,7 +250,7 @@ class Predictor:
         try:
             predictions = await self._predict(batch)
         except Exception as error:
-            log.warning("%d requests failed: %s", len(batch), error, extra={"action": "no_answer"})
+            self._said.warn(f"requests fail: {error}", "no_answer")
             for waiting in batch:
                 if not waiting.answer.done():
                     waiting.answer.set_exception(error)

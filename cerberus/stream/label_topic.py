@@ -14,6 +14,7 @@ from aiokafka.errors import KafkaError
 
 from cerberus import clock, errors, kafka, labels, settings, supervision
 from cerberus.postgres import stores
+from cerberus.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class LabelConsumer:
         self._topic = config.kafka.topic(kafka.LABELS)
         self._dead_letters = config.kafka.topic(kafka.LABEL_DEAD_LETTERS)
         self._publisher = kafka.Publisher(config)
+        self._said = logs.Repeated(log)
         self.problem: str | None = None
 
     async def run(self, progress: supervision.Progress) -> None:
@@ -55,8 +57,8 @@ class LabelConsumer:
                 await kafka.create_topics(self._config)
                 await self._consume(progress)
             except (TimeoutError, KafkaError, errors.StoreUnavailable) as error:
-                self.problem = repr(error)
-                log.warning("labels are waiting: %r", error, extra={"action": "labels_wait"})
+                self.problem = f"{type(error).__name__}: {error}"
+                self._said.warn(f"labels are waiting: {self.problem}", "labels_wait")
                 progress.lagging(False)
                 await progress.wait(_RETRY_S)
 

@@ -2,6 +2,8 @@
 
 import datetime
 import logging
+import math
+import time
 
 import orjson
 
@@ -10,6 +12,7 @@ from cerberus import printable, supervision
 _OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
 _ACCESS = "uvicorn.access"
 _UVICORN = ("uvicorn", "uvicorn.error", _ACCESS, "uvicorn.asgi")
+_QUIET_S, _SENTENCES = 60.0, 50
 
 
 class JsonLines(logging.Formatter):
@@ -48,6 +51,28 @@ class Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the text, without its end."""
         return printable.lines(super().format(record))
+
+
+class Repeated:
+    """Logs a sentence when it is met, and not again while it is met at least once a minute.
+
+    Args:
+        log: Where it is logged, as a warning.
+    """
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._met_s: dict[str, float] = {}
+
+    def warn(self, sentence: str, action: str) -> None:
+        """Log a sentence, unless it was met less than a minute ago."""
+        now_s = time.monotonic()
+        met_s = self._met_s.pop(sentence, -math.inf)
+        if now_s - met_s > _QUIET_S:
+            self._log.warning("%s", sentence, extra={"action": action})
+        self._met_s[sentence] = now_s
+        if len(self._met_s) > _SENTENCES:
+            del self._met_s[next(iter(self._met_s))]
 
 
 def _encodable(value: object) -> object:
