@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from cerberus import environment
+from cerberus.addresses import kafka as kafka_addresses
+from cerberus.addresses import postgres as postgres_addresses
+from cerberus.addresses import redis as redis_addresses
 from cerberus.environment import (  # the vocabulary of the declarations below
     REQUIRED,
     Variable,
-    address,
-    brokers,
     choice,
     first_of,
     flag,
@@ -24,7 +24,7 @@ class Kafka:
     addresses: tuple[str, ...] = first_of(
         Variable("KAFKA_BROKER", REQUIRED, "`host:port`, comma separated; or `KAFKA_URL`"),
         Variable("KAFKA_URL", "", "`kafka://` or `kafka+ssl://` addresses, comma separated"),
-        read=brokers,
+        read=kafka_addresses.read,
     )
     prefix: str = variable(
         "KAFKA_PREFIX",
@@ -57,17 +57,17 @@ class Kafka:
     @property
     def bootstrap(self) -> tuple[str, ...]:
         """The brokers, "host:port" each."""
-        return tuple(environment.host_and_port(address) for address in self.addresses)
+        return tuple(str(kafka_addresses.parsed(address)) for address in self.addresses)
 
     @property
     def tls(self) -> bool:
         """Whether to speak TLS."""
-        return environment.split_broker(self.addresses[0]).scheme == "kafka+ssl"
+        return kafka_addresses.parsed(self.addresses[0]).tls
 
     @property
     def on_loopback(self) -> bool:
         """Whether every broker is on this machine."""
-        return all(map(environment.on_loopback, self.addresses))
+        return all(kafka_addresses.parsed(address).on_loopback for address in self.addresses)
 
     def topic(self, name: str) -> str:
         """Return the full name of a topic or group."""
@@ -78,10 +78,10 @@ class Kafka:
 class Redis:
     """How to reach Redis."""
 
-    url: str = first_of(
+    address: redis_addresses.Redis = first_of(
         Variable("REDIS_TLS_URL", "", "used instead of `REDIS_URL` if a platform sets both"),
         Variable("REDIS_URL", REQUIRED, "`redis://` or `rediss://` address"),
-        read=address("redis", "rediss"),
+        read=redis_addresses.read,
         secret=True,
     )
     tls_verify: bool = variable(
@@ -91,15 +91,25 @@ class Redis:
         "REDIS_CLUSTER", "0", flag, "1 if `REDIS_URL` is a node of a Redis Cluster"
     )
 
+    @property
+    def url(self) -> str:
+        """The address, with the password."""
+        return self.address.url()
+
 
 @dataclass(frozen=True, slots=True)
 class Postgres:
     """How to reach Postgres."""
 
-    url: str = variable(
+    address: postgres_addresses.Postgres = variable(
         "DATABASE_URL",
         REQUIRED,
-        address("postgres", "postgresql"),
+        postgres_addresses.read,
         "`postgres://` or `postgresql://` address",
         secret=True,
     )
+
+    @property
+    def url(self) -> str:
+        """The address as libpq reads it, with the password."""
+        return self.address.url()

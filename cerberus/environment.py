@@ -2,10 +2,8 @@
 
 import dataclasses
 import difflib
-import ipaddress
 import pathlib
 import re
-import urllib.parse
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +18,8 @@ _PREFIX = "CERBERUS_"
 _OF_PLATFORM = re.compile(
     r"CERBERUS_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|NAME|ENV_\w+)"
 )
+# `float` also takes digits of other scripts, and underscores.
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BEGIN, _END = "<!-- settings: `make docs` writes them -->", "<!-- end of settings -->"
 _VARIABLES = "variables"
 _READ = "read"
@@ -103,10 +103,7 @@ def number(low: float, high: float) -> Read:
     """Make a reader of numbers from `low` to `high`."""
 
     def read(name: str, told: str) -> float:
-        try:
-            value = float(told)
-        except ValueError:
-            value = float("nan")
+        value = float(told) if _NUMBER.fullmatch(told) else float("nan")
         if not low <= value <= high:
             raise errors.ConfigError(
                 f"{name} must be a number from {low:g} to {high:g}, not {told!r}"
@@ -133,58 +130,6 @@ def ms(low: float, high: float, *, unit_s: int = 1) -> Read:
     """Make a reader of ms from a number of units of `unit_s` seconds, from `low` to `high`."""
     units = number(low, high)
     return lambda name, told: round(units(name, told) * unit_s * 1000)
-
-
-def brokers(name: str, told: str) -> tuple[str, ...]:
-    """Read addresses of Kafka brokers that have the same scheme."""
-    addresses = words(name, told)
-    if not addresses:
-        raise errors.ConfigError("KAFKA_BROKER is not set: give host:port of a Kafka broker")
-    schemes = set()
-    for number, each in enumerate(addresses, 1):
-        parts = split_broker(each)
-        try:
-            host, _ = parts.hostname, parts.port  # reading the port validates it
-        except ValueError:
-            host = None
-        if not host or parts.scheme not in ("kafka", "kafka+ssl") or "@" in parts.netloc:
-            # Not the address itself: it may hold a password.
-            raise errors.ConfigError(
-                f"{name}: address {number} is not host:port or kafka+ssl://host:port; "
-                "a user name and a password belong in KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD"
-            )
-        schemes.add(parts.scheme)
-    if len(schemes) > 1:
-        raise errors.ConfigError(f"{name} mixes kafka:// and kafka+ssl://; use one of them")
-    return addresses
-
-
-def split_broker(address: str) -> urllib.parse.SplitResult:
-    """Split the address of a broker, with or without a scheme."""
-    return urllib.parse.urlsplit(address if "://" in address else f"kafka://{address}")
-
-
-def address(*schemes: str) -> Read:
-    """Make a reader of an address that must be given, with one of these schemes."""
-    wanted = " or ".join(f"{scheme}://" for scheme in schemes)
-
-    def read(name: str, told: str) -> str:
-        if not told:
-            raise errors.ConfigError(f"{name} is not set: give a {wanted} address")
-        try:
-            parts = urllib.parse.urlsplit(told)
-            _ = parts.port  # reading it validates it
-        except ValueError:
-            # The wrong part may be the password.
-            raise errors.ConfigError(
-                f"{name} is not an address: percent-encode special characters in its user name "
-                "and password"
-            ) from None
-        if parts.scheme not in schemes:
-            raise errors.ConfigError(f"{name} must begin with {wanted}")
-        return told
-
-    return read
 
 
 def variable(name: str, default: str, read: Read, meaning: str, *, secret: bool = False) -> Any:
@@ -257,22 +202,6 @@ def declared(group: type[Any]) -> Iterator[Variable]:
     """Yield the variables of a group, and of the groups in it."""
     for each in groups(group):
         yield from own(each)
-
-
-def host_and_port(broker: str) -> str:
-    """Return the address of a broker as host:port."""
-    parts = split_broker(broker)
-    host = parts.hostname or ""
-    return f"{f'[{host}]' if ':' in host else host}:{parts.port or 9092}"
-
-
-def on_loopback(broker: str) -> bool:
-    """Return whether a broker is on this machine, by its address alone."""
-    host = split_broker(broker).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_names(environ: Mapping[str, str], known: Collection[str]) -> None:

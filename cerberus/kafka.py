@@ -73,7 +73,8 @@ def _ssl_context(kafka: endpoints.Kafka) -> ssl.SSLContext:
             with tempfile.NamedTemporaryFile("w") as file:  # created with mode 0600
                 file.write(f"{kafka.client_pem}\n{kafka.client_key_pem}")
                 file.flush()
-                context.load_cert_chain(file.name)
+                # A password, or OpenSSL would ask for one on the terminal.
+                context.load_cert_chain(file.name, password="")
     except (ssl.SSLError, ValueError) as error:
         raise errors.ConfigError(
             f"KAFKA_TRUSTED_CERT, KAFKA_CLIENT_CERT or KAFKA_CLIENT_CERT_KEY: {error}"

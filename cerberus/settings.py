@@ -31,7 +31,7 @@ _LONGEST_S = 23 * _DAY_S  # ages in a packed window have 32 bits of ms
 
 def _spans(name: str, told: str) -> tuple[str, ...]:
     names = words(name, told)
-    good = all(re.fullmatch(r"[1-9]\d{0,4}[smhd]", each) for each in names)
+    good = all(re.fullmatch("[1-9][0-9]{0,4}[smhd]", each) for each in names)
     lengths = [_seconds(each) for each in names] if good else []
     if not lengths or sorted(set(lengths)) != lengths or lengths[-1] > _LONGEST_S:
         raise errors.ConfigError(
@@ -282,6 +282,9 @@ def load(environ: Mapping[str, str]) -> Settings:
     environment.check_names(environ, [each.name for each in environment.declared(Settings)])
     config = environment.read(Settings, environ)
     _check_sasl(config.kafka)
+    _check_certificates(config.kafka)
+    if config.redis.cluster and config.redis.address.database:
+        raise errors.ConfigError("REDIS_URL: a Redis Cluster has only database 0")
     _check_retention(config)
     return config
 
@@ -309,6 +312,21 @@ def _check_sasl(kafka: endpoints.Kafka) -> None:
             raise errors.ConfigError(
                 f"{name} and KAFKA_SASL_MECHANISM go together: set both or neither"
             )
+
+
+def _check_certificates(kafka: endpoints.Kafka) -> None:
+    given = {
+        "KAFKA_TRUSTED_CERT": kafka.ca_pem,
+        "KAFKA_CLIENT_CERT": kafka.client_pem,
+        "KAFKA_CLIENT_CERT_KEY": kafka.client_key_pem,
+    }
+    for name, value in given.items():
+        if value and not kafka.tls:
+            raise errors.ConfigError(f"{name} is set: the brokers need kafka+ssl:// addresses")
+    if bool(kafka.client_pem) != bool(kafka.client_key_pem):
+        raise errors.ConfigError(
+            "KAFKA_CLIENT_CERT and KAFKA_CLIENT_CERT_KEY go together: set both or neither"
+        )
 
 
 def _check_retention(config: Settings) -> None:

@@ -188,15 +188,14 @@ def test_tls_and_sockets_reach_feast():
     ("variable", "value"),
     [
         ("REDIS_URL", "redis://[::1]:6379"),
-        ("DATABASE_URL", "postgres://me:50%@host/db"),
-        ("DATABASE_URL", "postgres://me:pw@host/db?ssl=on"),
+        ("REDIS_URL", "rediss://cache?ssl_ca_certs=/nowhere"),
+        ("DATABASE_URL", "postgres://me:pw@h/d?sslmode=require&sslrootcert=/nowhere"),
     ],
 )
 def test_an_address_that_feast_cannot_be_told_is_named(variable, value):
     config = settings.load(LOOPBACK | {variable: value})
-    with pytest.raises(errors.ConfigError, match=variable) as refused:
+    with pytest.raises(errors.ConfigError, match=variable):
         feast_store.repo_config(config)
-    assert "50%" not in str(refused.value)
 
 
 def test_feast_apply_works_by_hand_and_again_after_the_windows_changed(environ, tmp_path):

@@ -1,7 +1,6 @@
 import pytest
 
 from cerberus import environment, errors, kafka, settings
-from cerberus.online import pool as redis_pool
 
 BASE = {
     "KAFKA_BROKER": "127.0.0.1:9092",
@@ -42,9 +41,19 @@ def test_a_missing_address_is_named(missing):
         ("KAFKA_SASL_MECHANISM", "PLAIN"),
         ("KAFKA_SASL_USERNAME", "u"),
         ("KAFKA_SASL_PASSWORD", "p"),
+        ("KAFKA_TRUSTED_CERT", "a certificate, though the brokers speak no TLS"),
+        ("KAFKA_CLIENT_CERT", "p"),
         ("CERBERUS_TASKS", "api,cook"),
         ("CERBERUS_RATE", "fast"),
         ("CERBERUS_RATE", "nan"),
+        ("CERBERUS_RATE", "inf"),
+        ("CERBERUS_RATE", "1e400"),
+        ("CERBERUS_RATE", "１"),
+        ("CERBERUS_RATE", "1_0"),
+        ("CERBERUS_SPANS", "1１m"),
+        ("CERBERUS_SEED", "٣"),
+        ("CERBERUS_USERS", "1e400"),
+        ("REDIS_TLS_VERIFY", "１"),
         ("CERBERUS_SPANS", "1h,10m"),
         ("CERBERUS_SPANS", "10"),
         ("CERBERUS_SPANS", "1h,24d"),
@@ -82,9 +91,8 @@ def test_a_secret_in_a_wrong_address_is_not_repeated(name, address):
 
 @pytest.mark.parametrize("parameter", ["bogus=1", "socket_timeout=abc"])
 def test_a_parameter_that_redis_does_not_know_is_a_setting_s_fault(parameter):
-    config = settings.load(BASE | {"REDIS_URL": f"redis://h?{parameter}"})
     with pytest.raises(errors.ConfigError, match="REDIS_URL"):
-        redis_pool.connect(config)
+        settings.load(BASE | {"REDIS_URL": f"redis://h?{parameter}"})
 
 
 def test_a_platform_s_addresses_are_understood():
@@ -98,7 +106,7 @@ def test_a_platform_s_addresses_are_understood():
     assert config.kafka.bootstrap == ("a.example:9096", "b.example:9096")
     assert config.kafka.tls
     assert config.kafka.topic("transactions") == "north-1.transactions"
-    assert config.redis.url == "rediss://:p@r:6380"
+    assert config.redis.url == "rediss://:p@r:6380/0"
     assert config.rate == 0
     assert "CERBERUS_RATE" in config.rate_reason
 
@@ -111,9 +119,10 @@ def test_a_broken_certificate_is_a_setting_s_fault():
 
 def test_secrets_do_not_show():
     secret = ("CERBERUS_API_KEY", "KAFKA_SASL_PASSWORD", "KAFKA_CLIENT_CERT_KEY")
+    tls = {"KAFKA_BROKER": "kafka+ssl://h:1", "KAFKA_CLIENT_CERT": "c"}
     address = {"REDIS_URL": "redis://:sesame@r:6379", "DATABASE_URL": "postgres://u:sesame@db/x"}
     login = {"KAFKA_SASL_MECHANISM": "PLAIN", "KAFKA_SASL_USERNAME": "u"}
-    config = settings.load(BASE | address | login | dict.fromkeys(secret, "sesame"))
+    config = settings.load(BASE | tls | address | login | dict.fromkeys(secret, "sesame"))
     assert config.kafka.sasl_password == "sesame"
     assert "sesame" not in repr(config)
 

@@ -84,7 +84,7 @@ async def refuse(request: Request, error: Exception) -> Response:
         raise error
     field = error.field if isinstance(error, errors.Conflict) else None
     if isinstance(error, errors.StoreUnavailable | errors.ConfigError):
-        route = request.scope["path"].split("/")[1]
+        route = request.scope["path"].lstrip("/").partition("/")[0]
         _said.warn(f"/{route} was refused: {error}", "refused")
     return _problem(code, str(_HIDDEN.get(type(error), error)), field)
 

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from typing import Any
 import yaml
 
 from cerberus import environment, errors, settings
+from cerberus.addresses import postgres as addresses
 from cerberus.features import declared
 from cerberus.online import layout, partition_states
 from cerberus.online import pool as redis_pool
@@ -31,9 +33,9 @@ _SERVED = (declared.STATS_VIEW, declared.WINDOW_VIEW, declared.CREDIT_VIEW)
 _TYPES = {"Int64", "Float64", "Bytes"}
 _BATCH_ROWS = 10_000
 # Feast offers no other way to set an option of its sessions: it sends "-c search_path=" followed by
-# this text and ",public", which overrides PGOPTIONS. Without nested loops, 10,000 rows of history
-# take seconds instead of minutes.
-_SESSION = "public -c enable_nestloop=off -c search_path=public"
+# this text and ",public", which a setting of no meaning takes at the end. Without nested loops,
+# 10,000 rows of history take seconds instead of minutes.
+_SESSION = "public -c enable_nestloop=off {options} -c cerberus.client=feast"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def repo_config(config: settings.Settings) -> dict[str, Any]:
     Raises:
         ConfigError: An address cannot be expressed in Feast's terms.
     """
-    registry, offline_store = _postgres(config.postgres.url)
+    registry, offline_store = _postgres(config.postgres.address)
     return {
         "project": layout.PROJECT,
         "provider": "local",
@@ -204,13 +206,14 @@ def materialize(config: settings.Settings, now_ms: int) -> Loaded:
     Raises:
         StoreUnavailable: A store failed, or Redis lost its data meanwhile; run again.
     """
-    import psycopg
+    import psycopg.conninfo
 
     with _opened(config) as store:
         end = datetime.datetime.fromtimestamp(now_ms / 1000, datetime.UTC)
         begin = end - _credit_view(store, config).ttl
         lost = asyncio.run(_begin(config, now_ms))
-        with psycopg.connect(config.postgres.url, connect_timeout=10) as connection:
+        conninfo = psycopg.conninfo.make_conninfo(**_libpq(config.postgres.address))
+        with psycopg.connect(conninfo) as connection:
             connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
             new = "created_timestamp IS NULL AND event_timestamp BETWEEN %s AND %s"
             connection.execute("SET idle_in_transaction_session_timeout = 0")
@@ -269,43 +272,45 @@ def _schema(view: Any) -> dict[str, str]:
     return types
 
 
-def _postgres(url: str) -> tuple[str, dict[str, Any]]:
-    """Return the registry's address and the options of the offline store."""
-    import psycopg.conninfo
+def _postgres(address: addresses.Postgres) -> tuple[str, dict[str, Any]]:
+    """Return the registry's address and the options of the offline store.
+
+    Raises:
+        ConfigError: A file of certificates cannot be read.
+    """
     import sqlalchemy
 
-    try:
-        parts = {k: str(v) for k, v in psycopg.conninfo.conninfo_to_dict(url).items()}
-    except psycopg.ProgrammingError as error:
-        raise errors.ConfigError(
-            "DATABASE_URL cannot be read by libpq: percent-encode the password, and put only "
-            "libpq's own parameters behind the question mark"
-        ) from error
-    host, port = parts.get("host", ""), parts.get("port", "5432")
-    tls = {k: v for k, v in parts.items() if k in ("sslrootcert", "sslcert", "sslkey")}
-    sslmode = parts.get("sslmode", "prefer")
-    registry = sqlalchemy.URL.create(
-        "postgresql+psycopg",
-        username=parts.get("user"),
-        password=parts.get("password"),
-        database=parts.get("dbname"),
-        # The host may be the directory of a socket, which only the query part can hold.
-        query={"host": host, "port": port, "sslmode": sslmode, "connect_timeout": "10"} | tls,
-    )
+    address.tls()
+    parts = _libpq(address)
+    options = parts.pop("options", "")
     offline_store = {
-        "host": host,
-        "port": int(port),
-        "database": parts.get("dbname", ""),
-        "user": parts.get("user", ""),
-        "password": parts.get("password", ""),
-        "db_schema": _SESSION,
-        "sslmode": sslmode,
+        "host": address.host,
+        "port": address.port,
+        "database": address.database,
+        "user": address.user,
+        "password": address.password,
+        "db_schema": _SESSION.format(options=options),
+        "sslmode": address.sslmode,
         "keepalives_idle": 30,
     }
-    return (
-        registry.render_as_string(hide_password=False),
-        offline_store | {f"{name}_path": value for name, value in tls.items()},
+    files = {f"{k}_path": parts[k] for k in ("sslrootcert", "sslcert", "sslkey") if k in parts}
+    registry = sqlalchemy.URL.create(
+        "postgresql+psycopg",
+        username=parts.pop("user"),
+        password=parts.pop("password", None),
+        database=parts.pop("dbname"),
+        # The host may be the directory of a socket, which only the query part can hold.
+        query=parts | ({"options": options} if options else {}),
     )
+    return registry.render_as_string(hide_password=False), offline_store | files
+
+
+def _libpq(address: addresses.Postgres) -> dict[str, str]:
+    parts = {"connect_timeout": "10"} | address.libpq()
+    if address.sslrootcert == addresses.SYSTEM:
+        # The libpq of psycopg's wheel does not know where this system keeps them.
+        parts["sslrootcert"] = ssl.get_default_verify_paths().cafile or addresses.SYSTEM
+    return parts
 
 
 def _redis(config: settings.Settings) -> str:

@@ -51,20 +51,29 @@ Call = tuple[str, Sequence[bytes | str], Sequence[bytes | int | str]]
 
 
 def options(config: settings.Settings) -> dict[str, Any]:
-    """Return what a Redis client is built with; every command has a deadline of 2 s."""
+    """Return what a Redis client is built with; every command has a deadline of 2 s.
+
+    Raises:
+        ConfigError: A file of certificates that the address names cannot be read.
+    """
+    address = config.redis.address
+    address.check_files()
     found: dict[str, Any] = {
+        "host": address.host,
+        "port": address.port,
+        "db": address.database,
         "socket_timeout": CALL_S,
         "socket_connect_timeout": CALL_S,
         "health_check_interval": 15,
         "driver_info": None,  # else each connection reads files, then sends what 6.2 does not know
     }
-    if config.redis.url.startswith("rediss://"):
+    login = {"username": address.username, "password": address.password}
+    found |= {name: value for name, value in login.items() if value}
+    if address.tls:
         found["ssl"] = True
         if not config.redis.tls_verify:
             found |= {"ssl_cert_reqs": ssl.CERT_NONE, "ssl_check_hostname": False}
-    located = redis.asyncio.connection.parse_url(config.redis.url)
-    located.pop("connection_class", None)
-    return {"host": "localhost", "port": 6379, **found, **located}
+    return {**found, **address.options}
 
 
 def connect(
@@ -77,13 +86,10 @@ def connect(
         connected: Awaited with each new connection, before it is used.
 
     Raises:
-        ConfigError: The address has a parameter that no client knows.
+        ConfigError: A file of certificates that the address names cannot be read.
     """
     client = redis.asyncio.RedisCluster if config.redis.cluster else redis.asyncio.Redis
-    try:
-        made = client(**options(config))
-    except (TypeError, ValueError) as error:
-        raise errors.ConfigError(f"REDIS_URL: {error}") from error
+    made = client(**options(config))
     if connected is not None:
         shared: Any = getattr(made, "connection_pool", made)
         shared.connection_kwargs["redis_connect_func"] = connected

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import asyncpg
 
 from cerberus import errors, settings
+from cerberus.postgres import connecting
 
 QUERY_S = 10
 """Deadline of a statement, and of a wait for a connection."""
@@ -52,10 +53,13 @@ T = TypeVar("T")
 
 
 def connect(config: settings.Settings) -> asyncpg.Pool:
-    """Make the shared pool; await it to open it."""
-    return asyncpg.create_pool(
-        config.postgres.url, min_size=0, max_size=8, timeout=5, command_timeout=QUERY_S
-    )
+    """Make the shared pool; await it to open it.
+
+    Raises:
+        ConfigError: A file of certificates that the address names cannot be read.
+    """
+    address = connecting.options(config.postgres.address)
+    return asyncpg.create_pool(**address, min_size=0, max_size=8, command_timeout=QUERY_S)
 
 
 async def close(pool: asyncpg.Pool, within_s: float) -> None:
