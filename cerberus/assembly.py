@@ -80,7 +80,7 @@ class Service:
         """The rows that decisions are made from, in Redis."""
         plan = layout.Plan.load(self.config.model.plan_path)
         topic = self.config.kafka.topic(kafka.TRANSACTIONS)
-        return user_rows.OnlineStore(self.redis, plan, self.spans, topic)
+        return user_rows.OnlineStore(self.redis, plan, self.spans, topic, self.clock)
 
     @functools.cached_property
     def postgres(self) -> stores.Stores:

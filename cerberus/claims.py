@@ -9,8 +9,10 @@ that moment are stored there. A claim takes about 1 kB.
 import asyncio
 import hashlib
 import logging
+import math
 import re
 import secrets
+import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -152,7 +154,7 @@ class Claims:
         self._config = config
         # After this long, Postgres has what was answered when Redis lost its claims.
         self._settling_ms = 2 * config.decisions.flush_ms + _WRITING_MS
-        self._since_ms = 0
+        self._since_ms, self._learned_s = 0, -math.inf
         self._runs = [b""] * _BUCKETS
         self._client = client
         self._ledger = kept
@@ -173,9 +175,11 @@ class Claims:
         Raises:
             StoreUnavailable: Postgres did not answer.
         """
-        wait_ms = self._since_ms + self._settling_ms - self._clock()
+        # A mark from a clock that is ahead is waited for once, not until that time.
+        learned_ms = (time.monotonic() - self._learned_s) * 1000
+        wait_ms = self._settling_ms - max(self._clock() - self._since_ms, learned_ms)
         if wanted and wait_ms > 0:
-            await asyncio.sleep(min(wait_ms, self._settling_ms) / 1000)
+            await asyncio.sleep(wait_ms / 1000)
         return await self._ledger.find(wanted)
 
     async def doubt(self, now_ms: int) -> None:
@@ -324,5 +328,6 @@ class Claims:
                 return None
         if answer == 1:
             return record
-        self._since_ms = max(self._since_ms, -answer)
+        if -answer > self._since_ms:
+            self._since_ms, self._learned_s = -answer, time.monotonic()
         return None

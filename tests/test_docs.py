@@ -294,11 +294,12 @@ class Timeline:
         return packed_windows.unpack(packed, spans)
 
     def read(self, after, as_of, in_hand):
-        now_ms = at_ms(as_of)
+        recent = self.rows[int(after)]
+        now_ms = max(at_ms(as_of), recent.fence.as_of_ms)  # some ask about an earlier moment
         state = fences.PartitionState(1, int(after) + 1, "live", caught_up_ms=now_ms)
         row = evaluation.as_of(
-            evaluation.OnlineRow(7, self.rows[int(after)], None, 0, state),
-            now_ms,
+            evaluation.OnlineRow(7, recent, None, 0, state),
+            at_ms(as_of),
             self.paid[in_hand, as_of] if in_hand else None,
             now_ms=now_ms,
             rules=evaluation.Rules(self.windows.spans, 60_000),

@@ -191,6 +191,9 @@ def _partition_doubts(
             doubted.setdefault(f"is {state.state}{done}", []).append(str(number))
         if now_ms - state.caught_up_ms > evaluation.STALE_MS:
             doubted.setdefault("is stale: behind the end of its log", []).append(str(number))
+        if state.caught_up_ms - now_ms > evaluation.AHEAD_MS:
+            ahead = "is reported by a clock ahead of this one: set both by NTP"
+            doubted.setdefault(ahead, []).append(str(number))
         if state.known_from_ms > now_ms - longest_ms:
             doubted.setdefault("is warming: its log begins too late", []).append(str(number))
     return [f"partition {', '.join(found)} {why}" for why, found in doubted.items()]

@@ -12,6 +12,10 @@ from cerberus import transactions, window
 from cerberus.features import fences, packed
 
 STALE_MS = 5_000
+AHEAD_MS = 2_000
+"""How far the stamp of another process may lie ahead of one's own clock: what NTP leaves, and the
+time between a look at the clock and the answer of the store. More is a doubt, because an owner that
+dies with such a clock would pass as live until its last stamp is over."""
 
 
 class Doubt(enum.StrEnum):
@@ -22,6 +26,7 @@ class Doubt(enum.StrEnum):
     REBUILDING = "rebuilding"
     RESTORING = "restoring"
     STALE = "stale"
+    CLOCK_AHEAD = "clock_ahead"
     WARMING = "warming"
     AS_OF_TOO_OLD = "as_of_too_old"
     SPLIT_USER = "split_user"
@@ -60,6 +65,7 @@ class OnlineRow:
 
     `unreadable` holds the doubts of parts that cannot be read.
     `split_ms` is the newest of the user's events that came in another partition than `partition`.
+    `score_ms` is the time from which the credit score is valid; 0 when there is none.
     """
 
     user_id: int
@@ -69,6 +75,7 @@ class OnlineRow:
     state: fences.PartitionState | None
     unreadable: tuple[Doubt, ...] = ()
     split_ms: int = 0
+    score_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +132,16 @@ def _doubts(
     """Say why values computed from `recent`, None for no row, may be wrong."""
     doubts: list[str] = [*online.unreadable]
     state, after_ms = online.state, as_of_ms - spans.longest_ms
+    latest_ms = now_ms + AHEAD_MS
     elsewhere = online.recent is not None and online.recent.partition != online.partition
     if elsewhere or after_ms < online.split_ms:
         doubts.append(Doubt.SPLIT_USER)
+    if (
+        online.score_ms > latest_ms
+        or (recent is not None and recent.fence.as_of_ms > latest_ms + spans.max_future_skew_ms)
+        or (state is not None and state.caught_up_ms > latest_ms)
+    ):
+        doubts.append(Doubt.CLOCK_AHEAD)
     if state is None:
         return (*doubts, Doubt.OWNER_MISSING)
     if state.state != fences.LIVE:

@@ -54,15 +54,16 @@ class Retention:
     async def sweep(self, progress: supervision.Progress, still_held: locks.StillHeld) -> bool:
         """Remove what has expired; False when a month in use is left for later.
 
-        Idempotent: yes. Tables without expired rows are not read.
+        Idempotent: yes. Tables without expired rows are not read. Of this clock and that of
+        Postgres the earlier one counts, so a clock that is ahead removes nothing too early.
 
         Raises:
             StoreUnavailable: Postgres did not answer.
         """
         if not self._days:
             return True
-        before = months.kept_from(self._clock(), self._days)
         old = self._postgres.expiry
+        before = months.kept_from(min(self._clock(), await old.now()), self._days)
         all_gone = True
         for table in expiry.BY_MONTH:
             all_gone &= await old.drop(table, before)

@@ -95,6 +95,11 @@ def decode_timestamp(data: bytes) -> int:
     return seconds * 1_000_000 + nanos // 1000
 
 
+def stamp_ms(data: bytes | None) -> int:
+    """Read a protobuf Timestamp as ms since the Unix epoch; 0 when there is none."""
+    return decode_timestamp(data) // 1000 if data else 0
+
+
 def decode(data: bytes) -> Scalar:
     """Read a Value of the three types that the views use; the empty value is None.
 

@@ -1,15 +1,18 @@
 """Partitions in Redis: who is live, the trail of written rows, and when batch views were loaded."""
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import secrets
+import time
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cerberus.features import fences
+from cerberus import clock
+from cerberus.features import evaluation, fences
 from cerberus.online import pool as redis_pool
 
 MATERIALIZED = "cerberus:{materialized}"  # a cluster places keys by what is in braces
@@ -103,15 +106,20 @@ class PartitionStates:
         client: The shared pool.
         topic: Whose partitions are followed.
         versions: Hears which version all owners read, at each reading.
+        clock: The wall clock in ms since the Unix epoch.
 
     Attributes:
         key: Of the hash.
     """
 
-    def __init__(self, client: Any, topic: str, versions: Versions) -> None:
+    def __init__(
+        self, client: Any, topic: str, versions: Versions, clock: clock.Clock = clock.now_ms
+    ) -> None:
         self.key = f"cerberus:partitions:{topic}"
         self.versions = versions
         self._client = client
+        self._clock = clock
+        self._ahead: dict[int, tuple[int, float]] = {}
         self._trails = map(f"{secrets.token_hex(8)}:{{}}".format, itertools.count())
 
     async def write(
@@ -202,14 +210,35 @@ class PartitionStates:
         A state that is broken counts as gone, and its owner writes it again. A topic that was
         created again with fewer partitions leaves some behind.
         """
-        states, count = {}, int(found.get(b"count", 0))
+        states, count, now_ms = {}, int(found.get(b"count", 0)), self._clock()
         for field, value in found.items():
             if field.isdigit() and int(field) < count:
                 with contextlib.suppress(ValueError, TypeError):
-                    states[int(field)] = fences.PartitionState.unpack(value)
+                    state = fences.PartitionState.unpack(value)
+                    if state.caught_up_ms > now_ms:
+                        state = self._aged(int(field), state, now_ms)
+                    states[int(field)] = state
         whole = 0 < len(states) == count
         self.versions.hear(min(state.version for state in states.values()) if whole else 0)
         return count, states
+
+    def _aged(
+        self, number: int, state: fences.PartitionState, now_ms: int
+    ) -> fences.PartitionState:
+        """Judge a stamp from the future by how long it has not changed.
+
+        Otherwise an owner whose clock was an hour ahead would not be stale for an hour after it
+        ended.
+        """
+        now_s = time.monotonic()
+        stamp_ms, since_s = self._ahead.get(number, (0, now_s))
+        if stamp_ms != state.caught_up_ms:
+            self._ahead[number] = (state.caught_up_ms, now_s)
+            return state
+        silent_ms = int((now_s - since_s) * 1000)
+        if silent_ms <= evaluation.STALE_MS:
+            return state
+        return dataclasses.replace(state, caught_up_ms=now_ms - silent_ms)
 
     def leave(
         self, trail: Trail, partition: int, fence: fences.Fence

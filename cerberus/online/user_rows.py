@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import redis.asyncio
 import redis.exceptions
 
-from cerberus import errors, transactions, window
+from cerberus import clock, errors, transactions, window
 from cerberus.features import declared, evaluation, fences
 from cerberus.features import packed as packed_windows
 from cerberus.online import layout, partition_states
@@ -77,6 +77,7 @@ class OnlineStore:
         plan: What Feast's registry says of views, types and TTLs.
         spans: The window definition.
         topic: The topic whose partitions are followed.
+        clock: The wall clock in ms since the Unix epoch.
         patience_s: How long the owners of all partitions must have read a version of claims and
             commits, without interruption, before this process writes it.
 
@@ -90,6 +91,8 @@ class OnlineStore:
         plan: layout.Plan,
         spans: window.Spans,
         topic: str,
+        clock: clock.Clock = clock.now_ms,
+        *,
         patience_s: float = 3600.0,
     ) -> None:
         streamed = declared.names(declared.streamed(spans.names))
@@ -106,7 +109,7 @@ class OnlineStore:
         self._plan = plan
         self._spans = spans
         self._partitions = partition_states.PartitionStates(
-            client, topic, partition_states.Versions(patience_s, time.monotonic)
+            client, topic, partition_states.Versions(patience_s, time.monotonic), clock
         )
         self._fields = _Hash(
             window=layout.field(declared.WINDOW_VIEW, "recent"),
@@ -162,6 +165,7 @@ class OnlineStore:
                     unreadable=(evaluation.Doubt.RECENT_UNREADABLE,) * broken_window
                     + (evaluation.Doubt.CREDIT_SCORE_UNREADABLE,) * broken_score,
                     split_ms=int(stored.split_ms or 0),
+                    score_ms=0 if score is None else layout.stamp_ms(stored.credit_at),
                 )
             )
         return rows

@@ -61,6 +61,12 @@ class Expiry:
         self._patience = patience
         self._blocks = blocks
 
+    async def now(self) -> datetime.datetime:
+        """Return the time of the clock of Postgres, in UTC."""
+        async with postgres_pool.connection(self._pool) as connection:
+            told: datetime.datetime = await connection.fetchval("SELECT clock_timestamp()")
+        return told.astimezone(datetime.UTC)
+
     async def drop(self, table: str, before: datetime.datetime) -> bool:
         """Drop the months of a table in `BY_MONTH` that end at or before `before`.
 

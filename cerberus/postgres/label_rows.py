@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 _INSERT = """
 INSERT INTO labels (transaction_id, user_id, label, source, labelled_ms, seen_ms)
-SELECT *, $6::bigint FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::bigint[])
+SELECT *, least($6::bigint, (extract(epoch FROM clock_timestamp()) * 1000)::bigint)
+FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::bigint[])
 ON CONFLICT DO NOTHING
 RETURNING transaction_id, user_id, label, source, labelled_ms
 """
@@ -54,7 +55,8 @@ class LabelRows:
 
         Args:
             given: Labels in any order, repetitions included.
-            seen_ms: The time now: a label is known from the moment when it is first stored.
+            seen_ms: The time now: a label is known from the moment when it is first stored. If it
+                lies ahead of the clock of Postgres, that clock counts.
         """
         if not given:
             return []

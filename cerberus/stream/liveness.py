@@ -75,7 +75,7 @@ class Liveness:
         self._count = resolved.count
         for tp, owned in resolved.owned.items():
             self._since_s[tp] = time.monotonic()
-            if not owned.follow(told.get(owned.part.number)):
+            if not owned.follow(told.get(owned.part.number), self._clock()):
                 self._scores_lost = None
 
     def forget(self) -> None:
@@ -125,7 +125,7 @@ class Liveness:
             progress.lagging(any(self.lag(parts).values()))
         for tp, (end, asked_ms) in self._marks.items():
             owned = parts.get(tp)
-            if owned and owned.part.offset >= end and self._clock() - asked_ms < _MARK_MS:
+            if owned and owned.part.offset >= end and abs(self._clock() - asked_ms) < _MARK_MS:
                 owned.reached_end(asked_ms)
         return True
 

@@ -31,13 +31,14 @@ class Owned:
         self.unloaded = False
         self.caught_up_ms: int | None = None
 
-    def follow(self, last: fences.PartitionState | None) -> bool:
+    def follow(self, last: fences.PartitionState | None, now_ms: int) -> bool:
         """Continue from the former owner's last state; return whether it left nothing to restore.
 
         Its trail does not show what it had not finished.
         """
         if last is not None:
-            self.caught_up_ms = max(self.caught_up_ms or 0, last.caught_up_ms)
+            # The former owner's clock may be ahead.
+            self.caught_up_ms = max(self.caught_up_ms or 0, min(last.caught_up_ms, now_ms))
         finished = last is not None and last.state == fences.LIVE
         if not finished:
             self.lost_rows()
