@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import os
 
-from cerberus import assembly, kafka, settings
+from cerberus import assembly, kafka, printable, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = settings.load(os.environ)
     number, records = asyncio.run(_resume(config))
     topic, letters = (config.kafka.topic(n) for n in (kafka.TRANSACTIONS, kafka.DEAD_LETTERS))
-    print(
+    printable.say(
         f"resume {number}: every consumer of {topic} goes on within seconds. What is refused of "
         f"the {records} records that it has received so far stops nobody and goes to {letters}."
     )
