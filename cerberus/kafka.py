@@ -300,7 +300,6 @@ class Message(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: Sequence[tuple[str, bytes]] = ()
-    timestamp_ms: int | None = None
 
 
 def dead_letter(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> Message:
@@ -366,7 +365,6 @@ class Publisher:
             message.value,
             key=message.key,
             headers=message.headers,
-            timestamp_ms=message.timestamp_ms,
         )
         return acknowledged
 

@@ -1,7 +1,7 @@
 """A synthetic population's transactions onto the log.
 
-The record's key is the user and its timestamp the event time. A transaction never carries its
-label: a fraud is reported on topic `labels` later, as in real life. Until then Postgres keeps it.
+The record's key is the user. A transaction never carries its label: a fraud is reported on topic
+`labels` later, as in real life. Until then Postgres keeps it.
 """
 
 import asyncio
@@ -27,7 +27,6 @@ class _Record(NamedTuple):
     topic: str
     key: bytes
     value: bytes
-    timestamp_ms: int
 
 
 class Producer:
@@ -118,7 +117,7 @@ class Producer:
             return
         self._told_ms = now_ms
         if due := await self._postgres.labels.due(now_ms):
-            await _deliver(client, [_label(self._config, label, now_ms) for label in due])
+            await _deliver(client, [_label(self._config, label) for label in due])
             await self._postgres.labels.published(due)
 
 
@@ -137,10 +136,7 @@ async def _client(config: settings.Settings) -> AsyncIterator[Any]:
 
 async def _deliver(client: Any, records: list[_Record]) -> None:
     async with asyncio.timeout(_SEND_S):
-        sent = [
-            await client.send(r.topic, r.value, key=r.key, timestamp_ms=r.timestamp_ms)
-            for r in records
-        ]
+        sent = [await client.send(r.topic, r.value, key=r.key) for r in records]
         await asyncio.gather(*sent)
 
 
@@ -149,10 +145,9 @@ def _record(config: settings.Settings, transaction: transactions.Transaction) ->
         config.kafka.topic(kafka.TRANSACTIONS),
         transactions.key(transaction.user_id),
         transactions.encode(transaction),
-        transaction.event_ms,
     )
 
 
-def _label(config: settings.Settings, label: labels.Label, now_ms: int) -> _Record:
+def _label(config: settings.Settings, label: labels.Label) -> _Record:
     topic = config.kafka.topic(kafka.LABELS)
-    return _Record(topic, labels.key(label), labels.encode(label), now_ms)
+    return _Record(topic, labels.key(label), labels.encode(label))

@@ -139,9 +139,7 @@ class Publisher:
                 now = now_ms()
                 user_id, value = self._draw(now)
                 async with asyncio.timeout(10):
-                    sent = await producer.send(
-                        self._target.topic, value, key=b"%d" % user_id, timestamp_ms=now
-                    )
+                    sent = await producer.send(self._target.topic, value, key=b"%d" % user_id)
                 self.sent += 1
                 sent.add_done_callback(self._acknowledged)
 

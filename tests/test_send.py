@@ -11,11 +11,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from aiokafka import AIOKafkaConsumer
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from pipeline import now_ms, payment, until, world
 from service import ROOT
 
-from cerberus import kafka, transactions
-from cerberus.files import layouts, sending
+from cerberus import kafka, settings, transactions
+from cerberus.files import capacity, layouts, sending
 
 pytestmark = pytest.mark.anyio
 
@@ -38,6 +39,10 @@ def lines(count, begin_ms, gap_ms=1, user_id=1005):
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def moments(records):
+    return [transactions.parse_timestamp(json.loads(record.value)) for record in records]
 
 
 async def sent(environ):
@@ -66,9 +71,7 @@ async def test_csv_and_parquet_are_sent_as_json_lines_are(environ, tmp_path):
     ]
     assert [record.value for record in records] == wanted * 3
     assert {record.key for record in records} == {b"1005"}
-    assert [r.timestamp for r in records[:30]] == [
-        transactions.parse_timestamp(row) for row in rows
-    ]
+    assert min(r.timestamp for r in records) > transactions.parse_timestamp(rows[-1])
 
 
 @pytest.mark.parametrize("pace", [(), ("--rate", "1000"), ("--speed", "1")])
@@ -88,6 +91,7 @@ async def test_old_transactions_are_sent_as_recorded_or_as_if_they_were_of_now(e
     rows = lines(20, now_ms() - 10**8, gap_ms=500)  # a day: younger than the topic keeps
     rows[7], rows[8] = rows[8], rows[7]
     path = write(tmp_path / "old.jsonl", rows)
+    sent_ms = now_ms()
     at_once = send(environ, path)
     assert "--now" in at_once.stderr
     begin_ms = now_ms()
@@ -96,15 +100,16 @@ async def test_old_transactions_are_sent_as_recorded_or_as_if_they_were_of_now(e
     assert send(environ, path, "--rate", "100", "--now").returncode == 0
     records = await sent(environ)
     recorded, shifted, paced = records[:20], records[20:40], records[40:]
-    assert [r.timestamp for r in recorded] == [transactions.parse_timestamp(row) for row in rows]
-    moments = [transactions.parse_timestamp(json.loads(r.value)) for r in records]
-    assert moments == [r.timestamp for r in records]
-    assert begin_ms <= shifted[0].timestamp <= end_ms
+    # The topic's retention counts from now, however old they are.
+    assert all(sent_ms <= r.timestamp <= begin_ms for r in recorded)
+    assert moments(recorded) == [transactions.parse_timestamp(row) for row in rows]
+    assert begin_ms <= moments(shifted)[0] <= end_ms
     # A tenth of the gaps; the two that came late stay late.
-    gaps = [r.timestamp - shifted[0].timestamp for r in shifted]
+    gaps = [at_ms - moments(shifted)[0] for at_ms in moments(shifted)]
     assert gaps == [50 * i for i in (*range(7), 8, 7, *range(9, 20))]
     assert end_ms - begin_ms >= gaps[-1]
-    assert [r.timestamp - paced[0].timestamp for r in paced] == [10 * i for i in range(20)]
+    assert all(m <= r.timestamp for m, r in zip(moments(shifted), shifted, strict=True))
+    assert [at_ms - moments(paced)[0] for at_ms in moments(paced)] == [10 * i for i in range(20)]
 
 
 @pytest.mark.parametrize("pace", [sending.Pace(speed=2.0), sending.Pace(rate=100.0)])
@@ -139,3 +144,34 @@ def test_a_pace_that_says_nothing_is_refused(tmp_path):
     assert send({}, path, "--now").returncode == 1
     assert send({}, path, "--rate", "0").returncode == 2
     assert send({}, path, "--rate", "1", "--speed", "1").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("retention.ms", "61000"), ("retention.bytes", "50000"), ("cleanup.policy", "compact")],
+)
+async def test_what_the_topic_would_delete_unread_is_told_before_any_is_sent(
+    environ, tmp_path, setting, value
+):
+    config = settings.load(environ)
+    await kafka.create_topics(config)
+    topic = config.kafka.topic(kafka.TRANSACTIONS)
+    async with kafka.admin(config.kafka) as client:
+        told = ConfigResource(ConfigResourceType.TOPIC, topic, configs={setting: value})
+        await client.alter_configs([told])
+    path = write(tmp_path / "rows.jsonl", lines(2_000, now_ms() - 10**9))
+    refused = send(environ, path)
+    assert refused.returncode == 1
+    assert f"{setting}: {topic}" in refused.stderr
+    assert "--anyway" in refused.stderr
+    assert await sent(environ) == []
+    slowly = send(environ, path, "--rate", "990", "--now")
+    assert slowly.returncode == (1 if setting == "cleanup.policy" else 0), slowly.stderr
+    assert send(environ, path, "--anyway").returncode == 0
+
+
+@pytest.mark.parametrize("kept", [{}, {"retention.ms": "-1", "retention.bytes": "-1"}])
+def test_a_topic_that_keeps_all_holds_any_file(kept):
+    topic = capacity.Topic("transactions", 6, kept)
+    capacity.check(topic, capacity.Load(10**12, [10**15] * 6, 0))
+    capacity.check(topic, capacity.Load(0, [0] * 6, 0))

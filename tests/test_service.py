@@ -210,6 +210,6 @@ async def test_a_file_of_transactions_is_sent_whole_or_not_at_all(quiet, tmp_pat
         assert [r.value for r in records] == [
             transactions.encode(transactions.decode(line, "USD")) for line in lines
         ]
-        assert [r.timestamp for r in records] == [at, at + 1, at + 2]
+        assert all(r.timestamp > at + 2 for r in records)
         assert settings.load(quiet).kafka.topic(kafka.TRANSACTIONS) == records[0].topic
     assert oracle.to_ms(transactions.format_ms(at)) == at

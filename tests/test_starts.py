@@ -16,11 +16,14 @@ Record = collections.namedtuple("Record", "offset timestamp value")
 
 @st.composite
 def logs(draw, back_ms):
-    """Draw records, stamped up to `back_ms` too early, of events at most the skew ahead of that."""
+    """Draw records, stamped up to `back_ms` too early, of events at most the skew ahead of that.
+
+    Some are stamped as they arrive, long after their event.
+    """
     steps = st.tuples(
         st.integers(0, 700),
         st.integers(0, back_ms),
-        st.integers(-6_000, SPANS.max_future_skew_ms),
+        st.integers(-6_000, SPANS.max_future_skew_ms) | st.integers(-BEGIN_MS // 2, 0),
     )
     now_ms, log = BEGIN_MS, []
     for offset, (step_ms, early_ms, ahead_ms) in enumerate(draw(st.lists(steps, max_size=40))):

@@ -54,9 +54,16 @@ class PartitionLife(RuleBasedStateMachine):
         self.now_ms += step_ms
         self.append(user_id, f"t{len(self.log)}", amount, self.now_ms)
 
-    @rule(user_id=users, amount=st.integers(0, 10**6), behind_ms=st.integers(1, 90_000))
-    def arrive_late_or_expired(self, user_id, amount, behind_ms):
-        self.append(user_id, f"t{len(self.log)}", amount, self.now_ms - behind_ms)
+    @rule(
+        user_id=users,
+        amount=st.integers(0, 10**6),
+        behind_ms=st.integers(1, 90_000) | st.integers(1, START_MS // 2),
+        on_arrival=st.booleans(),
+    )
+    def arrive_late_or_expired(self, user_id, amount, behind_ms, on_arrival):
+        stamp_ms = self.now_ms if on_arrival else None
+        at_ms = self.now_ms - behind_ms
+        self.append(user_id, f"t{len(self.log)}", amount, at_ms, stamp_ms)
 
     @rule(
         user_id=users,

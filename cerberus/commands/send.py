@@ -6,8 +6,8 @@ import os
 import pathlib
 import sys
 
-from cerberus import clock, errors, kafka, printable, settings, window
-from cerberus.files import layouts, sending
+from cerberus import clock, errors, printable, settings, window
+from cerberus.files import capacity, layouts, sending
 
 _SLOWEST = 0.001
 
@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--now", action="store_true", help="replace each timestamp with the time of sending"
     )
+    parser.add_argument(
+        "--anyway",
+        action="store_true",
+        help="send although the topic may delete records before they are consumed",
+    )
     layouts.add_options(parser)
 
 
@@ -33,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Check the file, send it, print how many; return 0.
 
     Raises:
-        InvalidInput: A row or an option is wrong; nothing was sent.
+        InvalidInput: A row or an option is wrong, or the topic cannot hold the file; nothing was
+            sent.
     """
     pace = sending.Pace(arguments.rate, arguments.speed, arguments.now)
     if pace.now and pace == sending.Pace(now=True):
@@ -42,7 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     layout = layouts.read_options(arguments, fields)["transactions"]
     config = settings.load(os.environ)
     sender = sending.Sender(config, arguments.file, layout, pace)
-    found = sender.check()
+    topic = asyncio.run(capacity.ask(config))
+    found = sender.check(topic.partitions)
+    if not arguments.anyway:
+        capacity.check(topic, sender.load(found))
     spans = window.Spans.of(config.windows)
     if not found.count:
         printable.say(f"{arguments.file.name} has no rows", file=sys.stderr)
@@ -53,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     count = asyncio.run(sender.send(found))
-    printable.say(f"{count} transactions sent to {config.kafka.topic(kafka.TRANSACTIONS)}")
+    printable.say(f"{count} transactions sent to {topic.name}")
     return 0
 
 

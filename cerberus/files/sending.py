@@ -1,18 +1,19 @@
 """Publishing the transactions of a file to the log, at once, at a rate or at recorded speed.
 
-The file is read twice, so an invalid row is reported before any row is sent.
+The file is read twice, so an invalid row is reported before any row is sent. Records carry the time
+of sending, not of the event: brokers delete by it, and old transactions would go unread.
 """
 
 import asyncio
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import tqdm
 
 from cerberus import clock, errors, kafka, settings, transactions
-from cerberus.files import layouts
+from cerberus.files import capacity, layouts
 
 _ROWS, _BATCH = 5_000, 1_000
 _SLOWEST = 0.001
@@ -48,11 +49,19 @@ class Pace:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Found:
-    """What a file holds: how many transactions, the time of its first, and the latest time."""
+    """What a file holds.
+
+    Attributes:
+        count: How many transactions.
+        first_ms: The time of the first.
+        latest_ms: The latest time.
+        bytes_by_partition: What they take of the log, before compression.
+    """
 
     count: int
     first_ms: int
     latest_ms: int
+    bytes_by_partition: Sequence[int] = ()
 
 
 class Sender:
@@ -77,21 +86,33 @@ class Sender:
         self._pace = pace
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
 
-    def check(self) -> Found:
+    def check(self, partitions: int = 1) -> Found:
         """Read the whole file.
+
+        Args:
+            partitions: How many the topic has.
 
         Raises:
             InvalidInput: naming the line and the field.
         """
         latest_allowed_ms = clock.now_ms() + self._config.windows.max_future_skew_ms
         count = first_ms = latest_ms = 0
+        sizes = [0] * partitions
         for line, paid in self._transactions():
             if paid.event_ms > latest_allowed_ms and not self._pace.now:
                 raise errors.InvalidInput(f"line {line}: timestamp", "lies in the future")
             first_ms = first_ms if count else paid.event_ms
             latest_ms = max(latest_ms, paid.event_ms)
             count += 1
-        return Found(count, first_ms, latest_ms)
+            size = len(transactions.encode(paid)) + len(transactions.key(paid.user_id))
+            number = transactions.partition_of(paid.user_id, partitions)
+            sizes[number] += size + capacity.RECORD_BYTES
+        return Found(count, first_ms, latest_ms, sizes)
+
+    def load(self, found: Found) -> capacity.Load:
+        """Return what the file's records ask of the topic at this pace."""
+        duration_ms = self._pace.due_ms(found.count, found.latest_ms, found.first_ms)
+        return capacity.Load(found.count, found.bytes_by_partition, duration_ms)
 
     async def send(self, found: Found) -> int:
         """Publish the file in order, each transaction when it is due; return how many.
@@ -99,7 +120,6 @@ class Sender:
         Raises:
             StoreUnavailable: The brokers did not acknowledge all transactions.
         """
-        await kafka.create_topics(self._config)
         publisher = kafka.Publisher(self._config)
         begin_ms, begin_s, sent = clock.now_ms(), time.monotonic(), 0
         batch: list[kafka.Message] = []
@@ -138,9 +158,4 @@ class Sender:
     def _message(self, paid: transactions.Transaction, due_ms: int) -> kafka.Message:
         if self._pace.now:
             paid = dataclasses.replace(paid, event_ms=due_ms)
-        return kafka.Message(
-            self._topic,
-            transactions.key(paid.user_id),
-            transactions.encode(paid),
-            timestamp_ms=paid.event_ms,
-        )
+        return kafka.Message(self._topic, transactions.key(paid.user_id), transactions.encode(paid))
