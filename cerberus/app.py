@@ -9,14 +9,14 @@ import gc
 import multiprocessing
 import os
 import sys
-from collections.abc import AsyncIterator
-from typing import NoReturn
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, NoReturn
 
 import anyio
 from starlette.applications import Starlette
 
 from cerberus import assembly, errors, printable, settings, shutdown, supervision
-from cerberus.api import gate, routes
+from cerberus.api import connections, gate, protocol, routes
 from cerberus.telemetry import logs
 
 STOP_ORDER = ("producer", "retention", "materializer", "labels", "consumer", "decisions")
@@ -24,7 +24,7 @@ _CONFIG_STATUS, _STARTUP_FAILURE = 78, 3
 
 
 @contextlib.asynccontextmanager
-async def _lifespan(running: Starlette) -> AsyncIterator[None]:
+async def _lifespan(running: Starlette) -> AsyncIterator[Mapping[str, Any]]:
     leaving = shutdown.Exit()
     try:
         async with contextlib.AsyncExitStack() as stack:
@@ -35,13 +35,15 @@ async def _lifespan(running: Starlette) -> AsyncIterator[None]:
                 service.supervisor.add(name, run)
             running.state.parts = gate.Parts.of(service)
             _ = service.predictor, service.lookups, service.meter  # before the collector is frozen
+            known = connections.Connections(service.config.connections)
+            stack.callback(known.close)
             # Otherwise a full collection walks all that was imported: 25 ms without an answer.
             gc.collect()
             gc.freeze()
             async with anyio.create_task_group() as group:
                 service.supervisor.start(group)
                 group.start_soon(_stop, service.supervisor, leaving.asked)
-                yield
+                yield {"connections": known}
                 leaving.asked.set()
     finally:
         leaving.finish()
@@ -79,4 +81,5 @@ def _refuse_to_start(error: errors.CerberusError) -> NoReturn:
 
 
 logs.configure("INFO")  # until the settings say otherwise
+protocol.install()
 app = routes.build(_lifespan)

@@ -74,6 +74,30 @@ class Serving:
 
 
 @dataclass(frozen=True, slots=True)
+class Connections:
+    """Connections of clients."""
+
+    most: int = variable(
+        "CERBERUS_MAX_CONNECTIONS",
+        "4096",
+        integer(1, 1_000_000),
+        "connections at once; fewer if the process may not open enough files",
+    )
+    head_bytes: int = variable(
+        "CERBERUS_MAX_HEAD_BYTES", "32768", integer(1_024, 2**20), "longest head of a request"
+    )
+    target_bytes: int = variable(
+        "CERBERUS_MAX_TARGET_BYTES", "8192", integer(256, 2**20), "longest path and query"
+    )
+    head_s: float = variable(
+        "CERBERUS_HEAD_TIMEOUT_S", "10", number(0.1, 3_600), "time for a head to arrive, s"
+    )
+    body_s: float = variable(
+        "CERBERUS_BODY_TIMEOUT_S", "10", number(0.1, 3_600), "time for a body to arrive, s"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Windows:
     """Sliding windows."""
 
@@ -248,6 +272,7 @@ class Settings:
         "servers that `make run` starts: `wheel` from packages, `system` installed; empty = any",
     )
     serving: Serving = field(default_factory=Serving)
+    connections: Connections = field(default_factory=Connections)
     windows: Windows = field(default_factory=Windows)
     stream: Stream = field(default_factory=Stream)
     decisions: Decisions = field(default_factory=Decisions)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
@@ -24,7 +25,15 @@ def free_port():
 class Service:
     """One running service and a client of it."""
 
-    def __init__(self, environ, *arguments, python=sys.executable, cwd=ROOT):
+    def __init__(
+        self,
+        environ,
+        *arguments,
+        python=sys.executable,
+        cwd=ROOT,
+        app="cerberus.app:app",
+        files=None,
+    ):
         self.port = free_port()
         self.output = tempfile.TemporaryFile()  # a pipe that nobody reads would block it
         self.process = subprocess.Popen(
@@ -32,7 +41,7 @@ class Service:
                 python,
                 "-m",
                 "uvicorn",
-                "cerberus.app:app",
+                app,
                 "--port",
                 str(self.port),
                 *arguments,
@@ -42,6 +51,8 @@ class Service:
             stderr=subprocess.STDOUT,
             cwd=cwd,
             start_new_session=True,
+            preexec_fn=files
+            and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))),
         )
         self.http = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}",

@@ -25,6 +25,7 @@ PROCFILE = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().
 IGNORED = (ROOT / ".dockerignore").read_text().splitlines()
 BIN = pathlib.Path(sys.executable).parent
 PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+LOAD_BALANCERS_IDLE_S = 60
 PLATFORM_KILLS_AFTER_S = 30
 
 
@@ -189,6 +190,8 @@ def test_a_drain_ends_before_the_platform_kills():
     for command in served:
         [connections_s] = re.findall(r"--timeout-graceful-shutdown (\d+)", command)
         assert int(connections_s) < ends_s < PLATFORM_KILLS_AFTER_S
+        [idle_s] = re.findall(r"--timeout-keep-alive (\d+)", command)
+        assert int(idle_s) > LOAD_BALANCERS_IDLE_S
     assert SERVICES["app"]["stop_grace_period"] == f"{PLATFORM_KILLS_AFTER_S}s"
 
 

@@ -15,6 +15,9 @@ class Problem(NamedTuple):
 
 
 PROBLEMS: Mapping[str, Problem] = {
+    "bad_request": Problem(
+        400, "Not valid HTTP/1.1", "the request breaks the protocol; the connection is closed"
+    ),
     "not_json": Problem(400, "Not a JSON object", "the body is not a JSON object"),
     "unauthorized": Problem(
         401, "Key missing or wrong", "a key is set, and the request did not send it"
@@ -29,7 +32,12 @@ PROBLEMS: Mapping[str, Problem] = {
     "method_not_allowed": Problem(
         405, "Wrong method", "the path is served, but not with this method"
     ),
-    "body_timeout": Problem(408, "Body too slow", "the body did not arrive within 10 s"),
+    "head_timeout": Problem(
+        408, "Head too slow", "the head did not arrive within `CERBERUS_HEAD_TIMEOUT_S`"
+    ),
+    "body_timeout": Problem(
+        408, "Body too slow", "the body did not arrive within `CERBERUS_BODY_TIMEOUT_S`"
+    ),
     "unknown_decision": Problem(404, "No such decision", "no stored decision has this id"),
     "conflict": Problem(
         409,
@@ -38,6 +46,12 @@ PROBLEMS: Mapping[str, Problem] = {
     ),
     "too_large": Problem(
         413, "Body too large", "the body is larger than 64 KiB, or 1 MiB for labels"
+    ),
+    "target_too_long": Problem(
+        414, "Request target too long", "path and query have more than `CERBERUS_MAX_TARGET_BYTES`"
+    ),
+    "head_too_large": Problem(
+        431, "Head too large", "the head has more than `CERBERUS_MAX_HEAD_BYTES`"
     ),
     "invalid": Problem(422, "A field is invalid", "`field` breaks the contract; `detail` says how"),
     "overloaded": Problem(503, "Too many requests", "retry after `Retry-After` seconds"),

@@ -61,7 +61,8 @@ class Refusal(errors.CerberusError):
         self.code = code
 
 
-def _problem(code: str, detail: str, field: str | None = None) -> Response:
+def problem(code: str, detail: str, field: str | None = None) -> Response:
+    """Answer with the problem of this code."""
     return Response(
         printable.dumps(codes.problem(code, detail, field)),
         status_code=codes.PROBLEMS[code].status,
@@ -77,16 +78,16 @@ async def refuse(request: Request, error: Exception) -> Response:
         Exception: `error`, if it has no code: the cause belongs in the log.
     """
     if isinstance(error, Refusal):
-        return _problem(error.code, str(error))
+        return problem(error.code, str(error))
     if isinstance(error, errors.InvalidInput):
-        return _problem("invalid", error.reason, error.field)
+        return problem("invalid", error.reason, error.field)
     if (code := _CODES.get(type(error))) is None:
         raise error
     field = error.field if isinstance(error, errors.Conflict) else None
     if isinstance(error, errors.StoreUnavailable | errors.ConfigError):
         route = request.scope["path"].lstrip("/").partition("/")[0]
         _said.warn(f"/{route} was refused: {error}", "refused")
-    return _problem(code, str(_HIDDEN.get(type(error), error)), field)
+    return problem(code, str(_HIDDEN.get(type(error), error)), field)
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:
@@ -94,17 +95,17 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException) or error.status_code not in known:
         raise error
     detail = f"{request.method} {request.scope['path']} is not served here."
-    response = _problem(known[error.status_code], detail)
+    response = problem(known[error.status_code], detail)
     response.headers.update(error.headers or {})
     return response
 
 
 async def _refuse_rest(request: Request, error: Exception) -> Response:
-    return _problem("not_json", "The connection ended before the body was complete.")
+    return problem("not_json", "The connection ended before the body was complete.")
 
 
 async def _fault(request: Request, error: Exception) -> Response:
-    response = _problem("internal", "The request failed; the log of this process has the cause.")
+    response = problem("internal", "The request failed; the log of this process has the cause.")
     response.raw_headers.extend(access.HEADERS)  # it does not pass the gate
     return response
 

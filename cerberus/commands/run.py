@@ -235,6 +235,7 @@ def _serve(
     _end_service(site)
     port = _free_port(wanted, site)
     command = [sys.executable, "-m", "uvicorn", _APP, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--timeout-keep-alive", "75"]
     # In a thread: an interrupt between fork and bookkeeping would leave it behind.
     starting = pool.submit(service.start, command, pathlib.Path.cwd(), site.environ)
     try:

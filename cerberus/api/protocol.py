@@ -1,0 +1,362 @@
+"""HTTP/1.1 as this service speaks it: uvicorn's own protocol, made strict and bounded.
+
+uvicorn's parser stops at a head with `Upgrade`: it drops the body, and reads what comes later as a
+request. Here an upgrade is ignored, as RFC 9110 (7.8) allows: the parser is given the same head
+again without it, so that other requests cost nothing. Whatever is refused before a route sees it
+is answered as a problem of RFC 9457, after the answers that are owed, and ends the connection.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import httptools
+import uvicorn
+from uvicorn.protocols.http import h11_impl, httptools_impl
+
+from cerberus.api import connections, problems
+from cerberus.api.connections import Phase
+
+_UVICORNS_KEEP_ALIVE_S = 5
+_PIPELINED, _SLICE_BYTES = 32, 8 * 1024
+_DRAINED_BYTES = 2 * 2**20
+
+
+class _Stop(Exception):
+    """Ends the parsing of a connection, from inside a callback."""
+
+
+class Protocol(httptools_impl.HttpToolsProtocol):
+    """One connection. `app_state["connections"]` has its bounds."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._all: connections.Connections = self.app_state["connections"]
+        self._limits = self._all.limits
+        self._reading: Phase | None = None
+        self._head_bytes = 0
+        self._again = self._unparsed = b""
+        self._refusal = ("bad_request", "")
+        self._last_words: bytes | None = None
+        self._over = self._ended = False
+        self._held = self._drained = 0
+        self._large = False
+
+    def connection_made(self, transport: Any) -> None:
+        """Take a connection, or answer 503 if all others are busy."""
+        super().connection_made(transport)
+        if not self._all.admit(self):
+            detail = f"{self._all.most} connections are busy; try again in a second."
+            self._refuse("overloaded", detail)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of all that the connection held."""
+        self._all.leave(self)
+        self._let_go()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what has arrived."""
+        if self._over:
+            self._drop(len(data))
+            return
+        if self._unparsed or len(self.pipeline) >= _PIPELINED:
+            self._unparsed += data
+            self.flow.pause_reading()
+            return
+        self._unset_keepalive_if_required()
+        reading, cycle = self._reading, self.cycle
+        try:
+            self._feed(data)
+            if self._reading is Phase.HEAD and reading is not Phase.BODY and cycle is self.cycle:
+                self._head_bytes += len(data)
+                if self._head_bytes > self._limits.head_bytes:
+                    self._too_large()
+        except (httptools.HttpParserError, _Stop) as error:
+            code, detail = self._refusal
+            self._refuse(code, detail or f"This is no valid HTTP/1.1 request: {error}.")
+        else:
+            self._all.enter(self, self._phase())
+
+    def _feed(self, data: bytes) -> None:
+        """Parse in slices, and not beyond what may wait here to be answered."""
+        for start in range(0, len(data), _SLICE_BYTES):
+            end = start + _SLICE_BYTES
+            self._parse(data[start:end])
+            if len(self.pipeline) >= _PIPELINED:
+                self._unparsed = data[end:]
+                return
+
+    def _parse(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as stopped:
+                head, self._again = self._again, b""
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self.parser.feed_data(head)
+                data = data[stopped.args[0] :]
+
+    def _phase(self) -> Phase:
+        if self.pipeline or (self.cycle and not (self.cycle.response_complete or self._unread())):
+            return Phase.ANSWER
+        return self._reading or (Phase.IDLE if self.cycle else Phase.NEW)
+
+    def _unread(self) -> bool:
+        return self._reading is Phase.BODY
+
+    def _should_upgrade(self) -> bool:
+        return False
+
+    def on_message_begin(self) -> None:
+        """Begin a head."""
+        super().on_message_begin()
+        self._reading, self._head_bytes = Phase.HEAD, 0
+
+    def on_headers_complete(self) -> None:
+        """Check a head, and start to answer it."""
+        length = self._check_head()
+        if self.parser.should_upgrade():
+            self._again = self._head_without_upgrade()
+            return
+        self._reading = Phase.BODY
+        if not self._held:
+            self._large = length > connections.SMALL_BODY
+        self._drained = 0
+        super().on_headers_complete()
+        self.headers = []  # of trailers, which must not pass as headers
+        if not self.cycle.keep_alive:
+            self.cycle.transport = _Closing(self)  # type: ignore[assignment]
+
+    def _check_head(self) -> int:
+        """Refuse what may be read in two ways; return the length of the body that is declared."""
+        version, method = self.parser.get_http_version(), self.parser.get_method()
+        if version not in ("1.1", "1.0"):
+            self._stop("bad_request", f"HTTP/{version} is not spoken here; use HTTP/1.1.")
+        if method == b"CONNECT":
+            self._stop("bad_request", "CONNECT is for proxies, and this server is none.")
+        if len(self.url) > self._limits.target_bytes:
+            detail = f"The request target has more than {self._limits.target_bytes} bytes."
+            self._stop("target_too_long", detail)
+        size, hosts, length = len(self.url), 0, 0
+        for name, value in self.headers:
+            size += len(name) + len(value) + 4
+            if name == b"host":
+                hosts += 1
+            elif name == b"content-length":
+                length = int(value)
+            elif name == b"transfer-encoding" and (value.lower(), version) != (b"chunked", "1.1"):
+                self._stop("bad_request", "Transfer-Encoding can only be chunked, in HTTP/1.1.")
+        if size > self._limits.head_bytes:
+            self._too_large()
+        if hosts != 1 and (hosts or version == "1.1"):
+            self._stop("bad_request", "A request must have one Host header.")
+        return length
+
+    def _head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b" % each for each in self.headers if each[0] != b"upgrade"]
+        return b"\r\n".join((*lines, b"", b""))
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a body, within what all bodies together may hold."""
+        if self.cycle.response_complete:
+            self._drained += len(body)
+            if self._drained > _DRAINED_BYTES:
+                raise _Stop
+            return
+        if not self._hold(len(body)):
+            detail = "Too many bodies are being read; send it again in a second."
+            self._stop("overloaded", detail)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request, unless it is the half of one that is parsed again."""
+        if not self._again:
+            self._reading = None
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or say the last words."""
+        more = bool(self.pipeline)
+        # A client that was not told to continue sends no body, or does: no parser can know.
+        unsure = self._unread() and self.expect_100_continue and not (self._held or more)
+        if not more:
+            self._let_go()
+        super().on_response_complete()
+        if self._last_words is not None and not more:
+            self._say(self._last_words)
+        elif unsure and not self.transport.is_closing():
+            self.leave()
+        elif not self._over and not self.transport.is_closing():
+            self._go_on()
+
+    def _go_on(self) -> None:
+        # The request that is answered now may need the rest for its body.
+        if self._unparsed and not self.pipeline:
+            data, self._unparsed = self._unparsed, b""
+            self.data_received(data)
+            return
+        if self._unparsed:
+            self.flow.pause_reading()
+        self._all.enter(self, self._phase())
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """Answer what has been asked: a client may close its writing side and wait."""
+        self._ended = True
+        if self.scheme == "https" or self.transport.is_closing():
+            return None
+        if self._over:
+            return self._last_words is not None
+        if self._reading is not None:
+            self._refuse("bad_request", "The connection ended before the request was complete.")
+            return True
+        if self.cycle is None or self.cycle.response_complete:
+            return None
+        self.cycle.keep_alive = False
+        self._over = True
+        return True
+
+    def overdue(self, phase: Phase) -> None:
+        """Answer and close: the phase took too long."""
+        if phase in (Phase.ANSWER, Phase.LEAVING):
+            self.drop()
+        elif phase is Phase.HEAD:
+            self._refuse(
+                "head_timeout", f"The head did not arrive within {self._limits.head_s:g} s."
+            )
+        elif phase is Phase.BODY:
+            self._refuse(
+                "body_timeout", f"The body did not arrive within {self._limits.body_s:g} s."
+            )
+        else:
+            self._all.enter(self, Phase.LEAVING)
+            self.transport.close()
+
+    def drop(self) -> None:
+        """Close at once, without an answer."""
+        self._over = True
+        self.transport.abort()
+
+    def _stop(self, code: str, detail: str) -> NoReturn:
+        self._refusal = (code, detail)
+        raise _Stop
+
+    def _too_large(self) -> NoReturn:
+        self._stop("head_too_large", f"The head has more than {self._limits.head_bytes} bytes.")
+
+    def _refuse(self, code: str, detail: str) -> None:
+        """Answer a request that is refused here once those before it are answered, and close."""
+        self._over = True
+        self._all.refused[code] += 1
+        words, owed = _bytes(code, detail, self.server_state.default_headers), False
+        if self._reading is Phase.BODY:
+            if self.pipeline and self.pipeline[0][0] is self.cycle:
+                self.pipeline.popleft()
+                owed = True
+            else:
+                if self.cycle.response_started:
+                    words = b""
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+        elif self.cycle is not None:
+            owed = not self.cycle.response_complete
+        if owed:
+            self._last_words = words
+        else:
+            self._say(words)
+
+    def _say(self, words: bytes) -> None:
+        self._last_words = None
+        if not self.transport.is_closing():
+            self.transport.write(words)
+            self.leave()
+
+    def leave(self) -> None:
+        """Close the connection, once the client has had time to read the last answer.
+
+        A close with bytes unread makes the kernel reset the connection, and the client may lose
+        the answer.
+        """
+        self._over = True
+        if self._ended or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        self._drained = 0
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self._all.enter(self, Phase.LEAVING)
+
+    def finish(self) -> None:
+        """Close after an answer that ends the connection."""
+        if self._unread():
+            self.leave()
+        else:
+            self.transport.close()
+
+    def _drop(self, count: int) -> None:
+        self._drained += count
+        if self._drained > _DRAINED_BYTES:
+            self.drop()
+
+    def _hold(self, count: int) -> bool:
+        if not self._large and self._held + count > connections.SMALL_BODY:
+            self._all.let_go(self._held, large=False)
+            count, self._held, self._large = count + self._held, 0, True
+        if not self._all.hold(count, large=self._large):
+            return False
+        self._held += count
+        return True
+
+    def _let_go(self) -> None:
+        self._all.let_go(self._held, large=self._large)
+        self._held = 0
+
+
+class _Closing:
+    """The transport of an answer that ends its connection."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        self.write, self.is_closing = protocol.transport.write, protocol.transport.is_closing
+        self.close = protocol.finish
+
+
+def _bytes(code: str, detail: str, default: Iterable[tuple[bytes, bytes]]) -> bytes:
+    told = problems.problem(code, detail)
+    headers = (*default, *told.raw_headers, (b"connection", b"close"))
+    lines = [b"%b: %b" % each for each in headers]
+    return httptools_impl.STATUS_LINE[told.status_code] + b"\r\n".join((*lines, b"", told.body))
+
+
+def install() -> None:
+    """Let uvicorn speak this protocol, whatever options it is started with.
+
+    uvicorn has chosen its protocol before it imports the application, and makes one for each
+    connection: so the choice is corrected when its server starts. Keep-alive becomes 75 s unless
+    `--timeout-keep-alive` says something else than uvicorn's 5 s.
+    """
+    startup = uvicorn.Server.startup
+    if getattr(startup, "__wrapped__", None):
+        return
+
+    @functools.wraps(startup)
+    async def bounded(self: uvicorn.Server, *arguments: Any, **named: Any) -> None:
+        config = self.config
+        ours = config.lifespan != "off" and config.http_protocol_class in (
+            httptools_impl.HttpToolsProtocol,
+            h11_impl.H11Protocol,
+        )
+        if ours:
+            config.http_protocol_class = Protocol
+            if config.timeout_keep_alive == _UVICORNS_KEEP_ALIVE_S:
+                config.timeout_keep_alive = connections.KEEP_ALIVE_S
+        await startup(self, *arguments, **named)
+        if ours:
+            known: connections.Connections = self.lifespan.state["connections"]
+            for phase in (Phase.NEW, Phase.IDLE):
+                known.seconds[phase] = float(config.timeout_keep_alive)
+
+    uvicorn.Server.startup = bounded  # type: ignore[method-assign]
