@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from cerberus import errors, transactions
+from cerberus import documents, errors, transactions
 
 FRAUD, CHARGEBACK = "fraud", "chargeback"
 VOCABULARY = (
@@ -118,7 +118,7 @@ def decode(value: bytes | None, latest_ms: int) -> Label:
         InvalidInput: naming the field.
     """
     try:
-        document = orjson.loads(value or b"")
+        document = documents.read(value or b"")
     except orjson.JSONDecodeError as error:
         raise errors.InvalidInput("value", f"is not JSON: {error}") from error
     if not isinstance(document, dict):

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from cerberus import errors
+from cerberus import documents, errors
 
 MAX_AMOUNT_MINOR = 10**12
 MAX_USER_ID = 2**63 - 1
@@ -122,7 +122,7 @@ def decode(value: bytes | None, currency: str) -> Transaction:
     if value is None:
         raise errors.InvalidInput("value", "is empty")
     try:
-        document = orjson.loads(value)
+        document = documents.read(value)
     except orjson.JSONDecodeError as error:
         raise errors.InvalidInput("value", f"is not JSON: {error}") from error
     if not isinstance(document, dict):

@@ -13,6 +13,12 @@ def to_ms(text):
     return round(moment.timestamp() * 1000)
 
 
+def once(pairs):
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name is given twice")
+    return dict(pairs)
+
+
 @dataclass
 class Partition:
     """One partition's log: `add` records in order, then ask about any prefix."""
@@ -29,7 +35,7 @@ class Partition:
     def add(self, offset, timestamp_ms, value):
         self.records.append(offset)
         try:
-            document = json.loads(value)
+            document = json.loads(value, object_pairs_hook=once)
             event = {
                 "offset": offset,
                 "user_id": document["user_id"],

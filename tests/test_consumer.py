@@ -40,7 +40,9 @@ def traffic(rng, count, start_ms, end_ms, first=0):
             records.append(rng.choice(past))
             continue
         elif draw < 0.25:
-            value = rng.choice([b"", b"{", b"[]", payment(first + i, user, at, amount=-1.0)])
+            twice = b'{"amount": 1.0, ' + payment(first + i, user, at)[1:]
+            wrong = payment(first + i, user, at, amount=-1.0)
+            value = rng.choice([b"", b"{", b"[]", twice, wrong])
             records.append((user, value, at))
             continue
         elif draw < 0.27:

@@ -6,6 +6,7 @@ from typing import Any
 import orjson
 from starlette.requests import Request
 
+from cerberus import documents
 from cerberus.api import problems
 
 MAX_BYTES, MAX_LABELS_BYTES = 64 * 1024, 1024 * 1024
@@ -22,11 +23,12 @@ async def document(request: Request, example: str, most_bytes: int = MAX_BYTES) 
 
     Raises:
         Refusal: The body is too large, no JSON object, or takes more than 10 s.
+        InvalidInput: An object in it gives a name more than once; it names the field.
 
     Deadline: 10 s.
     """
     try:
-        asked = orjson.loads(await _read(request, most_bytes))
+        asked = documents.read(await _read(request, most_bytes))
     except orjson.JSONDecodeError as error:
         raise problems.Refusal("not_json", f"The body is not JSON: {error}.") from error
     if not isinstance(asked, dict):

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import xgboost
 
-from cerberus import errors, settings
+from cerberus import documents, errors, settings
 from cerberus.decisions import policy
 from cerberus.features import declared, evaluation, matrix
 
@@ -191,7 +190,7 @@ def read_manifest(content: bytes) -> Manifest:
     Raises:
         TypeError, ValueError: It is not a manifest of this version.
     """
-    document = orjson.loads(content)
+    document = documents.read(content)
     if not isinstance(document, dict):
         raise ValueError("it must be a JSON object")
     values: dict[str, Any] = {

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
-from cerberus import errors, transactions
+from cerberus import documents, errors, transactions
 
 APPROVE, REVIEW, DECLINE = "approve", "review", "decline"
 _FIELDS = ("review_at", "decline_at", "approve_degraded_up_to")
@@ -54,7 +52,7 @@ class Policy:
         Raises:
             ValueError: The message names the field that is wrong.
         """
-        told = orjson.loads(content)
+        told = documents.read(content)
         if not isinstance(told, dict):
             raise ValueError(f"must be a JSON object with {', '.join(_FIELDS)}")
         for name in told.keys() ^ set(_FIELDS):

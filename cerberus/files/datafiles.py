@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from cerberus import errors
+from cerberus import documents, errors
 
 _SUFFIXES = {".csv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json"} | dict.fromkeys(
     (".parquet", ".pq"), "parquet"
@@ -162,9 +162,11 @@ class File:
                 rows += 1
                 values: Any = {}
                 try:
-                    values = {} if broken else orjson.loads(line)
+                    values = {} if broken else documents.read(line)
                 except orjson.JSONDecodeError as error:
                     broken = f"is not JSON: {error}"
+                except documents.Repeated as error:
+                    broken = f"{error}"
                 if not isinstance(values, dict):
                     broken = "must be a JSON object"
                 yield Row(lines.at.lines, values, broken), lines.at._replace(rows=rows)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mmh3
 import orjson
 
-from cerberus import errors
+from cerberus import documents, errors
 
 PROJECT = "cerberus"
 _USER = struct.pack("<II", 1, 2) + struct.pack("<I", 7) + b"user_id" + struct.pack("<II", 4, 8)
@@ -156,7 +156,7 @@ class Plan:
             ModelMismatch: The message says how to write it again.
         """
         try:
-            told = orjson.loads(path.read_bytes())
+            told = documents.read(path.read_bytes())
             return cls(**{name: told[name] for name in cls.__slots__ if name in told})
         except (OSError, ValueError, TypeError) as error:
             raise errors.ModelMismatch(
