@@ -7,6 +7,8 @@ import sys
 import pytest
 from service import ROOT
 
+from cerberus.commands import run
+
 
 def python(environ, *command):
     return subprocess.run(
@@ -58,6 +60,19 @@ def test_a_wrong_setting_ends_uvicorn_s_workers_and_their_parent_too():
     ended = uvicorn(BASE | {"DATABASE_URL": ""}, "--workers", "2")
     assert "cerberus: DATABASE_URL is not set" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, "loopback"),
+        ({"CERBERUS_OPEN": ""}, "loopback"),
+        ({"CERBERUS_API_KEY": "k"}, ""),
+    ],
+)
+def test_a_run_on_this_machine_is_open_to_it_unless_there_is_a_key(tmp_path, given, wanted):
+    completed = run._completed(given, {k: v for k, v in given.items() if v}, tmp_path)
+    assert completed.get("CERBERUS_OPEN", "") == wanted
 
 
 def test_serving_never_imports_feast():
