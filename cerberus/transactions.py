@@ -24,9 +24,13 @@ MAX_TEXT = 128
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MS = datetime.timedelta(milliseconds=1)
 _RFC_3339 = re.compile(
-    r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
+    # Of 24:00:00, a second 60 and an offset +05:60 each version of Python thinks otherwise.
+    r"\d{4}-\d\d-\d\d[Tt ](?:[01]\d|2[0-3])(?::[0-5]\d){2}(\.\d{1,9})?"
+    r"([Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
+    re.ASCII,
 )
-_YEAR_2200_MS = 7_258_118_400_000
+_YEAR_2000_MS, _YEAR_2100_MS = 946_684_800_000, 4_102_444_800_000
+_YEAR_1971_MS, _YEAR_2200_MS = 31_536_000_000, 7_258_118_400_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,9 +243,21 @@ def parse_timestamp(document: Mapping[str, Any]) -> int:
         event_ms = (moment - _EPOCH) // _MS
     except (ValueError, OverflowError, TypeError) as error:
         raise errors.InvalidInput("timestamp", "must be RFC 3339 with Z or an offset") from error
-    if not 0 <= event_ms < _YEAR_2200_MS:
-        raise errors.InvalidInput("timestamp", "must lie between the years 1970 and 2200")
+    if not _YEAR_1971_MS <= event_ms < _YEAR_2200_MS:
+        raise errors.InvalidInput("timestamp", f"must lie between 1971 and 2200{_likely(event_ms)}")
     return event_ms
+
+
+def _likely(event_ms: int) -> str:
+    """Say which unit was probably taken for another: today's times then lie in 1970."""
+    for factor, said in (
+        (10**3, "seconds were read as milliseconds"),
+        (10**6, "seconds were read as microseconds, or milliseconds as nanoseconds"),
+        (10**9, "seconds were read as nanoseconds"),
+    ):
+        if _YEAR_2000_MS <= event_ms * factor < _YEAR_2100_MS:
+            return f"; it is {format_ms(event_ms * factor)[:10]} if {said}"
+    return ""
 
 
 def format_ms(ms: int) -> str:

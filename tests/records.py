@@ -12,11 +12,12 @@ from cerberus.features import evaluation
 from cerberus.features import fences as log_fences
 
 SPANS = ("10m", "1h", "24h")
+YEAR_1971_MS = 31_536_000_000
 YEAR_2200_MS = 7_258_118_400_000
 texts = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1, max_size=128)
 hashes = st.binary(min_size=32, max_size=32).map(bytes.hex)
 floats = st.floats(allow_nan=False, allow_infinity=False)
-moments = st.integers(0, YEAR_2200_MS - 1)
+moments = st.integers(YEAR_1971_MS, YEAR_2200_MS - 1)
 fences = st.builds(
     log_fences.Fence, st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(-1, 2**62)
 )

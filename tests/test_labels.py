@@ -51,7 +51,7 @@ texts = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=
         transaction_id=texts,
         label=st.sampled_from(labels.VOCABULARY),
         source=texts,
-        labelled_ms=st.integers(0, 7_258_118_399_999),
+        labelled_ms=st.integers(31_536_000_000, 7_258_118_399_999),
         user_id=st.none() | st.integers(0, transactions.MAX_USER_ID),
     )
 )

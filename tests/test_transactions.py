@@ -29,7 +29,7 @@ texts = st.text(min_size=1, max_size=128).filter(lambda s: "\0" not in s).filter
         amount_minor=st.integers(0, transactions.MAX_AMOUNT_MINOR),
         currency=st.just("USD"),
         merchant_id=texts | st.just(""),
-        event_ms=st.integers(0, 7_258_118_399_999),
+        event_ms=st.integers(31_536_000_000, 7_258_118_399_999),
     )
 )
 def test_decode_reads_back_what_encode_wrote(transaction):
@@ -61,12 +61,33 @@ def test_decode_reads_back_what_encode_wrote(transaction):
         ("timestamp", "2026-01-31T22+00:00:00"),
         ("timestamp", "2026-01-31T22:00:00,5Z"),
         ("timestamp", "1969-12-31T23:59:59Z"),
+        # Each of these has another fate on another version of Python.
+        ("timestamp", "2026-01-31T24:00:00Z"),
+        ("timestamp", "2026-01-31T24:00:00.000+01:00"),
+        ("timestamp", "2026-01-31T23:59:60Z"),
+        ("timestamp", "2026-01-31T23:60:00Z"),
+        ("timestamp", "2026-01-31T22:00:00+24:00"),
+        ("timestamp", "2026-01-31T22:00:00+05:60"),
     ],
 )
 def test_a_wrong_field_is_named(field, value):
     with pytest.raises(errors.InvalidInput) as caught:
         transactions.decode(orjson.dumps(GOOD | {field: value}), "USD")
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("1970-01-21T18:12:00Z", "2026-11-01 if seconds were read as milliseconds"),
+        ("1970-01-01T00:29:53.520Z", "2026-11-01 if seconds were read as microseconds"),
+        ("1970-01-01T00:00:01.794Z", "2026-11-06 if seconds were read as nanoseconds"),
+        ("1970-12-31T23:59:59Z", "1971 and 2200"),
+    ],
+)
+def test_a_time_of_another_unit_is_refused_and_the_likely_unit_is_named(written, said):
+    with pytest.raises(errors.InvalidInput, match=f"timestamp: .*{said}"):
+        transactions.decode(orjson.dumps(GOOD | {"timestamp": written}), "USD")
 
 
 @pytest.mark.parametrize("value", [None, b"", b"[1]", b"{", b"\xff"])
