@@ -31,6 +31,7 @@ _RFC_3339 = re.compile(
 )
 _YEAR_2000_MS, _YEAR_2100_MS = 946_684_800_000, 4_102_444_800_000
 _YEAR_1971_MS, _YEAR_2200_MS = 31_536_000_000, 7_258_118_400_000
+_EXACT = 2**53
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,17 +157,16 @@ def encode(transaction: Transaction) -> bytes:
 
 
 def parse_user_id(document: Mapping[str, Any]) -> int:
-    """Read `user_id`: an integer from 0 to 2**63 - 1.
+    """Read `user_id`: an integer from 0 to 2**63 - 1, which JSON may also write as 325.0.
 
     Raises:
         InvalidInput: naming the field.
     """
     value = document.get("user_id")
     if type(value) is not int:
-        raise errors.InvalidInput(
-            "user_id",
-            "is missing; it must be an integer" if value is None else "must be an integer",
-        )
+        if value is None:
+            raise errors.InvalidInput("user_id", "is missing; it must be an integer")
+        value = whole("user_id", value, "an integer")
     if not 0 <= value <= MAX_USER_ID:
         raise errors.InvalidInput("user_id", f"must be between 0 and {MAX_USER_ID}")
     return value
@@ -175,22 +175,49 @@ def parse_user_id(document: Mapping[str, Any]) -> int:
 def parse_text(document: Mapping[str, Any], field: str, default: str | None = None) -> str:
     """Read a text of 1 to 128 characters; `default` when the field is absent or null.
 
+    A whole number is taken as its digits: many systems write their ids as numbers.
+
     Raises:
         InvalidInput: naming the field.
     """
     value = document.get(field)
-    if value is None and default is not None:
-        return default
     if not isinstance(value, str):
-        raise errors.InvalidInput(
-            field, "is missing; it must be a string" if value is None else "must be a string"
-        )
+        if value is None and default is not None:
+            return default
+        if value is None:
+            raise errors.InvalidInput(field, "is missing; it must be a string")
+        return str(whole(field, value, "a string"))
     if not 0 < len(value) <= MAX_TEXT and value != default:
         raise errors.InvalidInput(field, f"must have 1 to {MAX_TEXT} characters")
     # Postgres cannot store it, and it separates the fields of an identity.
     if "\0" in value:
         raise errors.InvalidInput(field, "must not contain the NUL character")
     return value
+
+
+def whole(field: str, value: Any, wanted: str) -> int:
+    """Read an integer in any form that JSON has for it: 325, 325.0, 3.25e2.
+
+    Args:
+        field: Its name.
+        value: As a parser of JSON returned it: an integer that 64 bits do not hold may be a double.
+        wanted: What the field should be, for the refusal.
+
+    Raises:
+        InvalidInput: naming the field; the value is no whole number, or may have lost digits.
+    """
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
+    if type(value) is not int and not (type(value) is float and value.is_integer()):
+        raise errors.InvalidInput(field, f"must be {wanted}")
+    # 2**53 as a double may have been 2**53 + 1.
+    if type(value) is int or abs(value) >= _EXACT:
+        raise errors.InvalidInput(
+            field,
+            "was written as a floating-point number above 2**53, or with more digits than 64 bits "
+            f"hold, so its last digits are unknown; it must be {wanted}",
+        )
+    return int(value)
 
 
 def parse_amount(document: Mapping[str, Any]) -> int:

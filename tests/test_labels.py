@@ -77,6 +77,11 @@ def test_a_label_that_is_written_is_read_back(told):
         ({"labelled_at": transactions.format_ms(NOW_MS + 1)}, "labelled_at"),
         ({"user_id": "7"}, "user_id"),
         ({"user_id": -1}, "user_id"),
+        ({"user_id": 2.0**53}, "user_id"),
+        ({"user_id": True}, "user_id"),
+        ({"transaction_id": 1.5}, "transaction_id"),
+        ({"transaction_id": 1e21}, "transaction_id"),
+        ({"source": True}, "source"),
     ],
 )
 def test_what_is_wrong_with_a_label_is_named(change, field):
@@ -84,6 +89,13 @@ def test_what_is_wrong_with_a_label_is_named(change, field):
         labels.parse(GOOD | change, NOW_MS)
     assert caught.value.field == field
     assert len(caught.value.reason) > 8
+
+
+def test_a_label_may_write_its_ids_as_numbers():
+    written = orjson.dumps(GOOD | {"transaction_id": 4711, "source": 7.0, "user_id": 325.0})
+    read = labels.decode(written, NOW_MS)
+    assert (read.transaction_id, read.source, read.user_id) == ("4711", "7", 325)
+    assert labels.parse_request({"labels": [orjson.loads(written)]}, NOW_MS) == [read]
 
 
 @pytest.mark.parametrize("value", [None, b"", b"{", b"[]", b'"fraud"'])

@@ -188,7 +188,9 @@ async def test_a_page_has_fifty_unless_told(served, http, key):
         ("user_id=1&limit=", "limit"),
         ("user_id=-1", "user_id"),
         ("user_id=a", "user_id"),
-        ("user_id=1.0", "user_id"),
+        ("user_id=1.5", "user_id"),
+        ("user_id=1.", "user_id"),
+        ("user_id=9007199254740993.0", "user_id"),
         ("user_id=9223372036854775808", "user_id"),
         ("user_id=" + "0" * 20 + "9" * 20, "user_id"),
         ("user_id=" + "1" * 5_000, "user_id"),
@@ -217,6 +219,29 @@ async def test_a_wrong_or_unknown_name_is_told_apart(http):
     for query in ({"user_id": 5}, {"transaction_id": "none"}):
         page = (await http.get("/decisions", params=query)).json()
         assert page == {"decisions": [], "next": None}
+
+
+async def test_ids_that_are_written_as_numbers_are_found_by_their_digits(served, http):
+    hand = {"user_id": 325.0, "transaction_id": 4711, "merchant_id": 77.0, "amount": 9}
+    made = (await http.post("/predict", json=hand)).json()
+    assert (made["user_id"], made["transaction_id"]) == (325, "4711")
+    as_text = hand | {"user_id": 325, "transaction_id": "4711", "merchant_id": "77"}
+    again = await http.post("/predict", json=as_text | {"timestamp": made["as_of"]})
+    assert again.json()["decision_id"] == made["decision_id"]
+    label = {"transaction_id": 4711, "label": "fraud", "source": 9, "labelled_at": made["as_of"]}
+    assert (await http.post("/labels", json={"labels": [label]})).json()["stored"] == 1
+    as_text = label | {"transaction_id": "4711", "source": "9"}
+    assert (await http.post("/labels", json=as_text)).json()["known"] == 1
+    await served.ask(**hand, timestamp=made["as_of"])  # what is answered over HTTP is stored later
+    await served.postgres.ledger.write(served.kept)
+    for path in (
+        "/decisions?transaction_id=4711",
+        "/decisions?user_id=325.0",
+        "/decisions?user_id=325&limit=5.0",
+        "/users/325.00",
+    ):
+        [found] = (await http.get(path)).json()["decisions"]
+        assert (found["transaction_id"], found["merchant_id"]) == ("4711", "77")
 
 
 async def test_a_store_that_is_away_is_told_with_when_to_come_back(environ, served, http):

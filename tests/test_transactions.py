@@ -40,12 +40,22 @@ def test_decode_reads_back_what_encode_wrote(transaction):
     ("field", "value"),
     [
         ("transaction_id", ""),
-        ("transaction_id", 7),
+        ("transaction_id", 1.5),
+        ("transaction_id", True),
+        ("transaction_id", 2.0**53),
+        ("transaction_id", 1e21),
+        ("transaction_id", 2**63),
+        ("transaction_id", 1e30),
+        ("transaction_id", [7]),
         ("transaction_id", "x" * 129),
         ("transaction_id", "a\0b"),
         ("user_id", "1005"),
         ("user_id", True),
         ("user_id", -1),
+        ("user_id", 1.5),
+        ("user_id", 2.0**53),
+        ("user_id", 1e18),
+        ("user_id", 1e300),
         ("user_id", 2**63),
         ("amount", "12.50"),
         ("amount", 12.505),
@@ -53,7 +63,9 @@ def test_decode_reads_back_what_encode_wrote(transaction):
         ("amount", 1e300),
         ("amount", True),
         ("currency", "EUR"),
-        ("merchant_id", 5),
+        ("merchant_id", 5.5),
+        ("merchant_id", False),
+        ("merchant_id", -(2.0**53)),
         ("timestamp", 1738324800),
         ("timestamp", "2026-01-31T12:00:00"),
         ("timestamp", "2026-02-30T12:00:00Z"),
@@ -88,6 +100,38 @@ def test_a_wrong_field_is_named(field, value):
 def test_a_time_of_another_unit_is_refused_and_the_likely_unit_is_named(written, said):
     with pytest.raises(errors.InvalidInput, match=f"timestamp: .*{said}"):
         transactions.decode(orjson.dumps(GOOD | {"timestamp": written}), "USD")
+
+
+@pytest.mark.parametrize("field", ["user_id", "transaction_id", "merchant_id"])
+def test_an_id_that_a_double_rounded_is_refused_with_the_reason(field):
+    written = orjson.dumps(GOOD | {field: "?"}).replace(b'"?"', b"9007199254740993.0")
+    with pytest.raises(errors.InvalidInput, match="floating-point number") as caught:
+        transactions.decode(written, "USD")
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("written", ["325", "325.0", "3.25e2", "32500E-2"])
+def test_an_integer_is_taken_in_every_form_that_json_has_for_it(written):
+    text = orjson.dumps(GOOD | dict.fromkeys(("user_id", "transaction_id", "merchant_id"), "?"))
+    read = transactions.decode(text.replace(b'"?"', written.encode()), "USD")
+    assert (read.user_id, read.transaction_id, read.merchant_id) == (325, "325", "325")
+    assert type(read.user_id) is int
+
+
+@pytest.mark.parametrize(
+    ("written", "digits"),
+    [
+        (12345, "12345"),
+        (-7, "-7"),
+        (-0.0, "0"),
+        (2**63 - 1, "9223372036854775807"),
+        (2.0**53 - 1, "9007199254740991"),
+    ],
+)
+def test_a_whole_number_is_taken_as_its_digits_where_a_text_is_wanted(written, digits):
+    told = orjson.dumps(GOOD | {"transaction_id": written, "merchant_id": written})
+    read = transactions.decode(told, "USD")
+    assert (read.transaction_id, read.merchant_id) == (digits, digits)
 
 
 @pytest.mark.parametrize("value", [None, b"", b"[1]", b"{", b"\xff"])

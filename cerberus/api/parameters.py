@@ -91,9 +91,11 @@ def _known(query: Mapping[str, str], names: Iterable[str], question: str) -> Non
 
 
 def _integer(name: str, text: str, low: int, high: int) -> int:
-    if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
+    digits, dot, _ = text.partition(".")
+    if not re.fullmatch(r"[0-9]{1,19}(\.0{1,9})?", text) or not low <= int(digits) <= high:
         raise errors.InvalidInput(name, f"must be a whole number from {low} to {high}")
-    return int(text)
+    # 325.0 is how a client that has doubles writes 325; a large one may have lost digits.
+    return transactions.whole(name, float(digits) if dot else int(digits), "an integer")
 
 
 def _position(cursor: str) -> ledger.Position:

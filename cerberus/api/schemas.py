@@ -26,8 +26,12 @@ def every(spans: Sequence[str], currency: str) -> dict[str, Any]:
     }
 
 
+def _text_or_number(least: int) -> dict[str, Any]:
+    text = {"type": "string", "minLength": least, "maxLength": transactions.MAX_TEXT}
+    return {"anyOf": [text, {"type": "integer"}], "description": "a number counts as its digits"}
+
+
 def _request(currency: str) -> dict[str, Any]:
-    text = {"type": "string", "minLength": 1, "maxLength": transactions.MAX_TEXT}
     amount = {"type": "number", "minimum": 0, "description": "at most two decimal places"}
     return {
         "type": "object",
@@ -35,11 +39,11 @@ def _request(currency: str) -> dict[str, Any]:
         "required": ["user_id"],
         "properties": {
             "user_id": {"type": "integer", "minimum": 0, "maximum": transactions.MAX_USER_ID},
-            "transaction_id": text,
+            "transaction_id": _text_or_number(1),
             "amount": amount | {"maximum": transactions.MAX_AMOUNT_MINOR // 100},
             "timestamp": TIME | {"description": "now when absent"},
             "currency": {"const": currency},
-            "merchant_id": {**text, "minLength": 0},
+            "merchant_id": _text_or_number(0),
         },
         "dependentRequired": {
             "transaction_id": ["amount"],
@@ -155,7 +159,7 @@ def _user(spans: Sequence[str]) -> dict[str, Any]:
 
 
 def _label() -> dict[str, Any]:
-    text = {"type": "string", "minLength": 1, "maxLength": transactions.MAX_TEXT}
+    text = _text_or_number(1)
     number = {"type": ["integer", "null"], "minimum": 0, "maximum": transactions.MAX_USER_ID}
     return object_of(
         {
