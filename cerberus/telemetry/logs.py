@@ -8,6 +8,7 @@ import time
 import orjson
 
 from cerberus import printable, supervision
+from cerberus.telemetry import repeats
 
 _OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
 _ACCESS = "uvicorn.access"
@@ -100,7 +101,7 @@ def configure(level: str) -> None:
     Args:
         level: DEBUG, INFO, WARNING or ERROR.
     """
-    handler = logging.StreamHandler()
+    handler = repeats.Handler()
     handler.setFormatter(JsonLines())
     root = logging.getLogger()
     root.handlers = [h for h in root.handlers if not isinstance(h.formatter, JsonLines)]
