@@ -30,6 +30,7 @@ async def _lifespan(running: Starlette) -> AsyncIterator[Mapping[str, Any]]:
         async with contextlib.AsyncExitStack() as stack:
             service = await _open(stack, leaving)
             leaving.watch()
+            stack.callback(_blame, service.supervisor, leaving)
             stack.push_async_callback(service.outbox.close)
             for name, run in service.tasks().items():
                 service.supervisor.add(name, run)
@@ -56,10 +57,18 @@ async def _open(stack: contextlib.AsyncExitStack, leaving: shutdown.Exit) -> ass
         opened = assembly.open(config, give_up=leaving.request)
         service = await stack.enter_async_context(opened)
         service.check()
+        await service.ask()
     except (errors.ConfigError, errors.ModelMismatch) as error:
         _refuse_to_start(error)
     logs.configure(config.log_level)
     return service
+
+
+def _blame(supervisor: supervision.Supervisor, leaving: shutdown.Exit) -> None:
+    """Let a wrong setting that shows only later end the process as one that shows at the start."""
+    if supervisor.misconfigured is not None:
+        leaving.status = _CONFIG_STATUS
+        sys.stderr.write(f"cerberus: {supervisor.misconfigured}\n")
 
 
 async def _stop(supervisor: supervision.Supervisor, asked: asyncio.Event) -> None:

@@ -1,14 +1,27 @@
 """The parts of one process, and the only place that puts them together."""
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cerberus import claims, clock, consumer, kafka, labels, producer, settings, supervision, window
+from cerberus import (
+    brokers,
+    claims,
+    clock,
+    consumer,
+    errors,
+    kafka,
+    labels,
+    producer,
+    settings,
+    supervision,
+    window,
+)
 from cerberus.decisions import models
 from cerberus.jobs import materializer, retention
 from cerberus.online import layout, user_rows
@@ -22,7 +35,8 @@ from cerberus.stream import dependencies, label_topic
 from cerberus.telemetry import metrics
 
 Run = Callable[[supervision.Progress], Awaitable[None]]
-_CLOSE_S = 2.0
+_CLOSE_S, _ASK_S = 2.0, 5.0
+_MAKES_TABLES = frozenset({"consumer", "producer", "materializer", "retention"})
 
 
 def _nobody(reason: str) -> None:
@@ -57,6 +71,27 @@ class Service:
             ModelMismatch: The model, its policy or the feature plan does not fit these settings.
         """
         _ = self.tls, self.model, self.online
+
+    async def ask(self) -> None:
+        """Ask the servers whether they take this process; one that does not answer is let be.
+
+        Raises:
+            ConfigError: One answers, and refuses an address, a password or a right.
+
+        Deadline: 5 s.
+        """
+        asking = [asyncio.ensure_future(each) for each in self._questions()]
+        _, waiting = await asyncio.wait(asking, timeout=_ASK_S)
+        for each in waiting:
+            each.cancel()
+        for answer in await asyncio.gather(*asking, return_exceptions=True):
+            if isinstance(answer, errors.ConfigError):
+                raise answer
+
+    def _questions(self) -> Iterator[Awaitable[None]]:
+        yield redis_pool.check(self.config)
+        yield self.postgres.schema.check(makes_tables=bool(_MAKES_TABLES & self.config.tasks))
+        yield brokers.check(kafka.client_options(self.config.kafka))
 
     @functools.cached_property
     def spans(self) -> window.Spans:

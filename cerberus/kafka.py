@@ -20,7 +20,7 @@ from aiokafka.errors import (
     for_code,
 )
 
-from cerberus import endpoints, errors, settings, transactions
+from cerberus import brokers, endpoints, errors, settings, transactions
 from cerberus.decisions import records
 from cerberus.telemetry import logs
 
@@ -88,11 +88,17 @@ async def admin(kafka: endpoints.Kafka) -> AsyncIterator[Any]:
 
     Raises:
         StoreUnavailable: No broker answered within 15 s.
+        ConfigError: A broker answered that refuses the credentials.
     """
     client = AIOKafkaAdminClient(**client_options(kafka), request_timeout_ms=10_000)
     try:
         async with asyncio.timeout(CALL_S):
-            await client.start()
+            try:
+                await client.start()
+            except KafkaError as error:
+                if refused := await brokers.refusal(client_options(kafka)):
+                    raise refused from error
+                raise
         yield client
     except (TimeoutError, OSError, KafkaError) as error:
         raise errors.StoreUnavailable(

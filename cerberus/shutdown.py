@@ -38,11 +38,13 @@ class Exit:
     Attributes:
         asked: Set when the process has to end; set it to stop without a signal.
         reason: Why the process was given up; None otherwise.
+        status: Of a process that was given up.
     """
 
     def __init__(self, deadline_s: float = 19.0) -> None:
         self.asked = asyncio.Event()
         self.reason: str | None = None
+        self.status = EXIT_STATUS
         self._deadline_s = deadline_s
         # A signal handler may call its put.
         self._heard: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -61,7 +63,7 @@ class Exit:
                 signal.signal(number, hear)
 
     def request(self, reason: str) -> None:
-        """Ask uvicorn to shut down as on SIGTERM; `finish` then ends it with status 70."""
+        """Ask uvicorn to shut down as on SIGTERM; `finish` then ends it with `status`."""
         self.reason = reason
         log.critical("giving up: %s", reason, extra={"action": "give_up"})
         self.asked.set()
@@ -75,7 +77,7 @@ class Exit:
         if self.reason is not None:
             if sys.exc_info()[0] is not None:
                 log.exception("the teardown failed", extra={"action": "give_up"})
-            _end(EXIT_STATUS)
+            _end(self.status)
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         self._heard.put(0)
@@ -91,7 +93,7 @@ class Exit:
         if number := self._heard.get():
             time.sleep(self._deadline_s)
             _end(
-                128 + number if self.reason is None else EXIT_STATUS,
+                128 + number if self.reason is None else self.status,
                 f"not stopped after {self._deadline_s:g} s, ending now: a client holds its "
                 "connection, or a task ignores its cancellation or blocks the loop",
             )

@@ -161,6 +161,7 @@ class Supervisor:
 
     Attributes:
         gave_up: Which task was given up on and why; None while all are kept alive.
+        misconfigured: The sentence of a wrong setting, if it was given up for one.
     """
 
     def __init__(
@@ -179,6 +180,7 @@ class Supervisor:
         self._rng = rng or random.SystemRandom()
         self._tasks: dict[str, _Task] = {}
         self.gave_up: str | None = None
+        self.misconfigured: str | None = None
 
     def add(self, name: str, run: Callable[[Progress], Awaitable[None]]) -> None:
         """Add an eternal task.
@@ -280,9 +282,7 @@ class Supervisor:
         if not task.progress.stopping.is_set():
             return fault
         if fault.error is not None:
-            log.error(
-                "failed while stopping", exc_info=fault.error, extra={"action": "task_failed"}
-            )
+            _log_fault("failed while stopping: %s", fault)
         return None
 
     async def _watch(self, task: _Task, child: asyncio.Task[BaseException | None]) -> bool:
@@ -324,9 +324,7 @@ class Supervisor:
 
     def _bearable(self, task: _Task, fault: _Fault) -> bool:
         task.last_error = fault.reason
-        # A wrong setting is a sentence, not a traceback.
-        trace = None if isinstance(fault.error, errors.ConfigError) else fault.error
-        log.error("failed: %s", fault.reason, exc_info=trace, extra={"action": "task_failed"})
+        _log_fault("failed: %s", fault)
         if fault.error is not None and _group(fault.error).split(AWAY)[1] is None:
             return True
         now = self._clock()
@@ -352,6 +350,7 @@ class Supervisor:
         self._enter(task, "failed")
         if self.gave_up is None:
             self.gave_up = f"{task.name}: {fault.reason}"
+            self.misconfigured = _wrong_setting(fault.error)
             _tell(self._on_give_up, self.gave_up)
 
 
@@ -367,6 +366,18 @@ async def _contained(task: _Task) -> BaseException | None:
 
 def _group(error: BaseException) -> BaseExceptionGroup[BaseException]:
     return BaseExceptionGroup("fault", [error])
+
+
+def _log_fault(text: str, fault: _Fault) -> None:
+    # A wrong setting is a sentence, not a traceback.
+    trace = None if _wrong_setting(fault.error) else fault.error
+    log.error(text, fault.reason, exc_info=trace, extra={"action": "task_failed"})
+
+
+def _wrong_setting(error: BaseException | None) -> str | None:
+    while isinstance(error, BaseExceptionGroup):
+        error = next(iter((error.subgroup(errors.ConfigError) or error).exceptions))
+    return str(error) if isinstance(error, errors.ConfigError) else None
 
 
 def _tell(hook: Callable[[str], None], text: str) -> None:

@@ -109,14 +109,37 @@ async def test_topics_are_made_written_and_read_by_the_group(ca, ports, environ_
 
 
 @pytest.mark.parametrize(
-    ("environ_of", "changes"),
+    ("environ_of", "changes", "kind", "said"),
     [
-        (certified, {"KAFKA_CLIENT_CERT": "", "KAFKA_CLIENT_CERT_KEY": ""}),
-        (certified, {"KAFKA_TRUSTED_CERT": trustme.CA().cert_pem.bytes().decode()}),
-        (with_password, {"KAFKA_SASL_PASSWORD": "wrong"}),
+        (
+            certified,
+            {"KAFKA_CLIENT_CERT": "", "KAFKA_CLIENT_CERT_KEY": ""},
+            errors.StoreUnavailable,
+            "no Kafka broker answered",
+        ),
+        (
+            certified,
+            {"KAFKA_TRUSTED_CERT": trustme.CA().cert_pem.bytes().decode()},
+            errors.ConfigError,
+            "KAFKA_TRUSTED_CERT is not the CA",
+        ),
+        (
+            with_password,
+            {"KAFKA_SASL_PASSWORD": "wrong"},
+            errors.ConfigError,
+            "KAFKA_SASL_PASSWORD: broker .* refuses them",
+        ),
+        (
+            with_password,
+            {"KAFKA_SASL_MECHANISM": "SCRAM-SHA-256"},
+            errors.ConfigError,
+            "KAFKA_SASL_MECHANISM: broker .* does not take SCRAM-SHA-256",
+        ),
     ],
 )
-async def test_without_the_right_credentials_there_is_one_error(ca, ports, environ_of, changes):
+async def test_without_the_right_credentials_there_is_one_error(
+    ca, ports, environ_of, changes, kind, said
+):
     config = settings.load(environ_of(ca, ports) | changes)
-    with pytest.raises(errors.StoreUnavailable, match="no Kafka broker answered"):
+    with pytest.raises(kind, match=said):
         await kafka.create_topics(config)

@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _remove(config: settings.Settings, user_id: int, *, sure: bool) -> bool:
     """Show what is stored of a user, ask unless `sure`, and remove it; False if refused."""
+    await redis_pool.check(config)
     async with assembly.for_command(config) as service:
         client, postgres = service.redis, service.postgres
         await postgres.schema.migrate()

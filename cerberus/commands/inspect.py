@@ -8,6 +8,7 @@ from typing import Any
 
 from cerberus import assembly, printable, settings
 from cerberus.api import parameters
+from cerberus.online import pool as redis_pool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _look_up(config: settings.Settings, user_id: int) -> dict[str, Any]:
+    await redis_pool.check(config)
     async with assembly.for_command(config) as service:
         return await service.lookups.user(user_id)
 

@@ -2,11 +2,13 @@
 
 import argparse
 import asyncio
+import contextlib
 import os
 import pathlib
 
 from cerberus import assembly, errors, printable, settings
 from cerberus.files import importing, layouts
+from cerberus.online import pool as redis_pool
 from cerberus.postgres import imports
 
 
@@ -53,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def load(config: settings.Settings, plan: importing.Plan) -> dict[str, imports.Progress]:
     """Open the parts and import the files; see `importing.load`."""
+    with contextlib.suppress(errors.FeaturesUnavailable):
+        await redis_pool.check(config)
     async with assembly.for_command(config) as service:
         return await importing.load(config, plan, service.postgres, service.redis)
 

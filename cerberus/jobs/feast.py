@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import shutil
 import ssl
 import subprocess
@@ -27,6 +28,9 @@ from cerberus.addresses import postgres as addresses
 from cerberus.features import declared
 from cerberus.online import layout, partition_states
 from cerberus.online import pool as redis_pool
+from cerberus.postgres import pool as postgres_pool
+from cerberus.postgres import refusals
+from cerberus.postgres import schema as postgres_schema
 
 REPO = settings.FEATURE_REPO
 _SERVED = (declared.STATS_VIEW, declared.WINDOW_VIEW, declared.CREDIT_VIEW)
@@ -113,6 +117,7 @@ def apply(
 
     Raises:
         StoreUnavailable: It failed or took longer than the deadline; the message says why.
+        ConfigError: Postgres refuses the address, the user or a right.
     """
     if directory := directory or place():
         return _apply(config, directory, deadline_s)
@@ -137,9 +142,11 @@ def _apply(config: settings.Settings, directory: pathlib.Path, deadline_s: float
             f"feast apply did not finish within {deadline_s:g} s: does Postgres answer?"
         ) from error
     if done.returncode:
-        # The exception's own line is the last that is neither indented nor in brackets.
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line[:1].isalnum()]
-        raise errors.StoreUnavailable(f"feast apply failed: {said[-1] if said else 'silently'}")
+        # The exception's own line; the statement that failed may follow it.
+        said = re.findall(r"^[A-Za-z_][\w.]*: .+$", done.stdout + done.stderr, re.MULTILINE)
+        reason = said[-1] if said else "silently"
+        _raise_refusal(config, reason, applies=True)
+        raise errors.StoreUnavailable(f"feast apply failed: {reason}")
     return done.stdout
 
 
@@ -339,6 +346,7 @@ def _opened(config: settings.Settings) -> Iterator[Any]:
         OSError,
         psycopg.Error,
         redis.exceptions.RedisError,
+        redis.exceptions.RedisClusterException,
         sqlalchemy.exc.SQLAlchemyError,
     )
     try:
@@ -348,4 +356,24 @@ def _opened(config: settings.Settings) -> Iterator[Any]:
             yield store
     except failures as error:
         reason = str(error).partition("\n")[0]
+        _raise_refusal(config, reason)
         raise errors.StoreUnavailable(f"Feast could not use a store: {reason}") from error
+
+
+def _raise_refusal(config: settings.Settings, reason: str, *, applies: bool = False) -> None:
+    """Raise why a store refuses us, if one does: Feast's errors look alike whatever the cause.
+
+    Raises:
+        ConfigError: It refuses an address, a user or a right.
+    """
+
+    async def ask() -> None:
+        async with postgres_pool.connect(config) as pool:
+            schema = postgres_schema.Schema(pool, config.windows.spans)
+            await schema.check(makes_tables=applies)
+        await redis_pool.check(config)
+
+    if denied := re.search(r"InsufficientPrivilege\) (.+)", reason):
+        raise refusals.denied(denied[1])
+    with contextlib.suppress(errors.StoreUnavailable, errors.FeaturesUnavailable):
+        asyncio.run(ask())

@@ -16,8 +16,11 @@ from typing import Any
 
 import redis.asyncio
 import redis.exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from cerberus import errors, settings
+from cerberus.online import refusals
 
 CALL_S = 2.0
 """Deadline of a command to Redis, s."""
@@ -96,6 +99,33 @@ def connect(
     return made
 
 
+async def check(config: settings.Settings) -> None:
+    """Ask Redis once whether it takes this process.
+
+    Raises:
+        FeaturesUnavailable: It did not answer in time.
+        ConfigError: It refuses the address, or is a cluster and REDIS_CLUSTER does not say so.
+    """
+    # The shared pool would repeat what is refused until the deadline hides why.
+    once = {"retry": Retry(NoBackoff(), 0)}
+    client = redis.asyncio.RedisCluster if config.redis.cluster else redis.asyncio.Redis
+    asking: Any = client(**options(config) | once)
+    try:
+        await answers(asking, asking.ping())
+        if not config.redis.cluster:
+            await _refuse_cluster(asking)
+    finally:
+        await asking.aclose()
+
+
+async def _refuse_cluster(client: Any) -> None:
+    with contextlib.suppress(redis.exceptions.ResponseError, TimeoutError):
+        async with asyncio.timeout(CALL_S):
+            found = await client.info("cluster")
+        if found.get("cluster_enabled"):
+            raise errors.ConfigError("REDIS_URL is a node of a Redis Cluster: set REDIS_CLUSTER=1")
+
+
 async def answers(client: Any, command: Awaitable[Any], timeout_s: float = CALL_S) -> Any:
     """Await what Redis answers.
 
@@ -109,6 +139,7 @@ async def answers(client: Any, command: Awaitable[Any], timeout_s: float = CALL_
 
     Raises:
         FeaturesUnavailable: It did not answer in time, or refuses; the message has its word.
+        ConfigError: It refuses a setting.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -116,6 +147,8 @@ async def answers(client: Any, command: Awaitable[Any], timeout_s: float = CALL_
     except redis.exceptions.NoScriptError:
         raise
     except REDIS_DOWN as error:
+        if refused := refusals.sentence(error):
+            raise refused from error
         word = refusal(error)
         if word is not None or (_silent(error) and timeout_s >= CALL_S):
             await _renew(client)

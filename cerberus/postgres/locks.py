@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import asyncpg
 
 from cerberus.postgres import pool as postgres_pool
+from cerberus.postgres import refusals
 
 _SINGLETON_LOCK = 7_237_002
 StillHeld = Callable[[], Awaitable[None]]
@@ -34,7 +35,8 @@ class Locks:
             StoreUnavailable: Postgres did not answer within 10 s, or takes no writes.
         """
         async with postgres_pool.unavailable(self._pool):
-            connection = await self._pool.acquire(timeout=postgres_pool.QUERY_S)
+            with refusals.connecting():
+                connection = await self._pool.acquire(timeout=postgres_pool.QUERY_S)
         try:
             async with postgres_pool.unavailable(self._pool):
                 await postgres_pool.prove(connection)

@@ -12,19 +12,13 @@ from typing import Any, TypeVar
 import asyncpg
 
 from cerberus import errors, settings
-from cerberus.postgres import connecting
+from cerberus.postgres import connecting, refusals
 
 QUERY_S = 10
 """Deadline of a statement, and of a wait for a connection."""
 NO_IDLING = f"SET LOCAL idle_in_transaction_session_timeout = '{QUERY_S}s'"
 """The first statement of a transaction with several: otherwise a process that froze in it would
 keep others from starting, and months from being dropped."""
-_REFUSED = (
-    asyncpg.InvalidPasswordError,
-    asyncpg.InvalidAuthorizationSpecificationError,
-    asyncpg.InvalidCatalogNameError,
-    asyncpg.ClientConfigurationError,
-)
 _NOT_MIGRATED = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError)
 _POSTGRES_DOWN = (
     OSError,
@@ -78,10 +72,11 @@ async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
     Raises:
         StoreUnavailable: Postgres did not answer within 10 s, or takes no writes.
         NeedsOperator: Tables of this version are missing; `migrate` makes them.
-        ConfigError: Postgres refuses the credentials or the database.
+        ConfigError: Postgres refuses the credentials, the database or a right.
     """
     async with unavailable(pool):
-        borrowed = await pool.acquire(timeout=QUERY_S)
+        with refusals.connecting():
+            borrowed = await pool.acquire(timeout=QUERY_S)
         try:
             yield borrowed
         finally:
@@ -118,12 +113,12 @@ async def unavailable(pool: asyncpg.Pool) -> AsyncIterator[None]:
     Raises:
         StoreUnavailable: Postgres did not answer, or takes no writes.
         NeedsOperator: Tables of this version are missing.
-        ConfigError: Postgres refuses the credentials or the database.
+        ConfigError: Postgres refuses the credentials, the database or a right.
     """
     try:
         yield
-    except _REFUSED as error:
-        raise errors.ConfigError(f"DATABASE_URL: Postgres refuses it: {error}") from error
+    except refusals.REFUSED as error:
+        raise refusals.sentence(error) from error
     except _NOT_MIGRATED as error:
         raise errors.NeedsOperator(
             "Postgres is missing tables of this version: run `python -m cerberus migrate` "

@@ -11,7 +11,7 @@ import asyncpg
 
 from cerberus import labels
 from cerberus.features import declared
-from cerberus.postgres import label_rows, months
+from cerberus.postgres import label_rows, months, refusals
 from cerberus.postgres import pool as postgres_pool
 
 _MIGRATIONS = {
@@ -86,14 +86,20 @@ class Schema:
             kind = self._columns[column]
             await connection.execute(f"ALTER TABLE {_STATS} ADD COLUMN {column} {kind}")
 
-    async def check(self) -> None:
+    async def check(self, *, makes_tables: bool = False) -> None:
         """Ask Postgres whether it takes writes.
 
+        Args:
+            makes_tables: Whether tables must be allowed to be made, too.
+
         Raises:
-            StoreUnavailable: Postgres does not answer, or takes none.
+            StoreUnavailable: Postgres does not answer, or takes no writes.
+            ConfigError: Postgres refuses the address, the user or the right.
         """
         async with postgres_pool.connection(self._pool) as connection:
             await postgres_pool.prove(connection)
+            if makes_tables:
+                await refusals.check_rights(connection)
 
 
 async def _apply_missing(connection: asyncpg.Connection) -> list[str]:
