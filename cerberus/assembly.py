@@ -236,6 +236,17 @@ class Service:
         )
 
 
+def check_files(config: settings.Settings) -> None:
+    """Read the files of certificates that the addresses name; the pools do so when they open.
+
+    Raises:
+        ConfigError: One cannot be read.
+    """
+    config.postgres.address.tls()
+    config.redis.address.check_files()
+    kafka.client_options(config.kafka)
+
+
 def for_command(config: settings.Settings) -> contextlib.AbstractAsyncContextManager[Service]:
     """Open the parts for a command, which runs no task and does not store the label rules."""
     return open(dataclasses.replace(config, tasks=frozenset()), onlooker=True)

@@ -8,7 +8,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import hashlib
-import http.client
 import os
 import pathlib
 import signal
@@ -17,21 +16,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
-import orjson
-
 from cerberus import assembly, environment, errors, printable, settings, stack, window
 from cerberus.jobs import feast, materializer
 from cerberus.online import layout, user_rows
 from cerberus.online import pool as redis_pool
-from cerberus.stack import ports, process
+from cerberus.stack import ports, process, watch
+from cerberus.stack import service as running
 
 PORT = 8000
 _APP = "cerberus.app:app"
+_CONFIG_STATUS = 78
 _HEALTHY_S, _STOP_S, _STEP_S, _TRAINING_S = 60.0, 25.0, 180.0, 900.0
-# How long a service that answers may take to become ready.
-_PATIENCE_S = 10.0
 _CURL = "curl -s localhost:{port}/predict{key} -H 'content-type: application/json' -d '{body}'"
-_CALM = ("DEBUG", "INFO")
 # The definitions in `feature_repo` also depend on these modules.
 _DEFINING = ("jobs/feast", "features/declared", "online/layout", "window")
 DIRECTORY = pathlib.Path(".cerberus")
@@ -84,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _port(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 65_535:
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= 65_535:
         raise argparse.ArgumentTypeError("must be from 1 to 65535")
     return int(text)
 
@@ -102,7 +98,8 @@ def start(
         port: The port of the service on 127.0.0.1; if it is taken, the next free one is used.
 
     Returns:
-        0 after an interrupt, else the status with which the service ended by itself.
+        0 after an interrupt, else the status with which the service ended by itself. A server that
+        dies is started again, three times in ten minutes at most.
 
     Raises:
         ConfigError: A setting is wrong; nothing was started.
@@ -119,7 +116,8 @@ def start(
             site = process.Site(directory.resolve(), environ, _say)
             config = settings.load(environ)
             _prepare(site, servers, config, pool)
-            return _serve(site, config, port, pool)
+            with servers.watch() as watching:
+                return _serve(site, config, port, pool, watching)
     except KeyboardInterrupt:
         return 0
     except errors.ServerUnavailable as error:
@@ -136,6 +134,7 @@ def _completed(
 ) -> dict[str, str]:
     """Check the settings, and return them with what suits a run on this machine."""
     told = settings.load({**_ADDRESSES, **given})
+    assembly.check_files(told)
     soon = _SOON if told.kafka.on_loopback else {}
     completed = {**environ, **soon, **given, "PYTHONUNBUFFERED": "1"}
     if not told.serving.api_keys:
@@ -221,7 +220,14 @@ def _step(
 ) -> None:
     began = time.monotonic()
     command = [sys.executable, "-m", "cerberus", name, *arguments]
-    process.Process(name, site).run(command, pathlib.Path.cwd(), site.environ, within_s=within_s)
+    try:
+        child = process.Process(name, site)
+        child.run(command, pathlib.Path.cwd(), site.environ, within_s=within_s)
+    except process.Failed as failed:
+        if failed.status == _CONFIG_STATUS:
+            said = failed.last_line.removeprefix(f"cerberus {name}: ")
+            raise errors.ConfigError(said) from failed
+        raise
     site.report(name, outcome, f"done in {time.monotonic() - began:.1f} s")
 
 
@@ -230,6 +236,7 @@ def _serve(
     config: settings.Settings,
     wanted: int,
     pool: concurrent.futures.Executor,
+    watching: watch.Watch,
 ) -> int:
     service = process.Process("service", site)
     _end_service(site)
@@ -240,14 +247,16 @@ def _serve(
     starting = pool.submit(service.start, command, pathlib.Path.cwd(), site.environ)
     try:
         starting.result()
-        warnings = _Warnings(service, site)
-        _wait_for(service, warnings, site, _Health(port, config))
+        warnings = running.Warnings(service, site)
+        _wait_for(service, warnings, site, running.Health(port, config.serving.api_keys))
         if service.status is None:
             _invite(site, config, port)
         while service.status is None:
             warnings.show()
+            if watching.failure is not None:
+                raise watching.failure
             time.sleep(0.2)
-        site.say(service.account(f"ended with status {service.status}"))
+        site.say(service.account(process.ending(service.status)))
         return service.status if service.status >= 0 else 128 - service.status
     finally:
         concurrent.futures.wait([starting])
@@ -264,7 +273,10 @@ def _free_port(wanted: int, site: process.Site) -> int:
 
 
 def _wait_for(
-    service: process.Process, warnings: "_Warnings", site: process.Site, health: "_Health"
+    service: process.Process,
+    warnings: running.Warnings,
+    site: process.Site,
+    health: running.Health,
 ) -> None:
     def settled() -> bool:
         warnings.show()
@@ -286,83 +298,6 @@ def _invite(site: process.Site, config: settings.Settings, port: int) -> None:
     key = ' -H "x-api-key: $CERBERUS_API_KEY"' if config.serving.api_keys else ""
     body = f'{{"user_id": {config.synthetic.first_user_id + 5}}}'
     site.say(f"\n{_CURL.format(port=port, key=key, body=body)}\n\nCtrl-C stops everything.")
-
-
-class _Health:
-    """What the service says about itself.
-
-    Attributes:
-        url: The address of the service.
-        status: The last answer of /health; empty while there is none.
-        reasons: Why the service is not ready.
-    """
-
-    def __init__(self, port: int, config: settings.Settings) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self.status = ""
-        self.reasons: list[str] = []
-        self._port = port
-        self._headers = dict(zip(("x-api-key",), config.serving.api_keys, strict=False))
-        self._next_s = 0.0
-        self._answering_s: float | None = None
-
-    def settled(self) -> bool:
-        """Return whether it is ready or has answered for 10 s; asks every 0.2 s."""
-        now = time.monotonic()
-        if now < self._next_s:
-            return False
-        self._next_s = now + 0.2
-        if not self._answers():
-            self._answering_s = None
-            return False
-        self._answering_s = self._answering_s or now
-        return self.status == "ready" or now - self._answering_s > _PATIENCE_S
-
-    def _answers(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=2.0)
-        try:
-            connection.request("GET", "/health", headers=self._headers)
-            answer = connection.getresponse()
-            said = orjson.loads(answer.read())
-            self.status, self.reasons = str(said["status"]), list(said.get("reasons", ()))
-        except (OSError, http.client.HTTPException, ValueError, TypeError, KeyError):
-            return False
-        finally:
-            connection.close()
-        return answer.status == http.HTTPStatus.OK
-
-
-class _Warnings:
-    """Repeats the lines of a log at level WARNING and above on the terminal."""
-
-    def __init__(self, service: process.Process, site: process.Site) -> None:
-        self._log = service.log
-        self._site = site
-        self._offset = service.log_start
-
-    def show(self) -> None:
-        """Repeat new lines; an incomplete line waits."""
-        with self._log.open("rb") as log:
-            log.seek(self._offset)
-            new = log.read()
-        complete = new[: new.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        for line in complete.decode(errors="replace").splitlines():
-            if text := _alarm(line):
-                self._site.tell("service", text)
-
-
-def _alarm(line: str) -> str:
-    """Return the text of a line that warns, "" for JSON below WARNING and uvicorn's own INFO."""
-    try:
-        said = orjson.loads(line)
-    except ValueError:
-        return "" if line.startswith("INFO") else line
-    if said["level"] in _CALM:
-        return ""
-    # Only the last line of a traceback; the log has the rest.
-    *_, last = said["message"].strip().splitlines() or [""]
-    return f"{said['level']} {said['task']}: {last}"
 
 
 @contextlib.contextmanager

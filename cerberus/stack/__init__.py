@@ -17,7 +17,7 @@ from concurrent import futures
 from dataclasses import dataclass
 
 from cerberus import errors
-from cerberus.stack import kafka, ports, postgres, process, redis
+from cerberus.stack import kafka, ports, postgres, process, redis, watch
 from cerberus.stack.server import Local, Server
 
 __all__ = ["Local", "Server", "Stack", "clean", "servers"]
@@ -37,6 +37,12 @@ class Stack:
     kafka: Server
     redis: Server
     postgres: Server
+    site: process.Site
+
+    def watch(self) -> watch.Watch:
+        """Return what starts those again that were started here and die, while its block lasts."""
+        everyone = (self.kafka, self.redis, self.postgres)
+        return watch.Watch([each for each in everyone if isinstance(each, Local)], self.site)
 
     @property
     def environ(self) -> dict[str, str]:
@@ -139,7 +145,7 @@ def _found(site: process.Site, kafka_properties: Mapping[str, str]) -> Stack:
             missing.append(str(error))
     if missing:
         raise errors.ServerUnavailable("\n".join(missing))
-    return Stack(**found)
+    return Stack(**found, site=site)
 
 
 def _given(name: str, environ: Mapping[str, str]) -> Server | None:

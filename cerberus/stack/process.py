@@ -49,6 +49,21 @@ class Site:
         self.tell(name, f"{text:<62} {outcome}")
 
 
+class Failed(errors.ServerUnavailable):
+    """A child that had work to do ended with another status than 0.
+
+    Args:
+        message: With the last lines of its log.
+        status: Its exit status.
+        last_line: Of its log.
+    """
+
+    def __init__(self, message: str, status: int, last_line: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.last_line = last_line
+
+
 class Cancelled(errors.ServerUnavailable):
     """The start was given up before it was complete."""
 
@@ -120,7 +135,7 @@ class Process:
         while not done():
             now = time.monotonic()
             if self.status is not None:
-                raise errors.ServerUnavailable(self.account(f"ended with status {self.status}"))
+                raise errors.ServerUnavailable(self.account(ending(self.status)))
             if now - began > within_s:
                 raise errors.ServerUnavailable(self.account(f"still {doing} after {within_s:g} s"))
             if now - told >= 2.0:
@@ -140,13 +155,15 @@ class Process:
         """Start it and wait until it has succeeded.
 
         Raises:
-            ServerUnavailable: It ended with another status than 0, or not in time.
+            Failed: It ended with another status than 0.
+            ServerUnavailable: It did not end in time.
         """
         self.start(command, cwd, environ, uid)
         try:
             self.wait_for(lambda: self.status is not None, within_s, "at work")
             if self.status:
-                raise errors.ServerUnavailable(self.account(f"ended with status {self.status}"))
+                message = self.account(ending(self.status))
+                raise Failed(message, self.status, message.splitlines()[-1].strip())
         finally:
             self.stop()
 
@@ -198,6 +215,23 @@ class Process:
         # Java says what is wrong above a long stack trace.
         telling = [line for line in lines if not line.startswith("\tat ")]
         return "\n".join(f"    {line}" for line in telling[-_TAIL_LINES:])
+
+
+def ending(status: int | None) -> str:
+    """Say how a process ended, by its status."""
+    if status is not None and status < 0:
+        with contextlib.suppress(ValueError):
+            return f"was ended by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
+
+
+def end_all(owned: Callable[[Any], bool]) -> None:
+    """Kill the processes that are ours; they have lost the one that would have ended them."""
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if owned(each):
+                each.kill()
+                each.wait(_GRACE_S)
 
 
 def alive(pid: int) -> bool:

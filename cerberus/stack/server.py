@@ -94,6 +94,21 @@ class Local(Server):
         self._process = process.Process(name, site, self.STOP_SIGNALS)
 
     @property
+    def status(self) -> int | None:
+        """How its process ended by itself; None while it runs, and after it was stopped."""
+        return self._process.status
+
+    def account(self, what: str) -> str:
+        """Return what happened to it, with the last lines of its log."""
+        return self._process.account(what)
+
+    def revive(self) -> None:
+        """Start it again after it died, on the same ports with the same data; see `start`."""
+        self.stop()
+        process.end_all(self._owns)
+        self.start()
+
+    @property
     def port(self) -> int:
         """Where it listens on 127.0.0.1."""
         return self._ports[self.name]
