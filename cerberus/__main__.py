@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _status(command: str, error: Exception) -> int:
-    if isinstance(error, errors.ConfigError):
+    if isinstance(error, errors.ConfigError | errors.ModelMismatch):
         return CONFIG_STATUS
     if isinstance(error, _AWAY):
         return AWAY_STATUS

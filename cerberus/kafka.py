@@ -75,10 +75,12 @@ def _ssl_context(kafka: endpoints.Kafka) -> ssl.SSLContext:
                 file.flush()
                 # A password, or OpenSSL would ask for one on the terminal.
                 context.load_cert_chain(file.name, password="")
-    except (ssl.SSLError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
+        # From None: the error may hold the text of the key.
         raise errors.ConfigError(
-            f"KAFKA_TRUSTED_CERT, KAFKA_CLIENT_CERT or KAFKA_CLIENT_CERT_KEY: {error}"
-        ) from error
+            "KAFKA_TRUSTED_CERT, KAFKA_CLIENT_CERT or KAFKA_CLIENT_CERT_KEY is not PEM: "
+            f"{getattr(error, 'reason', None) or 'it cannot be read'}"
+        ) from None
     return context
 
 

@@ -298,13 +298,18 @@ class Settings:
         return "the brokers are remote; CERBERUS_RATE above 0 starts it"
 
 
+def names() -> list[str]:
+    """Return the names of all variables."""
+    return [each.name for each in environment.declared(Settings)]
+
+
 def load(environ: Mapping[str, str]) -> Settings:
     """Read all settings.
 
     Raises:
         ConfigError: A variable is missing, wrong or unknown; the message names it.
     """
-    environment.check_names(environ, [each.name for each in environment.declared(Settings)])
+    environment.check_names(environ, names())
     config = environment.read(Settings, environ)
     _check_sasl(config.kafka)
     _check_certificates(config.kafka)

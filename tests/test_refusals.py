@@ -169,6 +169,16 @@ def test_what_redis_refuses_is_one_sentence(environ, file, changes, said, monkey
     assert said in refused_at_the_start(wrong)
 
 
+def test_what_libpq_reads_besides_the_address_does_not_reach_feast(environ, monkeypatch):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    for name in ("PGSERVICE", "PGCONNECT_TIMEOUT", "PGCHANNELBINDING", "PGSSLROOTCERT"):
+        monkeypatch.setenv(name, "nonsense")
+    assert commands.main(["migrate"]) == 0
+    assert commands.main(["features", "apply"]) == 0
+    assert commands.main(["materialize"]) == 0
+
+
 @pytest.mark.parametrize("away", ["KAFKA_BROKER", "REDIS_URL", "DATABASE_URL"])
 def test_a_server_that_is_down_is_waited_for(environ, away):
     scheme = {"REDIS_URL": "redis://", "DATABASE_URL": "postgresql://x@"}.get(away, "")

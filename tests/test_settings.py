@@ -111,10 +111,14 @@ def test_a_platform_s_addresses_are_understood():
     assert "CERBERUS_RATE" in config.rate_reason
 
 
-def test_a_broken_certificate_is_a_setting_s_fault():
-    config = settings.load(BASE | {"KAFKA_BROKER": "kafka+ssl://h:1", "KAFKA_TRUSTED_CERT": "x"})
-    with pytest.raises(errors.ConfigError, match="KAFKA_TRUSTED_CERT"):
+@pytest.mark.parametrize("names", [["TRUSTED_CERT"], ["CLIENT_CERT", "CLIENT_CERT_KEY"]])
+@pytest.mark.parametrize("pem", ["sesame", "sesäme", "sesame\udcff", "-----BEGIN CERTIFICATE-----"])
+def test_a_broken_certificate_is_a_setting_s_fault(names, pem):
+    told = {f"KAFKA_{name}": pem for name in names}
+    config = settings.load(BASE | {"KAFKA_BROKER": "kafka+ssl://h:1"} | told)
+    with pytest.raises(errors.ConfigError, match="KAFKA_TRUSTED_CERT") as caught:
         kafka.client_options(config.kafka)
+    assert "ses" not in str(caught.value)
 
 
 def test_secrets_do_not_show():

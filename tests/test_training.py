@@ -285,6 +285,23 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("CERBERUS_SPANS", "x"), ("CERBERUS_MODEL", "."), ("CERBERUS_SPAN", "10m")]
+)
+def test_a_wrong_setting_ends_the_training_before_it_begins(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    assert cerberus.__main__.main(["train"]) == 78
+    assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", "１", "1e400", "99999999999"])
+def test_a_seed_is_a_whole_number(seed, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cerberus.__main__.main(["train", "--seed", seed])
+    assert caught.value.code == 2
+    assert "whole number" in capsys.readouterr().err
+
+
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
     path = tmp_path / "model.json"
     path.mkdir()

@@ -135,7 +135,13 @@ def _apply(config: settings.Settings, directory: pathlib.Path, deadline_s: float
     command = [sys.executable, "-c", "from feast.cli.cli import cli; cli()", "apply"]
     try:
         done = subprocess.run(
-            command, cwd=directory, capture_output=True, text=True, timeout=deadline_s, check=False
+            command,
+            cwd=directory,
+            env={name: value for name, value in os.environ.items() if not _of_libpq(name)},
+            capture_output=True,
+            text=True,
+            timeout=deadline_s,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise errors.StoreUnavailable(
@@ -320,6 +326,11 @@ def _libpq(address: addresses.Postgres) -> dict[str, str]:
     return parts
 
 
+def _of_libpq(name: str) -> bool:
+    """Whether libpq would read a variable besides the address, which the service does not."""
+    return name.startswith("PG") and name.isalpha()
+
+
 def _redis(config: settings.Settings) -> str:
     """Write the serving process' own connection options as `host:port,option=value,…`.
 
@@ -349,6 +360,8 @@ def _opened(config: settings.Settings) -> Iterator[Any]:
         redis.exceptions.RedisClusterException,
         sqlalchemy.exc.SQLAlchemyError,
     )
+    for name in filter(_of_libpq, list(os.environ)):
+        del os.environ[name]
     try:
         store: Any = feast.FeatureStore(config=feast.RepoConfig(**repo_config(config)))
         with contextlib.ExitStack() as stack:
