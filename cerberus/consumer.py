@@ -8,6 +8,7 @@ effects are idempotent, so a crash or a rebalance at any point leads to the same
 import asyncio
 import collections
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from cerberus.telemetry import logs
 log = logging.getLogger(__name__)
 
 _POLL_MS, _POLL_RECORDS, _CHUNK_RECORDS = 200, 1000, 100
-_RETRY_MS, _PAUSE_S = 500, 1.0
+_RETRY_MS, _PAUSE_S, _TOLD_S = 500, 1.0, 600.0
 
 
 class Consumer:
@@ -54,6 +55,7 @@ class Consumer:
         self._committed: dict[aiokafka.TopicPartition, int] = {}
         self._upstream = upstream.Upstream(config.stream.max_rejected_share, spans.longest_ms)
         self._said = logs.Repeated(log)
+        self._refused_s = 0.0
         self.problems: dict[str, str] = {}
         self.counts: collections.Counter[str] = collections.Counter()
 
@@ -147,6 +149,7 @@ class Consumer:
         if await self._insist(store, generation, progress):
             if self._sink.otherwise:
                 self.counts["decided_otherwise"] = self._sink.otherwise
+            self._tell_refused()
             await self._commit(generation)
             if polled:
                 progress.beat()
@@ -257,6 +260,7 @@ class Consumer:
             self.counts["rejected"] += 1
         else:
             batch.observed.append((part.number, seen))
+            batch.records.append(record)
             self.counts[seen.outcome.value] += 1
             if not part.at_home(seen.transaction.user_id):
                 self.counts["split_user"] += 1
@@ -342,6 +346,21 @@ class Consumer:
             self._trouble("liveness", f"cannot say who is live: {error}")
         else:
             self.problems.pop("liveness", None)
+
+    def _tell_refused(self) -> None:
+        if self._sink.unpublished:
+            self.counts["unpublished"] = self._sink.unpublished
+        count, why = self._sink.refused
+        if count > self.counts["refused"]:
+            self.counts["refused"] = count
+            self._trouble(
+                "refused",
+                f"{count} records became dead letters because of their data, the last one because "
+                f"{why}; their decisions are not stored",
+            )
+            self._refused_s = time.monotonic()
+        elif time.monotonic() - self._refused_s > _TOLD_S:
+            self.problems.pop("refused", None)
 
     def _hold(self, tps: Iterable[aiokafka.TopicPartition]) -> None:
         """Pause partitions until they are resolved again."""

@@ -56,6 +56,10 @@ class NeedsOperator(StoreUnavailable):
     """A store answers, but an operator must act as the message says; the service retries."""
 
 
+class DataRefused(CerberusError):
+    """A store refuses the data of a row; the same row will be refused again."""
+
+
 class Overloaded(CerberusError):
     """Too many requests are in flight; retry after the stated time."""
 

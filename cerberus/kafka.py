@@ -16,7 +16,12 @@ from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitio
 from aiokafka.errors import (
     GroupCoordinatorNotAvailableError,
     IllegalStateError,
+    InvalidTimestampError,
     KafkaError,
+    MessageSizeTooLargeError,
+    PolicyViolationError,
+    RecordListTooLargeError,
+    UnknownError,
     for_code,
 )
 
@@ -38,6 +43,15 @@ _COMMIT_S = 5.0
 _PAUSE_S = 0.1
 _SENT_AT_ONCE = 10
 _DEAD_LETTER_BYTES = 900_000
+_OMITTED = ("omitted", b"too long to be copied: read it where the headers say")
+# aiokafka knows no name for what a compacted topic says of a record without a key.
+_REFUSED = (
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    InvalidTimestampError,
+    PolicyViolationError,
+    UnknownError,
+)
 _stopping: set["asyncio.Task[None]"] = set()
 _said = logs.Repeated(log)
 
@@ -320,11 +334,18 @@ def dead_letter(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> Mes
     ]
     key, value = record.key, record.value
     if len(key or b"") + len(value or b"") > _DEAD_LETTER_BYTES:
-        headers.append(("omitted", b"too long to be copied: read it where the headers say"))
+        headers.append(_OMITTED)
         key = value = None
     if key is None and value is None:
         value = b""  # aiokafka refuses a record without both
     return Message(topic, key, value, headers)
+
+
+def _described(letter: Message) -> Message:
+    """Return a dead letter that says only where its record is; a compacted topic wants a key."""
+    headers = [each for each in letter.headers if each != _OMITTED]
+    key = b"-".join(value for _, value in headers[:3])
+    return Message(letter.topic, key, b"", [*headers, _OMITTED])
 
 
 class Publisher:
@@ -338,26 +359,57 @@ class Publisher:
         self._config = config
         self._producer: Any = None
 
-    async def publish(self, messages: Iterable[Message]) -> None:
+    async def publish(self, messages: Iterable[Message]) -> int:
         """Send messages in order and wait until all are acknowledged, at most 15 s.
 
-        They are taken one by one, and the event loop gets a turn after every ten.
+        They are taken one by one, and the event loop gets a turn after every ten. What a topic
+        refuses, such as a message larger than it takes, is sent again alone, a dead letter then
+        without its content. A decision that is refused even so is logged and left out: Postgres
+        has it. A dead letter is not, as nothing else has it.
+
+        Returns:
+            How many were left out.
 
         Raises:
             StoreUnavailable: Not all were.
         """
+        left_out = 0
+        for message, error in await self._deliver(messages):
+            # Others in its batch may have been at fault.
+            if not await self._deliver([message]):
+                continue
+            if message.headers:
+                if await self._deliver([_described(message)]):
+                    raise errors.StoreUnavailable(f"topic {message.topic} takes no dead letters")
+                continue
+            left_out += 1
+            _said.warn(f"topic {message.topic} refuses a record: {error!r}", "record_refused")
+        return left_out
+
+    async def _deliver(self, messages: Iterable[Message]) -> list[tuple[Message, KafkaError]]:
+        """Send messages and return those that their topic refuses."""
+        sent: list[tuple[Message, asyncio.Future[Any]]] = []
+        refused: list[tuple[Message, KafkaError]] = []
         try:
             async with asyncio.timeout(CALL_S):
-                sent = []
                 for number, message in enumerate(messages):
                     if number % _SENT_AT_ONCE == 0:
                         await asyncio.sleep(0)  # `send` itself waits only when its buffer is full
-                    sent.append(await self._send(message))
-                await asyncio.gather(*sent)
+                    try:
+                        sent.append((message, await self._send(message)))
+                    except _REFUSED as error:
+                        refused.append((message, error))
+                await asyncio.gather(*(each for _, each in sent), return_exceptions=True)
+            for message, acknowledged in sent:
+                try:
+                    acknowledged.result()
+                except _REFUSED as error:
+                    refused.append((message, error))
         except (TimeoutError, OSError, KafkaError) as error:
             # Otherwise what it still holds would mix with the records of the next attempt.
             await self.close()
             raise errors.StoreUnavailable(f"Kafka took no records: {error!r}") from error
+        return refused
 
     async def _send(self, message: Message) -> "asyncio.Future[Any]":
         if self._producer is None:

@@ -12,7 +12,7 @@ from test_start import BASE, python
 
 from cerberus import __main__, printable
 from cerberus.commands import inspect, run
-from cerberus.stack import service
+from cerberus.stack import service as running
 from cerberus.telemetry import logs
 
 CODES = "\x1b[2J\x07\r\n\t\x7f\x9b31m\u2028\u202e\u200b\ufeff\U000e0041"
@@ -108,7 +108,7 @@ def test_what_a_library_logs_under_a_command_has_no_codes():
 
 def test_what_the_log_of_the_service_says_is_repeated_without_codes(capsys):
     record = logging.makeLogRecord({"msg": f"a{CODES}b", "levelname": "WARNING"})
-    run._say(service._alarm(logs.JsonLines().format(record)))
+    run._say(running._alarm(logs.JsonLines().format(record)))
     run._say(f"two{CODES.replace(chr(10), '')}\nlines")
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 3

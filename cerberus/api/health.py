@@ -150,7 +150,8 @@ class Health:
         for store, told in self._log.report().items():
             if told["dropped"]:
                 found.append(
-                    f"{told['dropped']} decisions were not stored: {store} was down too long"
+                    f"{told['dropped']} decisions were not stored: {store} was down too long, or "
+                    "refused their data; the log names those"
                 )
             elif told["problem"]:
                 found.append(f"{told['waiting']} decisions wait for {store}: {told['problem']}")

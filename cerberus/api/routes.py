@@ -3,7 +3,7 @@
 import collections
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -100,18 +100,22 @@ async def take_labels(request: Request) -> Response:
             "labels_unavailable",
             "Postgres takes no labels now; send the whole request again in a second.",
         ) from error
-    parts.service.postgres.labels.counts["invalid"] += len(told) - len(valid)
-    return _json(_became(told, new))
-
-
-def _became(told: Sequence[labels.Parsed], new: Iterable[bool]) -> dict[str, Any]:
-    """Lay out the result of each item; `new` says which of the valid ones are new."""
     stored = iter(new)
+    became = [item if isinstance(item, errors.InvalidInput) else next(stored) for item in told]
+    refused = [item for item in became if isinstance(item, errors.InvalidInput)]
+    parts.service.postgres.labels.counts["invalid"] += len(refused)
+    if refused and "labels" not in asked:
+        raise refused[0]
+    return _json(_laid_out(became))
+
+
+def _laid_out(became: Iterable[bool | errors.InvalidInput]) -> dict[str, Any]:
+    """Lay out the result of each item: whether it is new, or why it is invalid."""
     results: list[Mapping[str, str]] = [
         {"result": "invalid", "field": item.field, "detail": item.reason}
         if isinstance(item, errors.InvalidInput)
-        else {"result": "stored" if next(stored) else "known"}
-        for item in told
+        else {"result": "stored" if item else "known"}
+        for item in became
     ]
     count = collections.Counter(result["result"] for result in results)
     return {"results": results, **{name: count[name] for name in ("stored", "known", "invalid")}}

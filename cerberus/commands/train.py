@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         # Said before the training, which takes minutes.
         if arguments.out is None:
             raise errors.ConfigError(f"CERBERUS_MODEL: no file can be written to {out}")
-        print(f"cannot write the model to {out}; give another --out", file=sys.stderr)
+        printable.say(f"cannot write the model to {out}; give another --out", file=sys.stderr)
         return 1
     # A second of imports that no other command needs.
     from cerberus.learning import simulation, training

@@ -10,7 +10,8 @@ from typing import Any
 
 import asyncpg
 
-from cerberus import labels, synthetic
+from cerberus import errors, labels, synthetic
+from cerberus.postgres import apart
 from cerberus.postgres import pool as postgres_pool
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,12 @@ class LabelRows:
         self._pool = pool
         self.counts: collections.Counter[str] = collections.Counter()
 
-    async def write(self, given: Sequence[labels.Label], seen_ms: int) -> list[bool]:
+    async def write(
+        self, given: Sequence[labels.Label], seen_ms: int
+    ) -> list[bool | errors.InvalidInput]:
         """Store labels, and say for each whether it is new. Idempotent: yes; `seen_ms` stays.
+
+        One that Postgres refuses gets the error as its answer, and the others are stored.
 
         Args:
             given: Labels in any order, repetitions included.
@@ -63,15 +68,23 @@ class LabelRows:
         rows = {_row(each) for each in given}
         # Sorted, so that two writers lock rows in one order.
         arranged = sorted(rows, key=lambda row: (row[0], row[1] is not None, row[1:]))
-        async with postgres_pool.connection(self._pool) as connection:
-            stored = await connection.fetch(_INSERT, *postgres_pool.columns(arranged, 5), seen_ms)
-        new = {tuple(row) for row in stored}
-        found = []
+        new: set[tuple[Any, ...]] = set()
+
+        async def insert(some: Sequence[tuple[Any, ...]]) -> None:
+            async with postgres_pool.connection(self._pool) as connection:
+                columns = postgres_pool.columns(some, 5)
+                new.update(map(tuple, await connection.fetch(_INSERT, *columns, seen_ms)))
+
+        refused = {arranged[at]: why for at, why in (await apart.write(insert, arranged)).items()}
+        found: list[bool | errors.InvalidInput] = []
         for each in given:
+            if (why := refused.get(_row(each))) is not None:
+                found.append(errors.InvalidInput("label", why))
+                continue
             found.append(_row(each) in new)
             new.discard(_row(each))  # the same one again is known
-        self.counts["stored"] += sum(found)
-        self.counts["known"] += len(found) - sum(found)
+        self.counts["stored"] += found.count(True)
+        self.counts["known"] += found.count(False)
         return found
 
     async def expect(self, given: Sequence[labels.Label]) -> None:

@@ -31,6 +31,14 @@ _POSTGRES_DOWN = (
     asyncpg.InsufficientResourcesError,
     asyncpg.TransactionRollbackError,
 )
+_REFUSED_DATA = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.ProgramLimitExceededError,
+    asyncpg.RaiseError,  # by a trigger
+    UnicodeEncodeError,
+)
+_REASON_CHARACTERS = 300  # asyncpg quotes whole columns
 # Another server may be in its place by now.
 _LEFT = (
     OSError,
@@ -53,7 +61,18 @@ def connect(config: settings.Settings) -> asyncpg.Pool:
         ConfigError: A file of certificates that the address names cannot be read.
     """
     address = connecting.options(config.postgres.address)
-    return asyncpg.create_pool(**address, min_size=0, max_size=8, command_timeout=QUERY_S)
+    return asyncpg.create_pool(
+        **address, min_size=0, max_size=8, command_timeout=QUERY_S, init=_check_encoding
+    )
+
+
+async def _check_encoding(connection: asyncpg.Connection) -> None:
+    encoding = connection.get_settings().server_encoding
+    if encoding != "UTF8":
+        raise errors.ConfigError(
+            f"DATABASE_URL: the encoding of the database is {encoding}, which cannot hold every "
+            "name: make another with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+        )
 
 
 async def close(pool: asyncpg.Pool, within_s: float) -> None:
@@ -72,7 +91,9 @@ async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
     Raises:
         StoreUnavailable: Postgres did not answer within 10 s, or takes no writes.
         NeedsOperator: Tables of this version are missing; `migrate` makes them.
-        ConfigError: Postgres refuses the credentials, the database or a right.
+        DataRefused: Postgres refuses the data of a row.
+        ConfigError: Postgres refuses the credentials, the database or a right, or its encoding is
+            not UTF-8.
     """
     async with unavailable(pool):
         with refusals.connecting():
@@ -113,6 +134,7 @@ async def unavailable(pool: asyncpg.Pool) -> AsyncIterator[None]:
     Raises:
         StoreUnavailable: Postgres did not answer, or takes no writes.
         NeedsOperator: Tables of this version are missing.
+        DataRefused: It refuses the data of a row.
         ConfigError: Postgres refuses the credentials, the database or a right.
     """
     try:
@@ -124,6 +146,8 @@ async def unavailable(pool: asyncpg.Pool) -> AsyncIterator[None]:
             "Postgres is missing tables of this version: run `python -m cerberus migrate` "
             f"({error})"
         ) from error
+    except _REFUSED_DATA as error:
+        raise errors.DataRefused(f"Postgres refuses it: {error}"[:_REASON_CHARACTERS]) from error
     except asyncpg.ReadOnlySQLTransactionError as error:
         await pool.expire_connections()
         raise errors.StoreUnavailable(f"Postgres takes no writes: {error}") from error

@@ -17,7 +17,7 @@ from typing import Any
 
 from cerberus import claims, errors, kafka, settings, supervision
 from cerberus.decisions import models, records
-from cerberus.postgres import stores
+from cerberus.postgres import apart, stores
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,15 @@ class _Buffer:
                 self._ready = True
             while self._records:
                 waiting = itertools.islice(self._records.values(), self._batch)
-                await self._store(batch := [record for _, record in waiting])
+                batch = [record for _, record in waiting]
+                for at, why in (await apart.write(self._store, batch)).items():
+                    self.dropped += 1
+                    log.error(
+                        "decision %s is not stored: %s",
+                        batch[at].decision_id,
+                        why,
+                        extra={"action": "decision_refused"},
+                    )
                 for record in batch:
                     del self._records[record.decision_id]
         except (errors.StoreUnavailable, errors.ConfigError) as error:
@@ -183,6 +191,6 @@ class DecisionLog:
         await kafka.create_topics(self._config)
 
     async def _publish(self, batch: Sequence[records.Record]) -> None:
-        await self._publisher.publish(
+        self._buffers["kafka"].dropped += await self._publisher.publish(
             kafka.decision_message(self._config, record) for record in batch
         )

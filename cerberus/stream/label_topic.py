@@ -80,18 +80,21 @@ class LabelConsumer:
             await self._publisher.close()
 
     async def _store(self, records: Sequence[aiokafka.ConsumerRecord]) -> None:
-        told: list[labels.Label] = []
+        told: list[tuple[aiokafka.ConsumerRecord, labels.Label]] = []
         dead: list[kafka.Message] = []
         latest_ms = self._clock() + self._config.windows.max_future_skew_ms
         for at, record in enumerate(records):
             if at % _CHUNK_RECORDS == 0:
                 await asyncio.sleep(0)  # others on the loop wait for a chunk, not for a poll
             try:
-                told.append(labels.decode(record.value, latest_ms))
+                told.append((record, labels.decode(record.value, latest_ms)))
             except errors.InvalidInput as error:
                 dead.append(kafka.dead_letter(self._dead_letters, record, str(error)))
+        written = await self._postgres.labels.write([label for _, label in told], self._clock())
+        for (record, _), became in zip(told, written, strict=True):
+            if isinstance(became, errors.InvalidInput):
+                dead.append(kafka.dead_letter(self._dead_letters, record, str(became)))
         await self._publisher.publish(dead)
-        await self._postgres.labels.write(told, self._clock())
         self._postgres.labels.counts["invalid"] += len(dead)
 
     async def _commit(self, client: Any, stored: dict[aiokafka.TopicPartition, int]) -> None:

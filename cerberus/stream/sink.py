@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import aiokafka
@@ -18,7 +18,7 @@ from cerberus import kafka, partition, window
 from cerberus.decisions import records
 from cerberus.features import evaluation
 from cerberus.online import user_rows
-from cerberus.postgres import facts
+from cerberus.postgres import apart, facts
 from cerberus.stream import dependencies, ownership
 
 _ROWS = 500
@@ -38,10 +38,12 @@ class Batch:
 
     Attributes:
         observed: Valid transactions, in the log's order within a partition.
+        records: Their records, in the same order.
         rejected: Records for the dead-letter topic.
     """
 
     observed: list[tuple[int, partition.Observed]] = dataclasses.field(default_factory=list)
+    records: list[aiokafka.ConsumerRecord] = dataclasses.field(default_factory=list)
     rejected: list[Refused] = dataclasses.field(default_factory=list)
 
 
@@ -53,6 +55,8 @@ class Sink:
 
     Attributes:
         otherwise: How many transactions had been decided with other content by a request.
+        refused: How many records Postgres refused, and why the last one.
+        unpublished: How many decisions and dead letters their topics refused.
     """
 
     def __init__(self, given: dependencies.Dependencies) -> None:
@@ -67,6 +71,8 @@ class Sink:
         self._publisher = kafka.Publisher(given.config)
         self._kept = False
         self.otherwise = 0
+        self.refused: tuple[int, str] = (0, "")
+        self.unpublished = 0
 
     async def store(
         self, batch: Batch, owned: Iterable[ownership.Owned], beat: Callable[[], None]
@@ -81,7 +87,7 @@ class Sink:
         decided = await self._decide(accepted)
         results = await asyncio.gather(
             self._write_touched(owned, beat),
-            self._keep(batch, accepted, decided),
+            self._keep(batch, accepted, decided, beat),
             return_exceptions=True,  # all must end before the batch is tried again
         )
         for result in results:
@@ -97,27 +103,39 @@ class Sink:
         batch: Batch,
         accepted: Sequence[tuple[int, partition.Observed]],
         decided: Sequence[records.Record],
+        beat: Callable[[], None],
     ) -> None:
-        """Write Postgres first, so that it has what the topic shows, however old its claim."""
-        await self._write_facts(batch, accepted, decided)
-        await self._publish(batch.rejected, decided)
+        """Write Postgres first, so that it has what the topic shows, however old its claim.
+
+        A record that Postgres refuses becomes a dead letter, without a fact or a stored decision.
+        The windows count it, at each replay too: they are a function of the log alone.
+        """
+        made = {id(seen): record for (_, seen), record in zip(accepted, decided, strict=True)}
+        refused = await self._write_facts(batch, made, beat)
+        for at in refused:
+            made.pop(id(batch.observed[at][1]), None)
+        dead = [Refused(batch.records[at], why, at) for at, why in sorted(refused.items())]
+        await self._publish([*batch.rejected, *dead], list(made.values()))
+        if refused:
+            self.refused = self.refused[0] + len(refused), dead[-1].reason
 
     async def _write_facts(
-        self,
-        batch: Batch,
-        accepted: Sequence[tuple[int, partition.Observed]],
-        decided: Sequence[records.Record],
-    ) -> None:
+        self, batch: Batch, made: Mapping[int, records.Record], beat: Callable[[], None]
+    ) -> dict[int, str]:
         if not self._kept:
             await self._postgres.ledger.register(self._model)
             self._kept = True
-        if batch.observed:
+
+        async def write(some: Sequence[tuple[int, partition.Observed]]) -> None:
+            beat()
             await self._postgres.facts.write(
                 self._topic,
-                [_fact(number, seen) for number, seen in batch.observed if _is_new(seen)],
-                [_stats(seen) for _, seen in accepted],
-                decided,
+                [_fact(number, seen) for number, seen in some if _is_new(seen)],
+                [_stats(seen) for _, seen in some if seen.row is not None],
+                [made[id(seen)] for _, seen in some if seen.row is not None],
             )
+
+        return await apart.write(write, batch.observed)
 
     async def _write_touched(
         self, owned: Iterable[ownership.Owned], beat: Callable[[], None]
@@ -215,7 +233,7 @@ class Sink:
         messages = [kafka.decision_message(self._config, record) for record in decided]
         topic = self._config.kafka.topic(kafka.DEAD_LETTERS)
         dead = [kafka.dead_letter(topic, each.record, each.reason) for each in rejected]
-        await self._publisher.publish(messages + dead)
+        self.unpublished += await self._publisher.publish(messages + dead)
 
 
 def _is_new(seen: partition.Observed) -> bool:
