@@ -7,6 +7,7 @@ predictions go on, and carry their own reasons.
 
 import asyncio
 import functools
+import struct
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -14,7 +15,10 @@ from typing import Any
 from cerberus import assembly, endpoints
 from cerberus.features import evaluation, fences
 
-_PROBE_S = 1.0
+PROBE_S = 1.0
+"""How long `/health` waits for the servers, s."""
+# Length, ApiVersions, version 0, correlation id, client id; an answer is longer.
+_API_VERSIONS = struct.pack(">ihhih8s", 18, 18, 0, 1, 8, b"cerberus")
 Probe = Callable[[], Awaitable[Any]]
 
 
@@ -28,44 +32,60 @@ class Servers:
     def __init__(self, probes: Mapping[str, Probe]) -> None:
         self._probes = probes
         self._asking = asyncio.Lock()
-        self._asked_s = -_PROBE_S
+        self._asked_s = -PROBE_S
+        self._asked: dict[str, asyncio.Task[Any]] = {}
         self._answers: dict[str, Any] = {}
 
     async def ask(self) -> Mapping[str, Any]:
         """Return each server's answer, or the exception that it raised."""
         async with self._asking:
-            if time.monotonic() - self._asked_s >= _PROBE_S:
-                answers = await asyncio.gather(
-                    *map(_in_time, self._probes.values()), return_exceptions=True
-                )
-                self._answers = dict(zip(self._probes, answers, strict=True))
+            if time.monotonic() - self._asked_s >= PROBE_S:
+                await self._ask()
                 self._asked_s = time.monotonic()
         return self._answers
 
+    async def _ask(self) -> None:
+        """Ask each server, unless the last question to it is still being cut off.
 
-async def _in_time(probe: Probe) -> Any:
-    async with asyncio.timeout(_PROBE_S):
-        return await probe()
+        Not `asyncio.timeout`: it would wait until a frozen server has given back the connection.
+        """
+        for name in self._probes.keys() - self._asked.keys():
+            self._asked[name] = asyncio.ensure_future(self._probes[name]())
+        await asyncio.wait(self._asked.values(), timeout=PROBE_S)
+        for name, asked in list(self._asked.items()):
+            if asked.done():
+                del self._asked[name]
+            if asked.done() and not asked.cancelled():
+                self._answers[name] = asked.exception() or asked.result()
+            else:
+                asked.cancel()
+                self._answers[name] = TimeoutError(f"no answer within {PROBE_S:g} s")
 
 
 async def reach_kafka(kafka: endpoints.Kafka, tls: Any) -> None:
-    """Connect to any broker; over TLS with a whole handshake, or the broker logs an attack.
+    """Ask any broker which requests it knows, which needs no login.
+
+    A connection alone proves nothing: the system accepts it for a broker that is frozen.
 
     Deadline: 1 s.
 
     Raises:
-        ConnectionError: No broker accepted the connection.
+        ConnectionError: No broker answered.
     """
 
-    async def connect(address: str) -> None:
+    async def ask(address: str) -> None:
         host, _, port = address.rpartition(":")
-        async with asyncio.timeout(_PROBE_S * 0.9):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=tls)
-        writer.close()
+        async with asyncio.timeout(PROBE_S * 0.9):
+            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=tls)
+            try:
+                writer.write(_API_VERSIONS)
+                await reader.readexactly(len(_API_VERSIONS))
+            finally:
+                writer.close()
 
-    tried = await asyncio.gather(*map(connect, kafka.bootstrap), return_exceptions=True)
+    tried = await asyncio.gather(*map(ask, kafka.bootstrap), return_exceptions=True)
     if all(isinstance(result, Exception) for result in tried):
-        raise ConnectionError(f"no broker at {', '.join(kafka.bootstrap)}")
+        raise ConnectionError(f"no broker answers at {', '.join(kafka.bootstrap)}")
 
 
 def probes(service: assembly.Service) -> dict[str, Probe]:

@@ -15,10 +15,11 @@ from starlette.types import Lifespan
 
 from cerberus import errors, labels, printable
 from cerberus.api import bodies, gate, openapi, pages, parameters, problems
-from cerberus.postgres import pool as postgres_pool
 from cerberus.serving import predictor
 from cerberus.telemetry import logs, metrics
 
+LABELS_S = 5.0
+"""How long a request may wait for its labels to be stored."""
 _said = logs.Repeated(logging.getLogger(__name__))
 
 
@@ -93,7 +94,7 @@ async def take_labels(request: Request) -> Response:
     try:
         valid = [item for item in told if isinstance(item, labels.Label)]
         write = parts.service.postgres.labels.write
-        new = await parts.label_turns.call(postgres_pool.QUERY_S, write, valid, now_ms)
+        new = await parts.label_turns.call(LABELS_S, write, valid, now_ms)
     except (TimeoutError, errors.StoreUnavailable, errors.ConfigError) as error:
         _said.warn(f"labels were refused: {type(error).__name__}: {error}", "labels_refused")
         raise problems.Refusal(
