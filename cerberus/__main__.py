@@ -10,6 +10,7 @@ from cerberus import errors, printable
 from cerberus.commands import (
     accuracy,
     clean,
+    dlq,
     features,
     forget,
     inspect,
@@ -54,6 +55,7 @@ _COMMANDS: Mapping[str, tuple[str, Command]] = {
     "train": ("train the model on simulated traffic", train),
     "import": ("load past transactions, labels and credit scores from files", load),
     "send": ("publish a file of transactions", send),
+    "dlq": ("list, show and send again the records that were refused", dlq),
     "resume": ("let consumers go on that a schema break has stopped", resume),
     "forget": ("remove one person from every store", forget),
 }

@@ -42,8 +42,6 @@ CALL_S = 15.0
 _COMMIT_S = 5.0
 _PAUSE_S = 0.1
 _SENT_AT_ONCE = 10
-_DEAD_LETTER_BYTES = 900_000
-_OMITTED = ("omitted", b"too long to be copied: read it where the headers say")
 # aiokafka knows no name for what a compacted topic says of a record without a key.
 _REFUSED = (
     MessageSizeTooLargeError,
@@ -321,31 +319,9 @@ class Message(NamedTuple):
     topic: str
     key: bytes | None
     value: bytes | None
-    headers: Sequence[tuple[str, bytes]] = ()
-
-
-def dead_letter(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> Message:
-    """Lay out a record that cannot be read, unchanged, for a dead-letter topic."""
-    headers = [
-        ("topic", record.topic.encode()),
-        ("partition", b"%d" % record.partition),
-        ("offset", b"%d" % record.offset),
-        ("reason", reason.encode()),
-    ]
-    key, value = record.key, record.value
-    if len(key or b"") + len(value or b"") > _DEAD_LETTER_BYTES:
-        headers.append(_OMITTED)
-        key = value = None
-    if key is None and value is None:
-        value = b""  # aiokafka refuses a record without both
-    return Message(topic, key, value, headers)
-
-
-def _described(letter: Message) -> Message:
-    """Return a dead letter that says only where its record is; a compacted topic wants a key."""
-    headers = [each for each in letter.headers if each != _OMITTED]
-    key = b"-".join(value for _, value in headers[:3])
-    return Message(letter.topic, key, b"", [*headers, _OMITTED])
+    headers: Sequence[tuple[str, bytes | None]] = ()
+    instead: "Message | None" = None
+    """What is sent if the topic refuses it."""
 
 
 class Publisher:
@@ -359,32 +335,43 @@ class Publisher:
         self._config = config
         self._producer: Any = None
 
-    async def publish(self, messages: Iterable[Message]) -> int:
+    async def publish(self, messages: Iterable[Message]) -> list[tuple[Message, KafkaError]]:
         """Send messages in order and wait until all are acknowledged, at most 15 s.
 
         They are taken one by one, and the event loop gets a turn after every ten. What a topic
-        refuses, such as a message larger than it takes, is sent again alone, a dead letter then
-        without its content. A decision that is refused even so is logged and left out: Postgres
-        has it. A dead letter is not, as nothing else has it.
+        refuses, such as a message larger than it takes, is sent again alone, then what is to be
+        sent instead. What is refused even so is left out.
 
         Returns:
-            How many were left out.
+            What was left out, with the reasons. Of messages that have something instead, none is.
 
         Raises:
-            StoreUnavailable: Not all were.
+            StoreUnavailable: Not all were acknowledged.
         """
-        left_out = 0
+        left_out = []
         for message, error in await self._deliver(messages):
             # Others in its batch may have been at fault.
             if not await self._deliver([message]):
                 continue
-            if message.headers:
-                if await self._deliver([_described(message)]):
-                    raise errors.StoreUnavailable(f"topic {message.topic} takes no dead letters")
-                continue
-            left_out += 1
-            _said.warn(f"topic {message.topic} refuses a record: {error!r}", "record_refused")
+            if message.instead is None:
+                left_out.append((message, error))
+                _said.warn(f"topic {message.topic} refuses a record: {error!r}", "record_refused")
+            elif await self._deliver([message.instead]):
+                raise errors.StoreUnavailable(f"topic {message.topic} takes no dead letters")
         return left_out
+
+    async def publish_all(self, messages: Iterable[Message]) -> None:
+        """Publish messages; see `publish`.
+
+        Raises:
+            InvalidInput: A topic refuses one of them; others may have been sent.
+            StoreUnavailable: Not all were acknowledged.
+        """
+        for message, error in await self.publish(messages):
+            key = (message.key or b"").decode(errors="backslashreplace")
+            raise errors.InvalidInput(
+                f"record with key {key!r}", f"topic {message.topic} refuses it: {error}"
+            )
 
     async def _deliver(self, messages: Iterable[Message]) -> list[tuple[Message, KafkaError]]:
         """Send messages and return those that their topic refuses."""

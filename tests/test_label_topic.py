@@ -69,8 +69,14 @@ async def test_labels_on_the_topic_reach_the_table_and_what_is_broken_is_set_asi
     assert all(began_ms <= seen <= now_ms() for seen in (await kept(here.pool)).values())
     assert sorted(r.value for r in dead) == sorted(broken)
     headers = [dict(record.headers) for record in dead]
-    assert {h["topic"] for h in headers} == {here.config.kafka.topic(kafka.LABELS).encode()}
-    assert sorted(h["reason"].split(b":")[0] for h in headers) == [b"label", b"value", b"value"]
+    assert {h["cerberus-topic"] for h in headers} == {
+        here.config.kafka.topic(kafka.LABELS).encode()
+    }
+    assert sorted(h["cerberus-reason"].split(b":")[0] for h in headers) == [
+        b"label",
+        b"value",
+        b"value",
+    ]
     counts = here.postgres.labels.counts
     assert (counts["stored"], counts["known"], counts["invalid"]) == (20, 1, 3)
 

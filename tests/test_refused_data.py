@@ -79,7 +79,7 @@ async def test_a_record_that_postgres_refuses_is_a_dead_letter_and_the_others_ar
         assert "refuses" in one.problems["refused"]
         [letter] = await dead_letters(here)
         assert orjson.loads(letter.value)["user_id"] == 1003
-        assert b"Postgres refuses it" in dict(letter.headers)["reason"]
+        assert b"Postgres refuses it" in dict(letter.headers)["cerberus-reason"]
         assert (await here.certain(1003, now_ms())).stats[0].count == 1
     for name in ("transactions", "decisions"):
         found = await here.pool.fetch(f"SELECT user_id FROM {name}")
@@ -167,7 +167,7 @@ async def test_a_dead_letter_that_its_topic_refuses_says_where_its_record_is(her
         await stored_of(here, 1)
     letters = {dict(r.headers)["offset"]: r for r in await dead_letters(here)}
     assert letters.keys() == {b"0", b"1"}
-    assert "omitted" in dict(letters[b"0"].headers)
+    assert "cerberus-omitted" in dict(letters[b"0"].headers)
     assert not letters[b"0"].value
     assert letters[b"1"].value == b"y"
 

@@ -118,6 +118,7 @@ class Sender:
         """Publish the file in order, each transaction when it is due; return how many.
 
         Raises:
+            InvalidInput: The topic refuses a transaction.
             StoreUnavailable: The brokers did not acknowledge all transactions.
         """
         publisher = kafka.Publisher(self._config)
@@ -127,7 +128,7 @@ class Sender:
             with tqdm.tqdm(total=found.count, unit=" transactions", disable=None) as bar:
 
                 async def flush() -> None:
-                    await publisher.publish(batch)
+                    await publisher.publish_all(batch)
                     bar.update(len(batch))
                     batch.clear()
 

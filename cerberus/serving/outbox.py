@@ -191,6 +191,5 @@ class DecisionLog:
         await kafka.create_topics(self._config)
 
     async def _publish(self, batch: Sequence[records.Record]) -> None:
-        self._buffers["kafka"].dropped += await self._publisher.publish(
-            kafka.decision_message(self._config, record) for record in batch
-        )
+        messages = [kafka.decision_message(self._config, record) for record in batch]
+        self._buffers["kafka"].dropped += len(await self._publisher.publish(messages))

@@ -14,6 +14,7 @@ from aiokafka.errors import KafkaError
 
 from cerberus import clock, errors, kafka, labels, settings, supervision
 from cerberus.postgres import stores
+from cerberus.stream import dead_letters
 from cerberus.telemetry import logs
 
 log = logging.getLogger(__name__)
@@ -89,11 +90,11 @@ class LabelConsumer:
             try:
                 told.append((record, labels.decode(record.value, latest_ms)))
             except errors.InvalidInput as error:
-                dead.append(kafka.dead_letter(self._dead_letters, record, str(error)))
+                dead.append(dead_letters.pack(self._dead_letters, record, str(error)))
         written = await self._postgres.labels.write([label for _, label in told], self._clock())
         for (record, _), became in zip(told, written, strict=True):
             if isinstance(became, errors.InvalidInput):
-                dead.append(kafka.dead_letter(self._dead_letters, record, str(became)))
+                dead.append(dead_letters.pack(self._dead_letters, record, str(became)))
         await self._publisher.publish(dead)
         self._postgres.labels.counts["invalid"] += len(dead)
 

@@ -19,7 +19,7 @@ from cerberus.decisions import records
 from cerberus.features import evaluation
 from cerberus.online import user_rows
 from cerberus.postgres import apart, facts
-from cerberus.stream import dependencies, ownership
+from cerberus.stream import dead_letters, dependencies, ownership
 
 _ROWS = 500
 
@@ -232,8 +232,8 @@ class Sink:
     ) -> None:
         messages = [kafka.decision_message(self._config, record) for record in decided]
         topic = self._config.kafka.topic(kafka.DEAD_LETTERS)
-        dead = [kafka.dead_letter(topic, each.record, each.reason) for each in rejected]
-        self.unpublished += await self._publisher.publish(messages + dead)
+        dead = [dead_letters.pack(topic, each.record, each.reason) for each in rejected]
+        self.unpublished += len(await self._publisher.publish(messages + dead))
 
 
 def _is_new(seen: partition.Observed) -> bool:

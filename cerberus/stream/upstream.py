@@ -3,9 +3,11 @@
 import time
 from collections.abc import Iterable
 
+import aiokafka
+
 from cerberus import partition
 from cerberus.postgres import lives
-from cerberus.stream import rejections, sink
+from cerberus.stream import dead_letters, rejections, sink
 
 _SPLIT = (
     "records of one user are in several partitions: key every record with user_id as ASCII digits "
@@ -50,6 +52,12 @@ class Upstream:
         """Return whether consuming was resumed since partitions were last about to be read."""
         return resumed.number != self._resumed
 
+    def _excuses(self, record: aiokafka.ConsumerRecord) -> bool:
+        return (
+            record.offset < self._excused.get(record.partition, 0)
+            or dead_letters.rounds(record.headers) > 0  # an operator sent it again
+        )
+
     def split(self) -> str:
         """Note a record outside its user's partition; return what to say about it."""
         self._split_s = time.monotonic()
@@ -65,11 +73,13 @@ class Upstream:
         for record, reason, after in batch.rejected:
             judged.accept(after - before)
             before = after
-            if record.offset >= self._excused.get(record.partition, 0) and judged.refuse():
+            if self._excuses(record):
+                continue
+            if judged.refuse():
                 return (
                     f"{judged.refused} of the last {judged.judged} records were refused, as in "
                     f"partition {record.partition} at offset {record.offset}: {reason}. Consuming "
-                    "has stopped: mend the topic's writer, look at `transactions.dlq`, then run "
+                    "has stopped: mend the topic's writer, look at `cerberus dlq list`, then run "
                     "`cerberus resume`, which lets what is refused so far become dead letters"
                 )
         judged.accept(len(batch.observed) - before)
