@@ -17,7 +17,15 @@ from aiokafka.errors import KafkaConnectionError, KafkaError, OffsetOutOfRangeEr
 
 from cerberus import errors, kafka, partition, supervision, transactions
 from cerberus.features import fences
-from cerberus.stream import assignment, dependencies, liveness, ownership, sink, upstream
+from cerberus.stream import (
+    assignment,
+    dependencies,
+    header_names,
+    liveness,
+    ownership,
+    sink,
+    upstream,
+)
 from cerberus.telemetry import logs
 
 log = logging.getLogger(__name__)
@@ -90,6 +98,7 @@ class Consumer:
 
     async def _connect(self, progress: supervision.Progress) -> bool:
         """Join the group, however long the brokers are down; return False when asked to stop."""
+        header_names.tolerate()
         while not progress.stopping.is_set():
             self._client = kafka.consumer(self._config)
             self._client.subscribe([self._topic], listener=_Listener(self))

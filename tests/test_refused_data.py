@@ -165,7 +165,7 @@ async def test_a_dead_letter_that_its_topic_refuses_says_where_its_record_is(her
         await here.publish([(1000, b"y", at), (1000, payment(1, 1000, at), at)])
         await drained(here, one, 1)
         await stored_of(here, 1)
-    letters = {dict(r.headers)["offset"]: r for r in await dead_letters(here)}
+    letters = {dict(r.headers)["cerberus-offset"]: r for r in await dead_letters(here)}
     assert letters.keys() == {b"0", b"1"}
     assert "cerberus-omitted" in dict(letters[b"0"].headers)
     assert not letters[b"0"].value

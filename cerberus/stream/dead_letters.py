@@ -10,6 +10,7 @@ from typing import Any
 import aiokafka
 
 from cerberus import errors, kafka, settings
+from cerberus.stream import header_names
 
 Headers = Sequence[tuple[str, bytes | None]]
 _TOPIC, _PARTITION, _OFFSET = "cerberus-topic", "cerberus-partition", "cerberus-offset"
@@ -147,6 +148,7 @@ async def read(
         InvalidInput: There is no letter at that place.
         StoreUnavailable: The brokers did not answer, or sent nothing for 15 s.
     """
+    header_names.tolerate()
     topic = config.kafka.topic(name)
     async with kafka.reader(config, topic) as (client, tps):
         async with asyncio.timeout(kafka.CALL_S):

@@ -14,7 +14,7 @@ from aiokafka.errors import KafkaError
 
 from cerberus import clock, errors, kafka, labels, settings, supervision
 from cerberus.postgres import stores
-from cerberus.stream import dead_letters
+from cerberus.stream import dead_letters, header_names
 from cerberus.telemetry import logs
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class LabelConsumer:
                 await progress.wait(_RETRY_S)
 
     async def _consume(self, progress: supervision.Progress) -> None:
+        header_names.tolerate()
         client = kafka.consumer(self._config, kafka.LABEL_GROUP, reset="earliest")
         client.subscribe([self._topic])
         try:
