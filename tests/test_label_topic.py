@@ -54,7 +54,8 @@ async def stored(here, wanted):
 
 async def test_labels_on_the_topic_reach_the_table_and_what_is_broken_is_set_aside(here):
     told = [label(f"order-{i}", user_id=i % 2 or None) for i in range(20)]
-    broken = [b"{", b"\xff", orjson.dumps(GOOD | {"label": "suspicious"})]
+    twice = b'{"source": "bank", ' + orjson.dumps(GOOD)[1:]
+    broken = [b"{", b"\xff", orjson.dumps(GOOD | {"label": "suspicious"}), twice]
     began_ms = now_ms()
     await publish(here, [labels.encode(told[0]), *broken, *map(labels.encode, told)])
     async with running(consumer(here)):
@@ -72,13 +73,10 @@ async def test_labels_on_the_topic_reach_the_table_and_what_is_broken_is_set_asi
     assert {h["cerberus-topic"] for h in headers} == {
         here.config.kafka.topic(kafka.LABELS).encode()
     }
-    assert sorted(h["cerberus-reason"].split(b":")[0] for h in headers) == [
-        b"label",
-        b"value",
-        b"value",
-    ]
+    fields = sorted(h["cerberus-reason"].split(b":")[0] for h in headers)
+    assert fields == [b"label", b"source", b"value", b"value"]
     counts = here.postgres.labels.counts
-    assert (counts["stored"], counts["known"], counts["invalid"]) == (20, 1, 3)
+    assert (counts["stored"], counts["known"], counts["invalid"]) == (20, 1, 4)
 
 
 async def test_what_is_stored_is_committed_and_not_read_again(here):
