@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy
 import trustme
 
+from cerberus import __main__ as commands
 from cerberus import endpoints, environment, errors, settings
 from cerberus.addresses import postgres as addresses
 from cerberus.jobs import feast
@@ -264,6 +265,38 @@ def test_the_variables_of_libpq_do_not_count(monkeypatch):
     address = addresses.read("DATABASE_URL", "postgres://u@h/d")
     assert (address.host, address.port, address.user) == ("h", 5432, "u")
     assert connecting.options(address)["password"] == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["migrate"],
+        ["features", "apply"],
+        ["features", "compile"],
+        ["features", "render"],
+        ["materialize"],
+        ["inspect", "1"],
+        ["replay", "--verify"],
+        ["accuracy"],
+        ["import", "--transactions", "none.csv"],
+        ["send", "none.csv"],
+        ["forget", "1", "--yes"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL", "KAFKA_BROKER"])
+def test_every_command_ends_with_one_sentence_without_the_secret(
+    arguments, name, monkeypatch, capfd
+):
+    scheme = {"DATABASE_URL": "postgres", "REDIS_URL": "redis"}.get(name, "kafka")
+    for variable, value in (BASE | {name: f"{scheme}://u:12?qx7=zw9@h/0"}).items():
+        monkeypatch.setenv(variable, value)
+    assert commands.main(arguments) == 78
+    said = capfd.readouterr()
+    [line] = (said.out + said.err).splitlines()
+    assert line.startswith(f"cerberus {arguments[0]}: {name}")
+    assert not any(part in line for part in SECRET)
 
 
 def test_no_address_shows_its_password():

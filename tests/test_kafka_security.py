@@ -1,6 +1,9 @@
 """Brokers that want certificates or passwords, as managed ones do."""
 
 import asyncio
+import io
+import logging
+from typing import Any
 
 import pytest
 import trustme
@@ -11,6 +14,7 @@ from service import free_port
 from cerberus import errors, kafka, settings
 from cerberus.stack import kafka as broker
 from cerberus.stack import process
+from cerberus.telemetry import logs
 
 pytestmark = pytest.mark.anyio
 STORES = {"REDIS_URL": "redis://127.0.0.1:1", "DATABASE_URL": "postgresql://127.0.0.1:1"}
@@ -106,6 +110,24 @@ async def test_topics_are_made_written_and_read_by_the_group(ca, ports, environ_
             assert await client.getone()
     finally:
         await kafka.stop(client)
+
+
+async def test_the_password_is_not_logged_at_any_level(ca, ports):
+    loggers = [logging.getLogger(name) for name in (None, "aiokafka.conn")]
+    before = [(logger.level, logger.handlers) for logger in loggers]
+    logs.configure("DEBUG")
+    written = io.StringIO()
+    handler: Any = loggers[0].handlers[-1]
+    handler.setStream(written)
+    try:
+        async with kafka.admin(settings.load(with_password(ca, ports)).kafka) as client:
+            await client.list_topics()
+    finally:
+        for logger, (level, handlers) in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.handlers = handlers
+    assert "DEBUG" in written.getvalue()
+    assert "sesame" not in written.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,26 @@ def test_a_server_that_is_down_is_waited_for(environ, away):
         assert told["status"] != "ready"
 
 
+def test_no_secret_shows_while_no_server_answers():
+    secret = "qx7zw9"
+    away = {
+        "KAFKA_BROKER": "127.0.0.1:1",
+        "KAFKA_SASL_MECHANISM": "PLAIN",
+        "KAFKA_SASL_USERNAME": "u",
+        "KAFKA_SASL_PASSWORD": secret,
+        "REDIS_URL": f"redis://u:{secret}%40%3F@127.0.0.1:1/0",
+        "DATABASE_URL": f"postgres://u:{secret}%3F%23%40@127.0.0.1:1/x",
+        "CERBERUS_LOG_LEVEL": "DEBUG",
+    }
+    with service(away) as running:
+        for name in ("consumer", "producer", "materializer", "labels", "retention"):
+            running.wait(lambda n=name: f'"task":"{n}"' in running.written(), f"{name} waits")
+        shown = [running.http.get(path).text for path in ("/health", "/metrics")]
+        assert running.predict(1).status_code == 503
+        _, written = running.end()
+    assert not any(secret in text for text in (*shown, written))
+
+
 def test_a_right_that_is_taken_away_ends_the_service_with_78(environ, role):
     name, url = role
     sql(environ["DATABASE_URL"], f"GRANT USAGE, CREATE ON SCHEMA public TO {name}")

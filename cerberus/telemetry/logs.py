@@ -109,6 +109,8 @@ def configure(level: str) -> None:
     root.setLevel(level)
     logging.captureWarnings(True)
     logging.getLogger(_ACCESS).addFilter(_without_query)
+    # At DEBUG it logs every request, and the password is in one.
+    logging.getLogger("aiokafka.conn").setLevel(max(logging.INFO, root.level))
     for name in _UVICORN:
         logger = logging.getLogger(name)
         logger.propagate = logger.propagate or bool(logger.handlers)
