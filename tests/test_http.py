@@ -194,14 +194,17 @@ async def test_a_body_above_the_bound_is_refused_and_one_at_it_is_not(http):
     is_problem(await http.post("/predict", content=chunks()), "too_large")
 
 
-async def test_a_body_that_never_ends_is_given_up_on(http, monkeypatch):
-    monkeypatch.setattr(bodies, "_DEADLINE_S", 0.05)
+async def test_a_body_that_never_ends_is_given_up_on(environ):
+    served = Served(environ, body_s=0.1)
+    await served.live()
 
     async def stalls():
         yield b"{"
         await asyncio.sleep(30)
 
-    is_problem(await http.post("/predict", content=stalls()), "body_timeout")
+    async with client(served.app()) as http:
+        is_problem(await http.post("/predict", content=stalls()), "body_timeout")
+    await served.close()
 
 
 async def test_other_methods_and_paths_are_problems_too(http):

@@ -1,6 +1,7 @@
 """The decision path against a real Redis: counted once, alone or in company, never invented."""
 
 import asyncio
+import socket
 import time
 
 import pytest
@@ -172,6 +173,33 @@ async def test_more_requests_than_the_bound_are_refused_at_once(environ):
     assert [p.record.decision.row.user_id for p in await asyncio.gather(*waiting)] == [0, 1, 2]
     assert served.predictor.in_flight == 0
     await served.close()
+
+
+async def test_old_transactions_that_wait_for_postgres_keep_no_young_one_waiting(environ):
+    """They are looked up first, and a server that says nothing takes all of their time."""
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as silent:
+        port = silent.getsockname()[1]
+        away = {"DATABASE_URL": f"postgresql://x@127.0.0.1:{port}/x?sslmode=disable"}
+        served = Served(environ | away, max_in_flight=4)
+        await served.pool
+        await served.live()
+        old = {"amount": 1, "timestamp": transactions.format_ms(NOW_MS - 86_400_000)}
+        waiting = [
+            asyncio.create_task(served.ask(user_id=1, transaction_id=f"old-{i}", **old))
+            for i in range(400)
+        ]
+        await asyncio.sleep(0.2)
+        assert served.predictor.in_flight == 0
+        for i in range(8):
+            young = await served.ask(user_id=1, transaction_id=f"young-{i}", amount=1)
+            assert not young.replayed
+        done = [task for task in waiting if task.done()]
+        assert len(done) == 400 - 128
+        assert {type(task.exception()) for task in done} == {errors.Overloaded}
+        rest = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(each) for each in rest} == {errors.Overloaded, errors.DecisionsUnavailable}
+        await served.store.close()
+        (await served.pool).terminate()
 
 
 async def test_a_batch_that_fails_fails_alone_and_replies_do_not_cross(environ):

@@ -1,5 +1,6 @@
 """Who passes: the service has started, the caller may call, and this process runs what it asks."""
 
+import asyncio
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ class Parts:
         guard: Checks who may call.
         health: Answers `GET /health`.
         label_turns: Lets a few requests at a time write labels.
+        parsing: Held while a large body is parsed, so that the loop has other turns in between.
     """
 
     service: assembly.Service
     guard: access.Guard
     health: health.Health
     label_turns: postgres_pool.Turns
+    parsing: asyncio.Semaphore
 
     @classmethod
     def of(cls, service: assembly.Service, probes: _Probes | None = None) -> "Parts":
@@ -51,6 +54,7 @@ class Parts:
             guard=access.Guard(service.config.serving),
             health=health.Health(service, servers),
             label_turns=postgres_pool.Turns(2),
+            parsing=asyncio.Semaphore(1),
         )
 
 

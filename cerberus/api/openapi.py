@@ -36,7 +36,8 @@ _OF_LABELS = (
     "overloaded",
     "labels_unavailable",
 )
-_EVERYWHERE = ("unauthorized", "forbidden", "starting", "internal")
+_AT_THE_DOOR = ("bad_request", "head_timeout", "target_too_long", "head_too_large")
+_EVERYWHERE = ("unauthorized", "forbidden", "starting", "internal", *_AT_THE_DOOR)
 
 
 def document(spans: Sequence[str], currency: str) -> dict[str, Any]:
@@ -231,7 +232,7 @@ def _health() -> dict[str, Any]:
             "200": _answer("`ready`, or `degraded`: predictions are answered.", schema),
             "503": _answer("`starting`, or `failed`: they are not.", schema),
         }
-        | _problems("unauthorized", "forbidden", "internal"),
+        | _problems("unauthorized", "forbidden", "internal", *_AT_THE_DOOR),
     }
 
 

@@ -169,6 +169,15 @@ class Turns:
         self._turns = asyncio.Semaphore(at_once)
         self._left = waiting
 
+    def check(self) -> None:
+        """Refuse work that would find no turn, before it costs anything.
+
+        Raises:
+            Overloaded: Too many calls wait already.
+        """
+        if not self._left:
+            raise errors.Overloaded
+
     async def call(
         self, deadline_s: float, function: Callable[..., Awaitable[T]], *arguments: Any
     ) -> T:
@@ -178,8 +187,7 @@ class Turns:
             Overloaded: Too many calls wait already.
             TimeoutError: There was no turn or no answer within `deadline_s`.
         """
-        if not self._left:
-            raise errors.Overloaded
+        self.check()
 
         async def turn() -> T:
             async with self._turns:

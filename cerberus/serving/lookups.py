@@ -18,6 +18,7 @@ AT_ONCE, DEADLINE_S = 2, 2.0
 """How many look-ups use Postgres at once, and how long each may take, its wait included. The writes
 of the stream and of labels share the pool."""
 _LAST, _SHOWN_EVENTS = 10, 50
+_READS = 4  # from Redis at once: each has a connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Lookups:
         self._ledger = kept
         self._clock = clock
         self._turns = postgres_pool.Turns(AT_ONCE)
+        self._reads = postgres_pool.Turns(_READS)
 
     async def decision(self, decision_id: uuid.UUID) -> dict[str, Any]:
         """Return one decision by its id.
@@ -100,10 +102,14 @@ class Lookups:
             StoreUnavailable, DecisionsUnavailable: Postgres did not answer.
             Overloaded: 200 look-ups wait already.
         """
+        self._turns.check()
         now_ms = self._clock()
-        [found] = await self._store.read(
-            [user_id], now_ms, self._config.serving.read_timeout_ms / 1000
-        )
+        read_s = self._config.serving.read_timeout_ms / 1000
+        try:
+            reading = self._reads.call(DEADLINE_S, self._store.read, [user_id], now_ms, read_s)
+            [found] = await reading
+        except TimeoutError as error:
+            raise errors.FeaturesUnavailable from error
         row = evaluation.as_of(found, now_ms, None, now_ms=now_ms, rules=self._rules)
         last = await self._asked(self._ledger.of_user, user_id, _LAST)
         return {

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH = 256
 _GRACE_S = 1.0
-_LOOK_UP_S, _LOOKING_UP = 2.0, 2
+_LOOK_UP_S, _LOOKING_UP, _LOOK_UPS = 2.0, 2, 128
 # W3C Trace Context: neither version ff nor an id of zeros; only later versions than 00 have more.
 _TRACE = re.compile(
     "(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
@@ -123,7 +123,8 @@ class Predictor:
         self._timeout_s = config.serving.read_timeout_ms / 1000
         self._waiting: deque[_Waiting] = deque()
         self._drain: asyncio.Task[None] | None = None
-        self._turns = postgres_pool.Turns(_LOOKING_UP, config.serving.max_in_flight)
+        # A bound of their own: while Postgres is away they wait, and the others must not.
+        self._turns = postgres_pool.Turns(_LOOKING_UP, _LOOK_UPS)
         self._said = logs.Repeated(log)
         self.in_flight = 0
 
@@ -165,6 +166,15 @@ class Predictor:
         )
         return Request(user_id, as_of_ms, in_hand, trace_id)
 
+    def check(self) -> None:
+        """Refuse a request that would not be answered, before its body is read.
+
+        Raises:
+            Overloaded: `max_in_flight` requests are being answered.
+        """
+        if self.in_flight >= self._config.serving.max_in_flight:
+            raise errors.Overloaded
+
     async def predict(self, request: Request) -> Prediction:
         """Decide one request together with those that wait.
 
@@ -173,19 +183,14 @@ class Predictor:
         gets its first decision. The answer does not depend on the others in its batch, to the bit.
 
         Raises:
-            Overloaded: `max_in_flight` requests are being answered, or the wait was too long.
+            Overloaded: `max_in_flight` requests are being answered, 128 old transactions are being
+                looked up, or the wait was too long.
             FeaturesUnavailable: Redis did not answer in time.
             DecisionsUnavailable: The transaction may have been decided before, and Postgres does
                 not answer.
             Conflict: It was decided with other content; names the field.
         """
-        if self.in_flight >= self._config.serving.max_in_flight:
-            raise errors.Overloaded
-        self.in_flight += 1
-        try:
-            prediction = await self._settle(request)
-        finally:
-            self.in_flight -= 1
+        prediction = await self._settle(request)
         record = prediction.record
         if request.in_hand is not None and (field := record.differing(request.in_hand)):
             raise errors.Conflict(field)
@@ -215,17 +220,21 @@ class Predictor:
 
     async def _decide(self, request: Request, *, looked_up: bool) -> Prediction | None:
         """Wait for a batch; None if the transaction must be looked up first."""
+        self.check()
         loop = asyncio.get_running_loop()
         waiting = _Waiting(request, looked_up, loop.create_future(), time.perf_counter())
         self._waiting.append(waiting)
         # In a task of its own: a client that disconnects must not cancel the others' round trip.
         if self._drain is None:
             self._drain = loop.create_task(self._answer_all())
+        self.in_flight += 1
         try:
             async with asyncio.timeout(3 * self._timeout_s + _GRACE_S):
                 return await waiting.answer
         except TimeoutError as error:
             raise errors.Overloaded from error
+        finally:
+            self.in_flight -= 1
 
     async def _answer_all(self) -> None:
         try:
