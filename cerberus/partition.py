@@ -127,6 +127,8 @@ class Partition:
         offset: Where the prefix ends, exclusive.
         commit: Effects of offsets below it are stored.
         known_from_ms: As in `Start`.
+        split_ms: The newest event of a user whose home is another partition; 0 when there is none.
+            A replay passes over those that the last change of the number of partitions explains.
         touched: Users whose rows differ from those that were written last; the writer clears it.
     """
 
@@ -142,6 +144,7 @@ class Partition:
         self.moved = start.moved
         self.imported_until_ms = start.imported_until_ms
         self.windows = window.PartitionWindows(spans)
+        self.split_ms = 0
         self.touched: set[int] = set()
         self._origin = fences.Fence(start.epoch, start.begin, start.seeded_until_ms or 0)
         self._strangers: set[int] = set()
@@ -237,8 +240,9 @@ class Partition:
                 self._imported.add(transaction.id_hash64)
         for user_id in user_ids:
             self._seeded.add(user_id)
-            if self.windows.user(user_id) is not None:
+            if (user := self.windows.user(user_id)) is not None:
                 self._touch(user_id)
+                self._note_split(user_id, user.newest_ms, silent=True)
 
     def _meet(self, transaction: transactions.Transaction) -> None:
         """Make room for what the log tells: it replaces the same event where that was imported."""
@@ -255,6 +259,12 @@ class Partition:
             self.touched.add(user_id)
             if not self.at_home(user_id):
                 self._strangers.add(user_id)
+
+    def _note_split(self, user_id: int, event_ms: int, *, silent: bool) -> None:
+        if user_id in self._strangers:
+            explained_ms = self.moved.until_ms if silent and self.moved else 0
+            if event_ms > explained_ms:
+                self.split_ms = max(self.split_ms, event_ms)
 
     def take(
         self, record: Record, verdict: transactions.Transaction | Rejected
@@ -281,6 +291,7 @@ class Partition:
         accepted = outcome is window.Outcome.ACCEPTED
         if accepted:
             self._touch(verdict.user_id)
+            self._note_split(verdict.user_id, verdict.event_ms, silent=silent)
         if silent:
             return None
         row = self._row(verdict) if accepted else None
@@ -352,4 +363,5 @@ class Partition:
             former=(self.moved.former or 0) if self.moved else 0,
             count=self.count or 0,
             version=fences.SPOKEN,
+            split_ms=self.split_ms,
         )

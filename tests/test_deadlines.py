@@ -8,7 +8,6 @@ import time
 import pytest
 from asking import client
 from pipeline import now_ms, until, world
-from test_failover import _Kept
 
 from cerberus import transactions
 from cerberus.api import health, routes
@@ -44,7 +43,7 @@ async def took_s(asking, status):
 @pytest.mark.parametrize("name", ["postgres", "redis", "kafka"])
 async def test_health_is_answered_in_time_while_a_server_is_frozen(here, servers, name):
     probes = health.probes(here.service)
-    async with client(here.app(_Kept(), probes)) as http:
+    async with client(here.app(here.decision_log(), probes)) as http:
         _, told = await took_s(http.get("/health"), 200)
         assert told["servers"] == {"redis": None, "postgres": None, "kafka": None}
         with frozen(getattr(servers, name)):
@@ -66,7 +65,7 @@ async def test_every_route_holds_its_deadline_while_postgres_is_frozen(here, ser
     label = {"transaction_id": "a", "label": "fraud", "source": "b", "labelled_at": stamp}
     old = {"user_id": 1, "transaction_id": "a", "amount": 1, "timestamp": stamp}
     look_ups = ("/decisions?user_id=1", "/decisions?transaction_id=a", "/users/1")
-    async with client(here.app(_Kept())) as http:
+    async with client(here.app(here.decision_log())) as http:
         for _ in range(3):  # so that there are connections to freeze
             await http.post("/labels", json=label)
         with frozen(servers.postgres):
@@ -83,7 +82,7 @@ async def test_every_route_holds_its_deadline_while_postgres_is_frozen(here, ser
 
 async def test_every_route_holds_its_deadline_while_redis_is_frozen(here, servers):
     read_s = here.config.serving.read_timeout_ms / 1000
-    async with client(here.app(_Kept())) as http:
+    async with client(here.app(here.decision_log())) as http:
         await http.post("/predict", json={"user_id": 1})
         with frozen(servers.redis):
             for _ in range(3):

@@ -100,17 +100,9 @@ async def serving(environ, pair):
         url = {"REDIS_URL": f"redis://127.0.0.1:{front.address}/0"}
         async with world(environ | SMALL | url) as here:
             one = here.another().consumer
-            async with running(one), client(here.app(_Kept(), consumed=one)) as http:
+            async with running(one), client(here.app(here.decision_log(), consumed=one)) as http:
                 await drained(here, one, 1)
                 yield front, here, one, http
-
-
-class _Kept:
-    def put(self, record):
-        pass
-
-    def report(self):
-        return {}
 
 
 async def paid(http, number):
@@ -211,7 +203,7 @@ async def test_a_postgres_that_takes_no_writes_is_left_when_another_takes_over(e
         one = here.another().consumer
         async with (
             running(one),
-            client(here.app(_Kept(), probes, consumed=one)) as http,
+            client(here.app(here.decision_log(), probes, consumed=one)) as http,
             contextlib.AsyncExitStack() as held,
         ):
             await drained(here, one, 1)

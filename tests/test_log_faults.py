@@ -9,6 +9,7 @@ import signal
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
+from asking import client
 from changes import changed
 from faults import (
     PARTITIONS,
@@ -128,6 +129,37 @@ async def test_events_outside_the_home_are_doubted_whichever_came_first(here):
             assert row.degraded == ("split_user",)
             assert row.fence is not None
         assert one.counts["split_user"] == 6
+
+
+async def split_said(here):
+    """Say whether a process that consumes nothing tells of split users."""
+    async with client(here.app(here.decision_log())) as http:
+        reasons = (await http.get("/health")).json()["reasons"]
+    return any("users of another" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("told", ["by the replay", "by the former owner"])
+async def test_health_says_after_a_restart_too_that_a_user_is_split(here, told):
+    at = now_ms()
+    away = (transactions.partition_of(1000, PARTITIONS) + 1) % PARTITIONS
+    other = next(u for u in USERS if transactions.partition_of(u, PARTITIONS) == away)
+    async with running(one := here.consumer()):
+        await drained(here, one)
+        assert not await split_said(here)
+        before = at - 300_000  # further back than the second replay reaches
+        await here.publish([(1000, payment(1, 1000, before), before)], partition=away)
+        await here.publish([(other, payment(2, other, at), at)])
+        await drained(here, one)
+        await stored(here)
+        await until(lambda: split_said(here), "it is said", 10)
+    if told == "by the replay":
+        await here.redis.flushdb()
+    else:
+        here.config = changed(here.config, replay_span_ms=1)
+    async with running(two := here.consumer()):
+        await drained(here, two)
+        assert not two.counts["split_user"]
+        await until(lambda: split_said(here), "it is said", 10)
 
 
 async def test_an_owner_of_fewer_partitions_says_nothing_of_how_many_there_are(here):

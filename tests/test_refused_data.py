@@ -12,7 +12,6 @@ from asking import client
 from faults import USERS, commits, drained, set_topic
 from pipeline import now_ms, payment, running, until, world
 from records import decided
-from test_failover import _Kept
 
 from cerberus import errors, kafka, labels, transactions
 from cerberus.postgres import apart
@@ -109,7 +108,7 @@ async def test_a_label_that_postgres_refuses_is_invalid_and_the_others_are_store
             "labelled_at": labelled,
         }
 
-    async with client(here.app(_Kept())) as http:
+    async with client(here.app(here.decision_log())) as http:
         answer = await http.post("/labels", json={"labels": [said(name) for name in "abc"]})
         assert answer.status_code == 200
         results = answer.json()["results"]

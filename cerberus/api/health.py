@@ -19,6 +19,10 @@ PROBE_S = 1.0
 """How long `/health` waits for the servers, s."""
 # Length, ApiVersions, version 0, correlation id, client id; an answer is longer.
 _API_VERSIONS = struct.pack(">ihhih8s", 18, 18, 0, 1, 8, b"cerberus")
+_SPLIT = (
+    "has records of users of another one: key every record with user_id as ASCII digits and the "
+    "default (murmur2) partitioner; after partitions were added, this passes by itself"
+)
 Probe = Callable[[], Awaitable[Any]]
 
 
@@ -176,7 +180,9 @@ class Health:
             elif told["problem"]:
                 found.append(f"{told['waiting']} decisions wait for {store}: {told['problem']}")
         if self._consumer is not None:
-            found += self._consumer.problems.values()
+            # The states of partitions say who is split, also after a restart.
+            problems = self._consumer.problems.items()
+            found += [sentence for name, sentence in problems if name != "split_user"]
         if self._labels.problem is not None:
             found.append(f"labels on the topic wait: {self._labels.problem}")
         return found
@@ -215,6 +221,8 @@ def _partition_doubts(
         if state.caught_up_ms - now_ms > evaluation.AHEAD_MS:
             ahead = "is reported by a clock ahead of this one: set both by NTP"
             doubted.setdefault(ahead, []).append(str(number))
+        if state.split_ms > now_ms - longest_ms:
+            doubted.setdefault(_SPLIT, []).append(str(number))
         if state.known_from_ms > now_ms - longest_ms:
             doubted.setdefault("is warming: its log begins too late", []).append(str(number))
     return [f"partition {', '.join(found)} {why}" for why, found in doubted.items()]

@@ -50,6 +50,8 @@ class PartitionState:
         former: How many partitions there were before the number last changed; 0 when unknown.
         count: How many there are.
         version: `SPOKEN` of its owner; 0 for releases that do not write it.
+        split_ms: The newest event here of a user whose home is another partition; 0 when none is
+            known.
     """
 
     epoch: int
@@ -62,6 +64,7 @@ class PartitionState:
     former: int = 0
     count: int = 0
     version: int = 0
+    split_ms: int = 0
 
     def pack(self) -> bytes:
         """Write it as JSON, readable by people and by Redis' Lua."""

@@ -39,6 +39,8 @@ class Owned:
         if last is not None:
             # The former owner's clock may be ahead.
             self.caught_up_ms = max(self.caught_up_ms or 0, min(last.caught_up_ms, now_ms))
+            if last.epoch >= self.part.since_epoch:  # a replay may not reach back so far
+                self.part.split_ms = max(self.part.split_ms, last.split_ms)
         finished = last is not None and last.state == fences.LIVE
         if not finished:
             self.lost_rows()
