@@ -1,18 +1,21 @@
 """A dead letter is the record as it was; an operator lists, reads and sends it again."""
 
 import asyncio
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+from aiokafka import AIOKafkaProducer
 from aiokafka.structs import ConsumerRecord
 from hypothesis import given
 from hypothesis import strategies as st
 from pipeline import now_ms, payment, running, until, world
 from service import ROOT
 
-from cerberus import kafka, labels, transactions
+from cerberus import errors, kafka, labels, transactions
 from cerberus.commands import dlq
 from cerberus.stream import dead_letters, label_topic, sink, upstream
 
@@ -39,14 +42,17 @@ class Here:
         self.environ = environ
 
     async def dlq(self, *arguments):
+        return await self.run("dlq", *arguments)
+
+    async def run(self, *arguments):
         return await asyncio.to_thread(
             subprocess.run,
-            [sys.executable, "-m", "cerberus", "dlq", *map(str, arguments)],
+            [sys.executable, "-m", "cerberus", *map(str, arguments)],
             env=os.environ | self.environ,
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
 
     async def listed(self, *arguments):
@@ -240,3 +246,51 @@ def test_nothing_that_a_terminal_obeys_is_shown(raw):
 @pytest.mark.parametrize("text", ["\u202e", "\x9b31m", "\r", "\u2028", "\x00"])
 def test_what_hides_or_moves_text_is_escaped(text):
     assert dlq.visible(text).startswith("\\")
+
+
+@pytest.mark.parametrize("command", [("dlq", "list"), ("dlq", "replay"), ("resume",)])
+async def test_brokers_that_are_silent_end_a_command(here, servers, command):
+    servers.kafka.kill(signal.SIGSTOP)
+    try:
+        done = await here.run(*command)
+    finally:
+        servers.kafka.kill(signal.SIGCONT)
+    assert done.returncode == 75
+    assert f"cerberus {command[0]}: no Kafka broker answered" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def _to_the_end(letters):
+    async for _ in letters:
+        pass
+
+
+async def test_brokers_that_fall_silent_while_letters_are_read_end_it_too(here, servers):
+    opened = here.opened
+    topic = opened.config.kafka.topic(kafka.DEAD_LETTERS)
+    letter = dead_letters.pack(topic, record(value=os.urandom(100_000)), "value: bad")
+    for _ in range(100):
+        sent = await opened.kafka.send(topic, letter.value, headers=list(letter.headers))
+    await sent
+    told = dead_letters.read(opened.config, kafka.DEAD_LETTERS)
+    async with contextlib.aclosing(told) as letters:
+        await anext(letters)
+        servers.kafka.kill(signal.SIGSTOP)
+        try:
+            with pytest.raises(errors.StoreUnavailable):
+                await asyncio.wait_for(_to_the_end(letters), 60)
+        finally:
+            servers.kafka.kill(signal.SIGCONT)
+
+
+async def test_what_its_writer_has_not_committed_is_not_waited_for(here):
+    topic = here.opened.config.kafka.topic(kafka.DEAD_LETTERS)
+    brokers = here.opened.config.kafka.bootstrap
+    writer = AIOKafkaProducer(bootstrap_servers=brokers, transactional_id=f"{topic}.test")
+    await writer.start()
+    await writer.begin_transaction()
+    await writer.send_and_wait(topic, b"{", key=b"1")
+    assert await here.listed() == []
+    await writer.commit_transaction()
+    await writer.stop()
+    assert len(await here.listed()) == 1
