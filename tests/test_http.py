@@ -476,6 +476,13 @@ async def test_the_document_is_openapi_and_describes_every_route_and_code(http, 
         validate(document, "Request", example["value"])
 
 
+async def test_the_document_says_whether_a_key_is_needed(environ):
+    for keys, wanted in (((), []), (("key",), [{"ApiKey": []}, {"Bearer": []}])):
+        async with Served(environ, api_keys=keys) as served, client(served.app()) as http:
+            document = await http.get("/openapi.json", headers={"X-API-Key": "key"})
+            assert document.json()["security"] == wanted
+
+
 async def test_the_page_needs_no_other_host_and_has_an_anchor_for_every_problem(http):
     response = await http.get("/docs")
     assert response.headers["content-type"].startswith("text/html")

@@ -237,7 +237,7 @@ async def test_ids_that_are_written_as_numbers_are_found_by_their_digits(served,
     for path in (
         "/decisions?transaction_id=4711",
         "/decisions?user_id=325.0",
-        "/decisions?user_id=325&limit=5.0",
+        "/users/325.0/decisions?limit=5.0",
         "/users/325.00",
     ):
         [found] = (await http.get(path)).json()["decisions"]

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cerberus import labels, transactions
 from cerberus.api import codes, schemas
+from cerberus.serving import lookups
 
 VERSION = "1.0.0"
 _OF_PREDICT = (
@@ -40,8 +40,14 @@ _AT_THE_DOOR = ("bad_request", "head_timeout", "target_too_long", "head_too_larg
 _EVERYWHERE = ("unauthorized", "forbidden", "starting", "internal", *_AT_THE_DOOR)
 
 
-def document(spans: Sequence[str], currency: str) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document for a deployment with these windows and this currency."""
+def document(spans: Sequence[str], currency: str, *, keyed: bool = False) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of a deployment.
+
+    Args:
+        spans: Its windows.
+        currency: Its currency.
+        keyed: Whether callers must send a key.
+    """
     return {
         "openapi": "3.1.0",
         "info": {
@@ -51,52 +57,55 @@ def document(spans: Sequence[str], currency: str) -> dict[str, Any]:
             "description": "If CERBERUS_API_KEY is set, every route except `/health/live` requires "
             "a key; with CERBERUS_OPEN=loopback alone it serves direct callers of its machine.",
         },
-        "security": [{"header": []}, {"bearer": []}, {}],
+        "servers": [{"url": "/"}],
+        "tags": [{"name": name} for name in ("decisions", "labels", "service")],
+        "security": [{"ApiKey": []}, {"Bearer": []}] if keyed else [],
         "paths": {
             "/predict": {"post": _predict()},
             "/decisions/{decision_id}": {"get": _decision()},
-            "/decisions": {"get": _decisions()},
+            "/decisions": {"get": _decisions_of_transaction()},
+            "/users/{user_id}/decisions": {"get": _decisions_of_user()},
             "/users/{user_id}": {"get": _user()},
             "/labels": {"post": _labels()},
             "/accuracy": {"get": _accuracy()},
             "/health": {"get": _health()},
-            "/health/live": {
-                "get": {
-                    "summary": "Whether the process answers at all",
-                    "security": [],
-                    "responses": {"200": _answer("It answers.", {"const": {"status": "alive"}})},
-                }
-            },
-            "/metrics": {"get": _get("Counters in Prometheus' text format", "text/plain")},
-            "/openapi.json": {"get": _get("This document", "application/json")},
-            "/docs": {"get": _get("This document as a page, with a form to try it", "text/html")},
+            "/health/live": {"get": _live()},
+            "/metrics": {"get": _metrics()},
+            "/openapi.json": {"get": _openapi()},
+            "/docs": {"get": _docs()},
         },
         "components": {
-            "schemas": {**schemas.every(spans, currency), "Problem": _problem_schema()},
+            "schemas": schemas.every(spans, currency),
             "securitySchemes": {
-                "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-                "bearer": {"type": "http", "scheme": "bearer"},
+                "ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                "Bearer": {"type": "http", "scheme": "bearer"},
             },
         },
     }
 
 
+def _operation(name: str, tag: str, summary: str, **more: Any) -> dict[str, Any]:
+    return {"operationId": name, "tags": [tag], "summary": summary, **more}
+
+
 def _predict() -> dict[str, Any]:
-    answer = _answer("The decision.", {"$ref": "#/components/schemas/Prediction"})
-    return {
-        "summary": "Score a user, or a transaction in hand",
-        "description": "`user_id` alone scores the user now, or at `timestamp`. With "
+    answer = _answer("The decision.", schemas.ref("Prediction"))
+    return _operation(
+        "predict",
+        "decisions",
+        "Score a user, or a transaction in hand",
+        description="`user_id` alone scores the user now, or at `timestamp`. With "
         "`transaction_id` and `amount`, the transaction in hand is counted exactly once, whether "
         "or not the stream has seen it. Send the same `timestamp` as the stream record; a "
         "different one makes it a different transaction. Each transaction gets one decision: "
         "repeated requests and the stream receive the first one (`replayed`). A request changes no "
         "window. Any content type is accepted. A `traceparent` header (W3C Trace Context) is "
         "stored with the decision.",
-        "requestBody": {
+        requestBody={
             "required": True,
             "content": {
                 "application/json": {
-                    "schema": {"$ref": "#/components/schemas/Request"},
+                    "schema": schemas.ref("Request"),
                     "examples": {
                         "user": {"value": {"user_id": 1005}},
                         "transaction": {
@@ -111,134 +120,164 @@ def _predict() -> dict[str, Any]:
                 }
             },
         },
-        "responses": {"200": answer} | _problems(*_OF_PREDICT, *_EVERYWHERE),
-    }
+        responses={"200": answer} | _problems(*_OF_PREDICT, *_EVERYWHERE),
+    )
 
 
-def _parameter(name: str, place: str, schema: Mapping[str, Any], meaning: str) -> dict[str, Any]:
+def _parameter(
+    name: str,
+    schema: Mapping[str, Any],
+    meaning: str,
+    *,
+    place: str = "query",
+    needed: bool = False,
+) -> dict[str, Any]:
     return {
         "name": name,
         "in": place,
-        "required": place == "path",
+        "required": needed or place == "path",
         "schema": schema,
         "description": meaning,
     }
 
 
 def _decision() -> dict[str, Any]:
-    schema = {"type": "string", "format": "uuid"}
-    answer = _answer("The decision as it was made.", {"$ref": "#/components/schemas/Decision"})
-    return {
-        "summary": "Look up a decision",
-        "parameters": [_parameter("decision_id", "path", schema, "as `POST /predict` returned it")],
-        "responses": {"200": answer} | _problems("unknown_decision", *_OF_LOOKUPS, *_EVERYWHERE),
-    }
-
-
-def _decisions() -> dict[str, Any]:
-    text, number = {"type": "string"}, {"type": "integer", "minimum": 0}
-    limit = {"type": "integer", "minimum": 1, "maximum": 200, "default": 50}
-    item = {"$ref": "#/components/schemas/Decision"}
-    page = schemas.object_of(
-        {
-            "decisions": {"type": "array", "items": item},
-            "next": {
-                "type": ["string", "null"],
-                "description": "pass it as `before`; null on the last page",
-            },
-        }
+    asked = _parameter("decision_id", schemas.UUID, "as `POST /predict` returned it", place="path")
+    answer = _answer("The decision as it was made.", schemas.ref("Decision"))
+    return _operation(
+        "getDecision",
+        "decisions",
+        "Look up a decision",
+        parameters=[asked],
+        responses={"200": answer} | _problems("unknown_decision", *_OF_LOOKUPS, *_EVERYWHERE),
     )
+
+
+def _page_of(asked: Mapping[str, Any]) -> dict[str, Any]:
+    limit = {"type": "integer", "format": "int32", "minimum": 1, "default": lookups.DEFAULT_LIMIT}
+    before = "only older ones: `next` of the previous page, or an RFC 3339 time"
     return {
-        "summary": "Look up the decisions on a transaction or a user, newest first",
         "parameters": [
-            _parameter("transaction_id", "query", text, "give either this or `user_id`"),
-            _parameter("user_id", "query", number, "give either this or `transaction_id`"),
-            _parameter("before", "query", text, "`next` of the previous page, or a time"),
-            _parameter("limit", "query", limit, "decisions per page"),
+            asked,
+            _parameter("before", schemas.BEFORE, before),
+            _parameter("limit", limit | {"maximum": lookups.MAX_LIMIT}, "decisions per page"),
         ],
-        "responses": {"200": _answer("A page.", page)} | _problems(*_OF_LOOKUPS, *_EVERYWHERE),
+        "responses": {"200": _answer("A page.", schemas.ref("DecisionPage"))}
+        | _problems(*_OF_LOOKUPS, *_EVERYWHERE),
     }
+
+
+def _decisions_of_transaction() -> dict[str, Any]:
+    # OpenAPI cannot say that a query has one of two parameters. So one of them is declared here,
+    # and what the other asks has a path of its own.
+    schema = schemas.TRANSACTION_ID
+    return _operation(
+        "listDecisionsOfTransaction",
+        "decisions",
+        "Look up the decisions on a transaction, newest first",
+        description="`user_id` instead of `transaction_id` asks what "
+        "`/users/{user_id}/decisions` answers; both together are refused.",
+        **_page_of(_parameter("transaction_id", schema, "the transaction's id", needed=True)),
+    )
+
+
+def _decisions_of_user() -> dict[str, Any]:
+    return _operation(
+        "listDecisionsOfUser",
+        "decisions",
+        "Look up the decisions on a user, newest first",
+        **_page_of(_parameter("user_id", schemas.USER_ID, "the user's id", place="path")),
+    )
 
 
 def _user() -> dict[str, Any]:
-    number = {"type": "integer", "minimum": 0, "maximum": transactions.MAX_USER_ID}
-    answer = _answer("The window now.", {"$ref": "#/components/schemas/User"})
-    return {
-        "summary": "Look up a user: the window now, and the last decisions",
-        "parameters": [_parameter("user_id", "path", number, "the user's id")],
-        "responses": {"200": answer}
-        | _problems("features_unavailable", *_OF_LOOKUPS, *_EVERYWHERE),
-    }
+    answer = _answer("The window now.", schemas.ref("User"))
+    problems = _problems("features_unavailable", *_OF_LOOKUPS, *_EVERYWHERE)
+    return _operation(
+        "getUser",
+        "decisions",
+        "Look up a user: the window now, and the last decisions",
+        parameters=[_parameter("user_id", schemas.USER_ID, "the user's id", place="path")],
+        responses={"200": answer} | problems,
+    )
 
 
 def _labels() -> dict[str, Any]:
-    label = {"$ref": "#/components/schemas/Label"}
-    items = {"type": "array", "items": label, "minItems": 1, "maxItems": labels.MAX_ITEMS}
-    outcome = {"enum": ["stored", "known", "invalid"]}
-    text = {"type": "string"}
-    count = {"type": "integer", "minimum": 0}
-    result = schemas.object_of({"result": outcome}, field=text, detail=text)
-    answer = schemas.object_of(
-        {
-            "results": {
-                "type": "array",
-                "items": result,
-                "description": "in the order of `labels`",
-            },
-            "stored": count,
-            "known": count,
-            "invalid": count,
-        }
-    )
-    return {
-        "summary": "Send labels: the truth about transactions",
-        "description": "Send one label, or a list of 1 to 1,000. Each label in a list is judged "
+    either = {"anyOf": [schemas.ref("Label"), schemas.ref("LabelList")]}
+    return _operation(
+        "sendLabels",
+        "labels",
+        "Send labels: the truth about transactions",
+        description="Send one label, or a list of 1 to 1,000. Each label in a list is judged "
         "alone: an invalid one does not stop the others, and `results` names its field. The newest "
         "`labelled_at` wins. Sending a label again changes nothing. A label for an unknown "
         "transaction waits for it.",
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"oneOf": [label, schemas.object_of({"labels": items})]}
-                }
-            },
-        },
-        "responses": {"200": _answer("The result of each label.", answer)}
+        requestBody={"required": True, "content": {"application/json": {"schema": either}}},
+        responses={"200": _answer("The result of each label.", schemas.ref("LabelResults"))}
         | _problems(*_OF_LABELS, *_EVERYWHERE),
-    }
+    )
 
 
 def _accuracy() -> dict[str, Any]:
-    text = {"type": "string"}
-    answer = _answer("Figures about mature decisions.", {"$ref": "#/components/schemas/Accuracy"})
-    return {
-        "summary": "Compare decisions with labels",
-        "description": "Only mature decisions are judged; `immature` counts the others. A share "
+    since = "only decisions since this date (its midnight in UTC) or RFC 3339 time"
+    prefix = {"type": "string", "pattern": "^[0-9a-fA-F]{1,64}$"}
+    answer = _answer("Figures about mature decisions.", schemas.ref("Accuracy"))
+    return _operation(
+        "getAccuracy",
+        "labels",
+        "Compare decisions with labels",
+        description="Only mature decisions are judged; `immature` counts the others. A share "
         "is null where it is undefined.",
-        "parameters": [
-            _parameter("since", "query", text, "only decisions since this date or RFC 3339 time"),
-            _parameter("model", "query", text, "a prefix of a model's version"),
+        parameters=[
+            _parameter("since", schemas.SINCE, since),
+            _parameter("model", prefix, "a prefix of a model's version"),
         ],
-        "responses": {"200": answer} | _problems(*_OF_LOOKUPS, *_EVERYWHERE),
-    }
+        responses={"200": answer} | _problems(*_OF_LOOKUPS, *_EVERYWHERE),
+    )
 
 
 def _health() -> dict[str, Any]:
-    schema = {"$ref": "#/components/schemas/Health"}
-    return {
-        "summary": "The state of each part, with reasons",
-        "responses": {
+    schema = schemas.ref("Health")
+    return _operation(
+        "getHealth",
+        "service",
+        "The state of each part, with reasons",
+        responses={
             "200": _answer("`ready`, or `degraded`: predictions are answered.", schema),
             "503": _answer("`starting`, or `failed`: they are not.", schema),
         }
-        | _problems("unauthorized", "forbidden", "internal", *_AT_THE_DOOR),
-    }
+        | _problems("method_not_allowed", "unauthorized", "forbidden", "internal", *_AT_THE_DOOR),
+    )
 
 
-def _get(summary: str, content_type: str) -> dict[str, Any]:
-    answer = {"description": summary, "content": {content_type: {}}}
-    return {"summary": summary, "responses": {"200": answer} | _problems(*_EVERYWHERE)}
+def _live() -> dict[str, Any]:
+    return _operation(
+        "getLiveness",
+        "service",
+        "Whether the process answers at all",
+        security=[],
+        responses={"200": _answer("It answers.", schemas.ref("Alive"))}
+        | _problems("method_not_allowed", *_AT_THE_DOOR),
+    )
+
+
+def _metrics() -> dict[str, Any]:
+    return _get("getMetrics", "Counters in Prometheus' text format", "text/plain", schemas.TEXT)
+
+
+def _openapi() -> dict[str, Any]:
+    return _get("getOpenApi", "This document", "application/json", schemas.ref("OpenApi"))
+
+
+def _docs() -> dict[str, Any]:
+    return _get("getDocs", "This document as a page, to read and to try", "text/html", schemas.TEXT)
+
+
+def _get(name: str, summary: str, content_type: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    answer = {"description": summary, "content": {content_type: {"schema": schema}}}
+    of_api = () if content_type == "text/plain" else ("api_disabled",)
+    responses = {"200": answer} | _problems("method_not_allowed", *of_api, *_EVERYWHERE)
+    return _operation(name, "service", summary, responses=responses)
 
 
 def _answer(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,28 +291,7 @@ def _problems(*named: str) -> dict[str, Any]:
     return {
         status: {
             "description": "; ".join(f"`{code}`: {codes.PROBLEMS[code].when}" for code in found),
-            "content": {codes.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            "content": {codes.MEDIA_TYPE: {"schema": schemas.ref("Problem")}},
         }
         for status, found in sorted(by_status.items())
     }
-
-
-def _problem_schema() -> dict[str, Any]:
-    return schemas.object_of(
-        {
-            "type": {"type": "string", "format": "uri-reference"},
-            "title": {"type": "string"},
-            "status": {"type": "integer"},
-            "detail": {"type": "string"},
-            "code": {
-                "enum": list(codes.PROBLEMS),
-                "description": "; ".join(
-                    f"`{code}`: {p.when}" for code, p in codes.PROBLEMS.items()
-                ),
-            },
-        },
-        field={
-            "type": "string",
-            "description": "the field at fault, with `invalid` and `conflict`",
-        },
-    )

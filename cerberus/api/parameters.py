@@ -38,10 +38,27 @@ def decisions(query: Mapping[str, str]) -> lookups.Question:
         raise errors.InvalidInput(
             "user_id" if asked else "transaction_id", "give either transaction_id or user_id"
         )
-    return lookups.Question(
+    return _page(
         user_id(query["user_id"])
         if asked == ["user_id"]
         else transactions.parse_text(query, "transaction_id"),
+        query,
+    )
+
+
+def decisions_of_user(of: str, query: Mapping[str, str]) -> lookups.Question:
+    """Read a user's id, and `limit` and `before`, which are optional.
+
+    Raises:
+        InvalidInput: naming the parameter.
+    """
+    _known(query, ("before", "limit"), "look-up")
+    return _page(user_id(of), query)
+
+
+def _page(of: str | int, query: Mapping[str, str]) -> lookups.Question:
+    return lookups.Question(
+        of,
         _integer("limit", query["limit"], 1, lookups.MAX_LIMIT)
         if "limit" in query
         else lookups.DEFAULT_LIMIT,

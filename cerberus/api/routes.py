@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Lifespan
 
-from cerberus import errors, labels, printable
+from cerberus import assembly, errors, labels, printable
 from cerberus.api import bodies, gate, openapi, pages, parameters, problems
 from cerberus.serving import predictor
 from cerberus.telemetry import logs, metrics
@@ -34,6 +34,7 @@ def build(lifespan: Lifespan[Starlette] | None = None) -> Starlette:
             Route("/decisions", decisions_of),
             Route("/decisions/{decision_id}", decision),
             Route("/users/{user_id}", user),
+            Route("/users/{user_id}/decisions", decisions_of_user),
             Route("/labels", take_labels, methods=["POST"]),
             Route("/accuracy", judge),
             Route(gate.HEALTH, report),
@@ -80,6 +81,13 @@ async def decisions_of(request: Request) -> Response:
     """Answer `GET /decisions?transaction_id=…` and `GET /decisions?user_id=…`."""
     parts: gate.Parts = request.app.state.parts
     return _json(await parts.service.lookups.decisions(parameters.decisions(_query(request))))
+
+
+async def decisions_of_user(request: Request) -> Response:
+    """Answer `GET /users/{user_id}/decisions`."""
+    parts: gate.Parts = request.app.state.parts
+    asked = parameters.decisions_of_user(request.path_params["user_id"], _query(request))
+    return _json(await parts.service.lookups.decisions(asked))
 
 
 async def user(request: Request) -> Response:
@@ -177,8 +185,9 @@ async def scrape(request: Request) -> Response:
 
 async def document(request: Request) -> Response:
     """Answer `GET /openapi.json`."""
-    parts: gate.Parts = request.app.state.parts
-    return _json(openapi.document(parts.service.spans.names, parts.service.config.currency))
+    service: assembly.Service = request.app.state.parts.service
+    keyed = bool(service.config.serving.api_keys)
+    return _json(openapi.document(service.spans.names, service.config.currency, keyed=keyed))
 
 
 async def page(request: Request) -> Response:

@@ -1,57 +1,75 @@
-"""The JSON schemas of requests and answers."""
+"""The JSON schemas of requests and answers.
+
+They keep to what generators of clients take: each object and each enum has a name of its own,
+numbers have formats (without, a generator picks 32 bits), and null is one of two types or schemas.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cerberus import labels, transactions
+from cerberus.api import codes
 from cerberus.features import declared, evaluation
 
-TIME: dict[str, Any] = {
+INTEGER: Mapping[str, Any] = {"type": "integer", "format": "int64"}
+COUNT: Mapping[str, Any] = {**INTEGER, "minimum": 0}
+NUMBER: Mapping[str, Any] = {"type": "number", "format": "double"}
+TEXT: Mapping[str, Any] = {"type": "string"}
+USER_ID: Mapping[str, Any] = {**COUNT, "maximum": transactions.MAX_USER_ID}
+UUID: Mapping[str, Any] = {"type": "string", "format": "uuid"}
+TRANSACTION_ID: Mapping[str, Any] = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": transactions.MAX_TEXT,
+    "pattern": r"^[^\x00]*$",
+}
+_TIME: Mapping[str, Any] = {
     "type": "string",
     "format": "date-time",
     "examples": ["2026-01-31T12:00:00.000Z"],
 }
+_GIVEN_TIME: Mapping[str, Any] = {**_TIME, "pattern": "^(19[7-9]|2[01][0-9])[0-9]-"}
+_AMOUNT: Mapping[str, Any] = {
+    **NUMBER,
+    "minimum": 0,
+    "maximum": transactions.MAX_AMOUNT_MINOR // 100,
+    "multipleOf": 0.01,
+}
+_DAY = (
+    "((19[7-9]|2[01][0-9])[0-9]-"
+    "((0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])|(0[13-9]|1[0-2])-(29|30)|(0[13578]|1[02])-31)"
+    "|(19(7[26]|8[048]|9[26])|20([02468][048]|[13579][26])|21(0[48]|[2468][048]|[13579][26]))-02-29)"
+)
+_CLOCK = (
+    "T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+)
+_HEX = "[0-9a-f]"
+# Generated clients cannot send a union in a query: what may be written in two ways is a text.
+SINCE: Mapping[str, Any] = {"type": "string", "pattern": f"^{_DAY}({_CLOCK})?$"}
+BEFORE: Mapping[str, Any] = {
+    "type": "string",
+    "pattern": f"^{_DAY}{_CLOCK}(_{_HEX}{{8}}(-{_HEX}{{4}}){{3}}-{_HEX}{{12}})?$",
+}
+_AS_TEXT = "A whole number is taken as its digits; it cannot say that an id has leading zeros."
 
 
 def every(spans: Sequence[str], currency: str) -> dict[str, Any]:
     """Return all schemas by name, for a deployment with these windows and this currency."""
     return {
-        "Request": _request(currency),
-        "Prediction": _prediction(spans),
-        "Decision": _decision(spans),
-        "User": _user(spans),
-        "Label": _label(),
-        "Accuracy": _accuracy(),
-        "Health": _health(),
+        **_ENUMS,
+        **_requests(currency),
+        **_decisions(spans),
+        **_labels(),
+        **_accuracy(),
+        **_health(),
+        "Problem": _problem(),
+        "OpenApi": {"type": "object", "additionalProperties": True},
     }
 
 
-def _text_or_number(least: int) -> dict[str, Any]:
-    text = {"type": "string", "minLength": least, "maxLength": transactions.MAX_TEXT}
-    return {"anyOf": [text, {"type": "integer"}], "description": "a number counts as its digits"}
-
-
-def _request(currency: str) -> dict[str, Any]:
-    amount = {"type": "number", "minimum": 0, "description": "at most two decimal places"}
-    return {
-        "type": "object",
-        "description": "Null counts as absent; fields that are not listed are ignored.",
-        "required": ["user_id"],
-        "properties": {
-            "user_id": {"type": "integer", "minimum": 0, "maximum": transactions.MAX_USER_ID},
-            "transaction_id": _text_or_number(1),
-            "amount": amount | {"maximum": transactions.MAX_AMOUNT_MINOR // 100},
-            "timestamp": TIME | {"description": "now when absent"},
-            "currency": {"const": currency},
-            "merchant_id": _text_or_number(0),
-        },
-        "dependentRequired": {
-            "transaction_id": ["amount"],
-            "amount": ["transaction_id"],
-            "currency": ["transaction_id"],
-            "merchant_id": ["transaction_id"],
-        },
-    }
+def ref(name: str) -> dict[str, Any]:
+    """Return a reference to a schema."""
+    return {"$ref": f"#/components/schemas/{name}"}
 
 
 def object_of(required: Mapping[str, Any], **optional: Any) -> dict[str, Any]:
@@ -60,208 +78,306 @@ def object_of(required: Mapping[str, Any], **optional: Any) -> dict[str, Any]:
     return {"type": "object", "required": list(required), "properties": properties}
 
 
-def _features(spans: Sequence[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        each.public: {"type": [each.kind.json, "null"], "minimum": 0}
-        for each in declared.streamed(spans)
-    }
-    values |= {each.public: {"type": [each.kind.json, "null"]} for each in declared.BATCH}
-    return object_of(values) | {"description": "null: unavailable, never 0"}
+def nullable(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a schema that also takes null."""
+    if "type" not in schema:
+        return {"anyOf": [schema, {"type": "null"}]}
+    return {**schema, "type": [schema["type"], "null"]}
 
 
-def _served(spans: Sequence[str]) -> dict[str, Any]:
-    """Return what every evaluation of a user's window contains."""
-    fence = object_of({name: {"type": "integer"} for name in ("epoch", "offset", "partition")})
+def list_of(items: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Return the schema of a list."""
+    return {"type": "array", "items": items, **more}
+
+
+def _says(meaning: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {**schema, "description": meaning}
+
+
+def _enum(meaning: str, *values: str) -> dict[str, Any]:
+    return {"type": "string", "enum": list(values), "description": meaning}
+
+
+_ENUMS: Mapping[str, Any] = {
+    "Action": _enum("By the policy.", "approve", "review", "decline"),
+    "Verdict": _enum("By the model's own threshold.", "FRAUD", "LEGIT"),
+    "Door": _enum("Where the transaction was first seen.", "http", "stream"),
+    "Doubt": _enum("Why values may be wrong.", *evaluation.Doubt),
+    "Truth": _enum("What a transaction turned out to be.", *labels.VOCABULARY),
+    "Taken": _enum("What became of a label that was taken.", "stored", "known"),
+    "Refused": _enum("What became of a label that was refused.", "invalid"),
+    "Status": _enum("The state of the service.", "ready", "degraded", "starting", "failed"),
+    "ProblemCode": _enum(
+        "; ".join(f"`{code}`: {known.when}" for code, known in codes.PROBLEMS.items()),
+        *codes.PROBLEMS,
+    ),
+}
+
+
+def _text_or_number(least: int) -> dict[str, Any]:
+    number = {**INTEGER, "minimum": -(2**63), "maximum": 2**63 - 1}
     return {
-        "user_id": {"type": "integer"},
-        "features": _features(spans),
-        "as_of": TIME,
-        "degraded": {
-            "type": "array",
-            "items": {"enum": list(evaluation.Doubt)},
-            "description": "why the values may be wrong; empty when they are exact",
+        "anyOf": [{**TRANSACTION_ID, "minLength": least}, number],
+        "description": _AS_TEXT,
+    }
+
+
+def _requests(currency: str) -> dict[str, Any]:
+    in_hand = ("transaction_id", "amount", "currency", "merchant_id")
+    filled = {name: {"properties": {name: {"not": {"type": "null"}}}} for name in in_hand}
+    request = object_of(
+        {"user_id": USER_ID},
+        transaction_id=nullable(ref("TextId")),
+        amount=_says("In major units, with at most two decimal places.", nullable(_AMOUNT)),
+        timestamp=_says(
+            "Now when absent. It may be a little ahead of the clock of the service, not more "
+            "(CERBERUS_MAX_FUTURE_SKEW_S).",
+            nullable(_GIVEN_TIME),
+        ),
+        currency=nullable(ref("Currency")),
+        merchant_id=nullable(ref("MerchantId")),
+    )
+    return {
+        "Currency": _enum("That of this deployment.", currency),
+        "TextId": _text_or_number(1),
+        "MerchantId": _text_or_number(0),
+        "Request": request
+        | {
+            "description": "A user alone, or a transaction in hand: then `transaction_id` and "
+            "`amount` are needed. Null counts as absent; fields that are not listed are ignored.",
+            "if": {"anyOf": [{"required": [name], **filled[name]} for name in in_hand]},
+            "then": {
+                "required": ["transaction_id", "amount"],
+                "allOf": [filled["transaction_id"], filled["amount"]],
+            },
         },
+    }
+
+
+def _served() -> dict[str, Any]:
+    """Return what every evaluation of a user's window contains."""
+    return {
+        "user_id": USER_ID,
+        "features": ref("Features"),
+        "as_of": _TIME,
+        "degraded": list_of(
+            ref("Doubt"), description="why the values may be wrong; empty when they are exact"
+        ),
         "approximate": {
             "type": "boolean",
             "description": "a window's edge lies inside a summed slice",
         },
-        "fence": {
-            "oneOf": [fence, {"type": "null"}],
-            "description": "the prefix of the log that the values come from; null without a row",
-        },
+        "fence": _says(
+            "the prefix of the log that the values come from; null without a row",
+            nullable(ref("Fence")),
+        ),
     }
+
+
+def _features(spans: Sequence[str]) -> dict[str, Any]:
+    kinds = {"integer": INTEGER, "number": NUMBER}
+    values: dict[str, Any] = {
+        each.public: nullable({**kinds[each.kind.json], "minimum": 0})
+        for each in declared.streamed(spans)
+    }
+    values |= {each.public: nullable(kinds[each.kind.json]) for each in declared.BATCH}
+    return object_of(values) | {"description": "null: unavailable, never 0"}
 
 
 _DECIDED: Mapping[str, Any] = {
-    "decision_id": {"type": "string", "format": "uuid"},
-    "decision": {"enum": ["approve", "review", "decline"], "description": "by the policy"},
-    "prediction": {"enum": ["FRAUD", "LEGIT"], "description": "by the model's own threshold"},
-    "probability": {"type": "number", "minimum": 0, "maximum": 1},
-    "model_version": {"type": "string", "description": "sha256 of the model"},
-    "policy_version": {"type": "string", "description": "sha256 of the policy"},
+    "decision_id": UUID,
+    "decision": ref("Action"),
+    "prediction": ref("Verdict"),
+    "probability": {**NUMBER, "minimum": 0, "maximum": 1},
+    "model_version": _says("sha256 of the model", TEXT),
+    "policy_version": _says("sha256 of the policy", TEXT),
 }
 
 
-def _prediction(spans: Sequence[str]) -> dict[str, Any]:
-    milliseconds = {"type": "number", "minimum": 0}
+def _decisions(spans: Sequence[str]) -> dict[str, Any]:
+    milliseconds = {**NUMBER, "minimum": 0}
+    return {
+        "Features": _features(spans),
+        "Fence": object_of({"epoch": INTEGER, "offset": INTEGER, "partition": nullable(INTEGER)}),
+        "Latency": object_of(
+            {"feature_retrieval_ms": milliseconds, "total_latency_ms": milliseconds}
+        ),
+        "Prediction": object_of(
+            {
+                **_served(),
+                **_DECIDED,
+                "replayed": {
+                    "type": "boolean",
+                    "description": "the decision was made before this request",
+                },
+                "latency_stats": ref("Latency"),
+            },
+            transaction_id=TEXT,
+        ),
+        "Decision": object_of(
+            {
+                **_served(),
+                **_DECIDED,
+                "transaction_id": nullable(TEXT),
+                "amount": nullable(NUMBER),
+                "currency": nullable(TEXT),
+                "merchant_id": nullable(TEXT),
+                "door": ref("Door"),
+                "score": _says("raw margin of the model", NUMBER),
+                "latency_ms": _by_name(NUMBER),
+                "trace_id": nullable(TEXT),
+                "decided_at": _TIME,
+            }
+        ),
+        "DecisionPage": object_of(
+            {
+                "decisions": list_of(ref("Decision")),
+                "next": _says("pass it as `before`; null on the last page", nullable(TEXT)),
+            }
+        ),
+        "Event": object_of({"at": _TIME, "amount": NUMBER}),
+        "User": _user(),
+    }
+
+
+def _user() -> dict[str, Any]:
     return object_of(
         {
-            **_served(spans),
-            **_DECIDED,
-            "replayed": {
-                "type": "boolean",
-                "description": "the decision was made before this request",
-            },
-            "latency_stats": object_of(
-                {"feature_retrieval_ms": milliseconds, "total_latency_ms": milliseconds}
+            **_served(),
+            "partition": _says("the partition of the user's records", INTEGER),
+            "events": list_of(
+                ref("Event"), description="in the longest window, newest first, at most 50"
             ),
-        },
-        transaction_id={"type": "string"},
-    )
-
-
-def _decision(spans: Sequence[str]) -> dict[str, Any]:
-    text = {"type": ["string", "null"]}
-    return object_of(
-        {
-            **_served(spans),
-            **_DECIDED,
-            "transaction_id": text,
-            "amount": {"type": ["number", "null"]},
-            "currency": text,
-            "merchant_id": text,
-            "door": {"enum": ["http", "stream"]},
-            "score": {"type": "number", "description": "raw margin of the model"},
-            "latency_ms": {"type": "object", "additionalProperties": {"type": "number"}},
-            "trace_id": text,
-            "decided_at": TIME,
+            "decisions": list_of(ref("Decision"), description="the last ten"),
         }
     )
 
 
-def _user(spans: Sequence[str]) -> dict[str, Any]:
-    return object_of(
+def _labels() -> dict[str, Any]:
+    one = object_of(
         {
-            **_served(spans),
-            "partition": {"type": "integer", "description": "the partition of the user's records"},
-            "events": {
-                "type": "array",
-                "items": object_of({"at": TIME, "amount": {"type": "number"}}),
-                "description": "in the longest window, newest first, at most 50",
-            },
-            "decisions": {
-                "type": "array",
-                "items": {"$ref": "#/components/schemas/Decision"},
-                "description": "the last ten",
-            },
-        }
-    )
-
-
-def _label() -> dict[str, Any]:
-    text = _text_or_number(1)
-    number = {"type": ["integer", "null"], "minimum": 0, "maximum": transactions.MAX_USER_ID}
-    return object_of(
-        {
-            "transaction_id": text,
-            "label": {"enum": list(labels.VOCABULARY)},
-            "source": text | {"description": "who made the label"},
-            "labelled_at": TIME | {"description": "when the truth became known"},
+            "transaction_id": ref("TextId"),
+            "label": ref("Truth"),
+            "source": ref("TextId"),
+            "labelled_at": _says("when the truth became known; not in the future", _GIVEN_TIME),
         },
-        user_id=number | {"description": "null: every transaction with this id"},
+        user_id=_says("null: every transaction with this id", nullable(USER_ID)),
     )
+    refused = {"result": ref("Refused"), "field": TEXT, "detail": TEXT}
+    by_result = {"stored": "LabelTaken", "known": "LabelTaken", "invalid": "LabelRefused"}
+    items = list_of(ref("Label"), minItems=1, maxItems=labels.MAX_ITEMS)
+    return {
+        "Label": one | {"description": "What one `source` says about a transaction."},
+        "LabelList": object_of({"labels": items}),
+        "LabelTaken": object_of({"result": ref("Taken")}),
+        "LabelRefused": object_of(refused),
+        "LabelResult": {
+            "oneOf": [ref("LabelTaken"), ref("LabelRefused")],
+            "discriminator": {
+                "propertyName": "result",
+                "mapping": {key: ref(name)["$ref"] for key, name in by_result.items()},
+            },
+        },
+        "LabelResults": object_of(
+            {
+                "results": list_of(ref("LabelResult"), description="in the order of `labels`"),
+                "stored": COUNT,
+                "known": COUNT,
+                "invalid": COUNT,
+            }
+        ),
+    }
 
 
 def _accuracy() -> dict[str, Any]:
-    count, money = {"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0}
-    share = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
+    share = nullable({**NUMBER, "minimum": 0, "maximum": 1})
+    money = {**NUMBER, "minimum": 0}
     figures = {
-        "matured": count | {"description": "decisions that can be judged"},
-        "positives": count | {"description": "matured decisions on fraud"},
-        "flagged": count | {"description": "matured decisions to review or decline"},
-        "found": count | {"description": "matured decisions on fraud that were flagged"},
+        "matured": _says("decisions that can be judged", COUNT),
+        "positives": _says("matured decisions on fraud", COUNT),
+        "flagged": _says("matured decisions to review or decline", COUNT),
+        "found": _says("matured decisions on fraud that were flagged", COUNT),
         "precision": share,
         "recall": share,
         "false_positive_rate": share,
-        "money": object_of(
+        "money": ref("Money"),
+        "excluded": _says("old enough, but declined and never labelled", COUNT),
+        "immature": _says("not old enough to be judged", COUNT),
+    }
+    return {
+        "Money": object_of(
             dict.fromkeys(("caught", "reviewed", "missed", "wrongly_declined"), money)
         ),
-        "excluded": count | {"description": "old enough, but declined and never labelled"},
-        "immature": count | {"description": "not old enough to be judged"},
+        "Figures": object_of(figures),
+        "FiguresOfDay": object_of({"day": {"type": "string", "format": "date"}, **figures}),
+        "FiguresOfModel": object_of(
+            {
+                "model_version": TEXT,
+                "total": ref("Figures"),
+                "days": list_of(ref("FiguresOfDay"), description="newest first, in UTC"),
+            }
+        ),
+        "Accuracy": object_of(
+            {
+                "as_of": _TIME,
+                "since": nullable(_TIME),
+                "label_maturity_days": NUMBER,
+                "friendly_fraud_is_fraud": {"type": "boolean"},
+                "models": list_of(ref("FiguresOfModel")),
+            }
+        ),
     }
-    day = object_of({"day": {"type": "string", "format": "date"}, **figures})
-    model = object_of(
-        {
-            "model_version": {"type": "string"},
-            "total": object_of(figures),
-            "days": {"type": "array", "items": day, "description": "newest first, in UTC"},
-        }
-    )
-    return object_of(
-        {
-            "as_of": TIME,
-            "since": {"type": ["string", "null"]},
-            "label_maturity_days": {"type": "number"},
-            "friendly_fraud_is_fraud": {"type": "boolean"},
-            "models": {"type": "array", "items": model},
-        }
-    )
-
-
-_REASON: Mapping[str, Any] = {"type": ["string", "null"]}
-
-
-def _health() -> dict[str, Any]:
-    text, number = {"type": "string"}, {"type": "number"}
-    return object_of(
-        {
-            "status": {"enum": ["ready", "degraded", "starting", "failed"]},
-            "reasons": {"type": "array", "items": text},
-        },
-        tasks=_by_name(_task_health()),
-        model=object_of({"sha256": text, "threshold": number, "policy": text}),
-        decisions=_by_name(_outbox_health())
-        | {"description": "decisions on requests that wait for each store"},
-        servers=_by_name(_REASON) | {"description": "null: the server answers; otherwise why not"},
-        partitions=_by_name(_partition_health()),
-        producer=object_of({"rate": number, "reason": text}),
-    )
 
 
 def _by_name(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": schema}
 
 
-def _task_health() -> dict[str, Any]:
-    return object_of(
-        {
-            "state": {"type": "string"},
-            "since_s": {"type": "number"},
-            "restarts": {"type": "integer"},
-            "last_error": _REASON,
-        }
+def _health() -> dict[str, Any]:
+    reason = nullable(TEXT)
+    parts = {
+        "TaskHealth": object_of(
+            {"state": TEXT, "since_s": NUMBER, "restarts": INTEGER, "last_error": reason}
+        ),
+        "ModelHealth": object_of({"sha256": TEXT, "threshold": NUMBER, "policy": TEXT}),
+        "OutboxHealth": object_of(
+            {"waiting": INTEGER, "oldest_s": NUMBER, "dropped": INTEGER, "problem": reason}
+        ),
+        "PartitionHealth": object_of(
+            {
+                "state": TEXT,
+                "progress": NUMBER,
+                "remaining_s": NUMBER,
+                "lag": nullable(INTEGER),
+                "epoch": INTEGER,
+                "offset": INTEGER,
+            }
+        ),
+        "ProducerHealth": object_of({"rate": NUMBER, "reason": TEXT}),
+    }
+    whole = object_of(
+        {"status": ref("Status"), "reasons": list_of(TEXT)},
+        tasks=_by_name(ref("TaskHealth")),
+        model=ref("ModelHealth"),
+        decisions=_says(
+            "decisions on requests that wait for each store", _by_name(ref("OutboxHealth"))
+        ),
+        servers=_says("null: the server answers; otherwise why not", _by_name(reason)),
+        partitions=_by_name(ref("PartitionHealth")),
+        producer=ref("ProducerHealth"),
     )
+    alive = {"type": "string", "enum": ["alive"]}
+    return {**parts, "Health": whole, "Alive": object_of({"status": alive})}
 
 
-def _outbox_health() -> dict[str, Any]:
+def _problem() -> dict[str, Any]:
     return object_of(
         {
-            "waiting": {"type": "integer"},
-            "oldest_s": {"type": "number"},
-            "dropped": {"type": "integer"},
-            "problem": _REASON,
-        }
-    )
-
-
-def _partition_health() -> dict[str, Any]:
-    return object_of(
-        {
-            "state": {"type": "string"},
-            "progress": {"type": "number"},
-            "remaining_s": {"type": "number"},
-            "lag": {"type": ["integer", "null"]},
-            "epoch": {"type": "integer"},
-            "offset": {"type": "integer"},
-        }
+            "type": {"type": "string", "format": "uri-reference"},
+            "title": TEXT,
+            "status": {"type": "integer", "format": "int32"},
+            "detail": TEXT,
+            "code": ref("ProblemCode"),
+        },
+        field=_says("the field at fault, with `invalid` and `conflict`", TEXT),
     )
