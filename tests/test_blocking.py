@@ -65,6 +65,7 @@ async def test_no_part_makes_a_blocking_call_in_the_loop(environ):
                         "/metrics",
                         "/openapi.json",
                         "/docs",
+                        "/docs/swagger-ui.css",
                     ):
                         answers.append(await http.get(path))
                 await kept.close()

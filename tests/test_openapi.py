@@ -145,6 +145,8 @@ def test_a_generated_client_can_ask_everything(generated):
     assert "cerberus_predictions_total" in ask("get_metrics")
     assert ask("get_open_api")["openapi"].startswith("3.1")
     assert "<!doctype html>" in ask("get_docs")
+    for file in models.PageFile:
+        assert len(ask("get_docs_file", file)) > 100_000
     assert ask("get_health", client=keyless).code == models.ProblemCode.UNAUTHORIZED
 
 

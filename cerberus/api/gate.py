@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cerberus import assembly, errors, supervision
-from cerberus.api import access, health, problems
+from cerberus.api import access, health, pages, problems
 from cerberus.postgres import pool as postgres_pool
 
 ALIVE, HEALTH = "/health/live", "/health"
@@ -85,7 +86,7 @@ class Gate:
             try:
                 _admit(parts, scope)
             except errors.CerberusError as error:
-                refusal = await problems.refuse(Request(scope), error)
+                refusal = await _refuse(Request(scope), error)
                 await refusal(scope, receive, note)
             else:
                 await self._app(scope, receive, note)
@@ -94,6 +95,14 @@ class Gate:
                 # The path may be `*`, or empty.
                 route = path if path in _ROUTES else f"/{path[1:].partition('/')[0]}"
                 parts.service.meter.request(route if route in _ROUTES else "other", status)
+
+
+async def _refuse(request: Request, error: errors.CerberusError) -> Response:
+    asks_for_a_page = "text/html" in request.headers.get("accept", "")
+    if isinstance(error, errors.Unauthorized) and request.url.path == pages.PATH:
+        if asks_for_a_page and request.method == "GET":
+            return pages.page(401)
+    return await problems.refuse(request, error)
 
 
 def _admit(parts: Parts | None, scope: Scope) -> None:

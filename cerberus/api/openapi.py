@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cerberus.api import codes, schemas
+from cerberus.api import codes, pages, schemas
 from cerberus.serving import lookups
 
 VERSION = "1.0.0"
@@ -73,6 +73,7 @@ def document(spans: Sequence[str], currency: str, *, keyed: bool = False) -> dic
             "/metrics": {"get": _metrics()},
             "/openapi.json": {"get": _openapi()},
             "/docs": {"get": _docs()},
+            "/docs/{file}": {"get": _docs_file()},
         },
         "components": {
             "schemas": schemas.every(spans, currency),
@@ -271,6 +272,16 @@ def _openapi() -> dict[str, Any]:
 
 def _docs() -> dict[str, Any]:
     return _get("getDocs", "This document as a page, to read and to try", "text/html", schemas.TEXT)
+
+
+def _docs_file() -> dict[str, Any]:
+    of_page = _get("getDocsFile", "A file of the page", "text/javascript", schemas.TEXT)
+    of_page["responses"]["200"]["content"] |= {
+        kind: {"schema": schemas.TEXT} for kind in pages.FILES.values()
+    }
+    asked = _parameter("file", schemas.ref("PageFile"), "its name", place="path")
+    of_page["responses"] |= _problems("not_found", "api_disabled", *_EVERYWHERE)
+    return of_page | {"parameters": [asked]}
 
 
 def _get(name: str, summary: str, content_type: str, schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def build(lifespan: Lifespan[Starlette] | None = None) -> Starlette:
             Route(gate.ALIVE, live),
             Route("/metrics", scrape),
             Route("/openapi.json", document),
-            Route("/docs", page),
+            Route(pages.PATH, page),
+            Route(f"{pages.PATH}/{{file}}", page_file),
         ],
         middleware=[Middleware(gate.Gate)],
         exception_handlers=problems.HANDLERS,
@@ -192,7 +193,9 @@ async def document(request: Request) -> Response:
 
 async def page(request: Request) -> Response:
     """Answer `GET /docs`."""
-    parts: gate.Parts = request.app.state.parts
-    shown = pages.docs(openapi.document(parts.service.spans.names, parts.service.config.currency))
-    policy = {"Content-Security-Policy": pages.POLICY}
-    return Response(shown, media_type="text/html", headers=policy)
+    return pages.page()
+
+
+async def page_file(request: Request) -> Response:
+    """Answer `GET /docs/{file}`."""
+    return await pages.file(request.path_params["file"], request.scope)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cerberus import labels, transactions
-from cerberus.api import codes
+from cerberus.api import codes, pages
 from cerberus.features import declared, evaluation
 
 INTEGER: Mapping[str, Any] = {"type": "integer", "format": "int64"}
@@ -107,6 +107,7 @@ _ENUMS: Mapping[str, Any] = {
     "Taken": _enum("What became of a label that was taken.", "stored", "known"),
     "Refused": _enum("What became of a label that was refused.", "invalid"),
     "Status": _enum("The state of the service.", "ready", "degraded", "starting", "failed"),
+    "PageFile": _enum("A file of the page at `/docs`.", *pages.FILES),
     "ProblemCode": _enum(
         "; ".join(f"`{code}`: {known.when}" for code, known in codes.PROBLEMS.items()),
         *codes.PROBLEMS,
