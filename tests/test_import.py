@@ -87,10 +87,8 @@ async def pool(config):
         yield pool
 
 
-def plan(path, kind="transactions", again=False, rejects=None, label_values=(), **how):
-    return importing.Plan(
-        {kind: path}, {kind: layouts.Layout(**how)}, dict(label_values), rejects, again
-    )
+def plan(path, kind="transactions", again=False, rejects=None, select="", encoding=""):
+    return importing.Plan({kind: path}, {kind: layouts.Layout(select, encoding)}, rejects, again)
 
 
 async def load(config, *arguments, **how):
@@ -304,26 +302,14 @@ async def test_refused_rows_are_told_with_their_line(config, pool, tmp_path):
 
 async def test_columns_formats_and_units_of_a_bank_s_own(config, pool, tmp_path):
     rows = [{"TX": 17, "CUST": 5.0, "CENTS": 1250, "AT": BEGIN_MS / 1000, "FRAUD": 1}]
-    columns = {
-        "transaction_id": "TX",
-        "user_id": "CUST",
-        "amount": "CENTS",
-        "timestamp": "AT",
-        "label": "FRAUD",
-    }
-    how = {"columns": columns, "timestamp_format": "epoch_s", "amount_unit": "minor"}
+    select = "TX AS transaction_id, CUST AS user_id, "
     for kind in FORMATS:
         path = write(tmp_path / f"bank.{kind}", rows)
         await pool.execute("TRUNCATE transactions, labels, imports")
-        await load(config, path, constants={"merchant_id": "shop"}, **how)
-        await load(
-            config,
-            path,
-            "labels",
-            columns=columns,
-            constants={"labelled_at": moment(BEGIN_MS + 5), "source": "bank"},
-            label_values={"1": "fraud", "0": "legitimate"},
-        )
+        paid = select + 'CENTS::BIGINT * 0.01 AS amount, to_timestamp("AT"::DOUBLE) AS timestamp'
+        await load(config, path, select=f"{paid}, 'shop' AS merchant_id")
+        told = f"CASE FRAUD::INT WHEN 1 THEN 'fraud' END AS label, '{moment(BEGIN_MS + 5)}' "
+        await load(config, path, "labels", select=f"{select}{told}AS labelled_at, 'bank' AS source")
         [row] = await pool.fetch("SELECT * FROM transactions")
         assert (row["transaction_id"], row["user_id"], row["amount_minor"]) == ("17", 5, 1250)
         assert (row["event_ms"], row["merchant_id"]) == (BEGIN_MS, "shop")
@@ -334,7 +320,7 @@ async def test_columns_formats_and_units_of_a_bank_s_own(config, pool, tmp_path)
 
 async def test_a_column_that_is_not_there_is_named_before_anything_is_read(config, tmp_path):
     path = write(tmp_path / "past.csv", [{"transaction_id": 1, "user_id": 2, "amount": 3}])
-    with pytest.raises(errors.InvalidInput, match=r"timestamp: .*--column timestamp="):
+    with pytest.raises(errors.InvalidInput, match=r"timestamp: .*--select .*AS timestamp"):
         await load(config, path)
     with pytest.raises(errors.InvalidInput, match=r"past\.xls: .*\.csv"):
         await load(config, path.rename(tmp_path / "past.xls"))

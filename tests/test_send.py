@@ -59,7 +59,7 @@ async def test_csv_and_parquet_are_sent_as_json_lines_are(environ, tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     for path, options in (
         (write(tmp_path / "rows.jsonl", rows), ()),
-        (tmp_path / "rows.csv", ("--column", "transaction_id=TX")),
+        (tmp_path / "rows.csv", ("--select", "TX AS transaction_id")),
         (tmp_path / "rows.parquet", ()),
     ):
         done = send(environ, path, *options)

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Remove the person; return 0, or 1 if nothing was removed or Kafka did not answer."""
-    user_id = transactions.parse_user_id({"user_id": layouts.whole(arguments.user)})
+    user_id = transactions.parse_user_id({"user_id": layouts.whole(arguments.user, "user_id")})
     config = settings.load(os.environ)
     if not asyncio.run(_remove(config, user_id, sure=arguments.yes)):
         printable.say("nothing was removed")

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import os
 import pathlib
+from typing import Any
 
 from cerberus import assembly, errors, printable, settings
 from cerberus.files import importing, layouts
@@ -12,44 +13,65 @@ from cerberus.online import pool as redis_pool
 from cerberus.postgres import imports
 
 
+class _OfFile(argparse.Action):
+    """Keeps an option together with the file that was named before it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Keep it."""
+        if self.dest in importing.FIELDS:
+            if self.dest in namespace.files:
+                parser.error(f"{option_string} is given twice")
+            namespace.files = namespace.files | {self.dest: {"path": values}}
+            return
+        if not namespace.files:
+            parser.error(f"{option_string} must come behind the file that it is about")
+        kind = list(namespace.files)[-1]
+        if self.dest in namespace.files[kind]:
+            parser.error(f"{option_string} is given twice for one file")
+        told = namespace.files[kind] | {self.dest: values}
+        namespace.files = namespace.files | {kind: told}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the files and the options."""
     parser.description = (
-        "Load past transactions, labels and credit scores. Each file is CSV, JSON lines or "
-        "Parquet, as its suffix says."
+        "Load past transactions, labels and credit scores: of each a file, or a folder or glob of "
+        "files. They are CSV, JSON or Parquet, as the suffix says."
     )
+    parser.set_defaults(files={})
     for kind in importing.FIELDS:
         parser.add_argument(
             _flag(kind),
+            action=_OfFile,
+            dest=kind,
             type=pathlib.Path,
             metavar="FILE",
             help=f"a file of {kind.replace('_', ' ')}",
         )
+    about = "; it is about the file before it"
+    for option, metavar, said in (
+        ("--select", "SQL", layouts.SELECT_HELP),
+        ("--encoding", "NAME", layouts.ENCODING_HELP),
+    ):
+        parser.add_argument(option, action=_OfFile, metavar=metavar, help=said + about)
     parser.add_argument(
         "--rejects", type=pathlib.Path, metavar="FILE", help="write refused rows here"
     )
     parser.add_argument("--again", action="store_true", help="read finished files again")
-    parser.add_argument(
-        "--label-value",
-        action="append",
-        default=[],
-        type=layouts.pair,
-        metavar="VALUE=LABEL",
-        help="what a value of the label column means, such as 1=fraud; repeatable",
-    )
-    layouts.add_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Import and print the result; return 0, or 1 if every row of a file was refused."""
     plan = _plan(arguments)
     done = asyncio.run(load(settings.load(os.environ), plan))
-    for kind, progress in done.items():
-        there = progress.position[0] - progress.added - progress.rejected
-        said = f"{kind}: {progress.added} added, {there} were there, {progress.rejected} refused"
-        printable.say(said + (f": {plan.rejects_of(kind)}" if progress.rejected else ""))
     if "transactions" in done and done["transactions"].added:
-        printable.say("windows count them after the next start of the consumers")
+        printable.say("windows count imported transactions after the next start of the consumers")
     return int(any(p.rejected and p.rejected == p.position[0] for p in done.values()))
 
 
@@ -58,7 +80,7 @@ async def load(config: settings.Settings, plan: importing.Plan) -> dict[str, imp
     with contextlib.suppress(errors.FeaturesUnavailable):
         await redis_pool.check(config)
     async with assembly.for_command(config) as service:
-        return await importing.load(config, plan, service.postgres, service.redis)
+        return await importing.load(config, plan, service.postgres, service.redis, printable.say)
 
 
 def _flag(kind: str) -> str:
@@ -66,15 +88,15 @@ def _flag(kind: str) -> str:
 
 
 def _plan(chosen: argparse.Namespace) -> importing.Plan:
-    fields = importing.FIELDS
-    files = {kind: path for kind in fields if (path := getattr(chosen, kind)) is not None}
-    if not files:
-        names = ", ".join(map(_flag, fields))
+    if not chosen.files:
+        names = ", ".join(map(_flag, importing.FIELDS))
         raise errors.InvalidInput("FILE", f"give at least one of {names}")
     return importing.Plan(
-        files=files,
-        layouts=layouts.read_options(chosen, {k: (*fields[k][0], *fields[k][1]) for k in files}),
-        label_values=dict(chosen.label_value),
+        files={kind: told["path"] for kind, told in chosen.files.items()},
+        layouts={
+            kind: layouts.Layout(told.get("select", ""), told.get("encoding", ""))
+            for kind, told in chosen.files.items()
+        },
         rejects=chosen.rejects,
         again=chosen.again,
     )

@@ -15,9 +15,10 @@ _SLOWEST = 0.001
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the file and the options."""
     parser.description = (
-        "Publish a file of transactions: CSV, JSON lines or Parquet, as its suffix says."
+        "Publish transactions of a file, or of a folder or glob of files: CSV, JSON or Parquet, as "
+        "the suffix says."
     )
-    parser.add_argument("file", type=pathlib.Path, help="the file")
+    parser.add_argument("file", type=pathlib.Path, help="the file, the folder or the glob")
     pace = parser.add_mutually_exclusive_group()
     pace.add_argument("--rate", type=_positive, help="transactions a second")
     pace.add_argument(
@@ -31,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="send although the topic may delete records before they are consumed",
     )
-    layouts.add_options(parser)
+    parser.add_argument("--select", default="", metavar="SQL", help=layouts.SELECT_HELP)
+    parser.add_argument("--encoding", default="", help=layouts.ENCODING_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,8 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     pace = sending.Pace(arguments.rate, arguments.speed, arguments.now)
     if pace.now and pace == sending.Pace(now=True):
         raise errors.InvalidInput("--now", "needs --rate or --speed")
-    fields = {"transactions": (*layouts.REQUIRED, *layouts.OPTIONAL)}
-    layout = layouts.read_options(arguments, fields)["transactions"]
+    layout = layouts.Layout(arguments.select, arguments.encoding)
     config = settings.load(os.environ)
     sender = sending.Sender(config, arguments.file, layout, pace)
     topic = asyncio.run(capacity.ask(config))

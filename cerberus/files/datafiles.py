@@ -1,43 +1,77 @@
-"""Rows of a data file: CSV, JSON lines or Parquet, piece by piece, from any row on.
+"""Rows of a data file: CSV, JSON or Parquet, piece by piece, from any row on.
 
 It does no I/O but reading the file, and holds one piece in memory, however long the file is. A row
-is identified by its line: in a CSV file the header is line 1, in a Parquet file the first row is.
+is identified by its line in a file of lines (the first line is 1), by its number in a JSON array or
+a Parquet file.
 """
 
 import csv
+import glob
 import hashlib
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import orjson
 
 from cerberus import documents, errors
+from cerberus.files import texts
+from cerberus.files.rows import START, Position, Row
 
-_SUFFIXES = {".csv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json"} | dict.fromkeys(
-    (".parquet", ".pq"), "parquet"
+CSV, LINES, ARRAY, PARQUET = "csv", "lines", "array", "parquet"
+SUFFIXES = (
+    dict.fromkeys((".csv", ".tsv", ".txt"), CSV)
+    | dict.fromkeys((".jsonl", ".ndjson", ".json"), LINES)
+    | dict.fromkeys((".parquet", ".pq"), PARQUET)
 )
-_DELIMITERS = (",", ";", "\t", "|")
-_HEAD_BYTES, _LINE_BYTES, _ROW_LINES = 1 << 20, 1 << 20, 100
+REJECTS = ".rejects.jsonl"
+"""How the name of a file of rejected rows ends."""
+_PIECE_BYTES, _HEAD_BYTES = 8 << 20, 1 << 20
+_BROKEN_FILE = (EOFError, OSError, zlib.error)
+_PARTITION = re.compile(r"([^=/]+)=([^=/]*)")
 
 
-class Position(NamedTuple):
-    """How much of a file lies before a place: rows, lines, and bytes of a text file."""
-
-    rows: int = 0
-    lines: int = 0
-    bytes: int = 0
-
-
-START = Position()
+def kind_of(path: pathlib.Path) -> str:
+    """Return the format that a file's name says; empty if it says none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    return SUFFIXES.get(suffixes[-1], "") if suffixes else ""
 
 
-class Row(NamedTuple):
-    """One row: its values by column, or why it cannot be read."""
+def parts(path: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files that a path means: itself, all data files below a folder, or of a glob.
 
-    line: int
-    values: Mapping[str, Any]
-    broken: str = ""
+    Raises:
+        InvalidInput: There is none.
+    """
+    if path.is_dir():
+        found = [each for each in path.rglob("*") if _is_part(each.relative_to(path))]
+    elif path.exists() or not glob.has_magic(str(path)):
+        found = [path]
+    else:
+        named = map(pathlib.Path, glob.glob(str(path), recursive=True))
+        found = [each for each in named if _is_part(pathlib.Path(each.name))]
+    found = sorted(each for each in found if each.is_file())
+    if not found:
+        raise errors.InvalidInput(str(path), "is not there, or holds no data file")
+    return found
+
+
+def root_of(path: pathlib.Path) -> pathlib.Path | None:
+    """Return the folder of which `path` means the files; None if it means one file."""
+    if path.is_dir():
+        return path
+    if path.exists() or not glob.has_magic(str(path)):
+        return None
+    return next(each for each in path.parents if not glob.has_magic(str(each)))
+
+
+def _is_part(path: pathlib.Path) -> bool:
+    hidden = any(part.startswith(("_", ".")) for part in path.parts)
+    return bool(kind_of(path)) and not hidden and not path.name.endswith(REJECTS)
 
 
 class File:
@@ -45,43 +79,107 @@ class File:
 
     Args:
         path: The file; its suffix gives the format.
-        wanted: Names of the needed columns; others are not read from a Parquet file.
+        fields: The fields that are wanted of each row.
+        select: SQL that makes fields of columns; a field that it does not name has its own column.
+        encoding: The encoding of a text that is not UTF-8.
+        root: The folder that was asked for; `name=value` below it are columns.
 
     Attributes:
         path: The file.
+        name: Its name, from the folder on that was asked for.
         size: Its size in bytes.
-        columns: Names of all its columns; None in JSON lines, where each row has its own.
-        total: What `done` returns at the end of the file.
+        columns: Names of all its columns; None in JSON, where each row has its own.
+        fields: The fields that its rows can have.
+        total: What `done` returns at the end of the file; None if that is not known.
         unit: The unit of `total`: "B" or "rows".
 
     Raises:
-        InvalidInput: The suffix is unknown, the header is broken, or the file is not Parquet.
+        InvalidInput: The suffix is unknown, the header is broken, the file is not Parquet, or the
+            SQL does not fit it.
     """
 
-    def __init__(self, path: pathlib.Path, wanted: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: pathlib.Path,
+        fields: Sequence[str],
+        select: str = "",
+        encoding: str = "",
+        root: pathlib.Path | None = None,
+    ) -> None:
         self.path = path
+        self.name = str(path.relative_to(root.parent)) if root else path.name
         self.size = path.stat().st_size
-        self._kind = _SUFFIXES.get(path.suffix.lower(), "")
-        self._wanted = set(wanted)
-        self.total, self.unit = self.size, "B"
-        self.columns: list[str] | None = None
-        if self._kind == "csv":
-            self.columns = self._header()
-        elif self._kind == "parquet":
-            found = _parquet(path)
-            self.total, self.unit = found.metadata.num_rows, "rows"
-            self.columns = list(found.schema_arrow.names)
-        elif not self._kind:
+        self._kind = kind_of(path)
+        below = path.relative_to(root).parts[:-1] if root else ()
+        self._told = {m[1]: m[2] for part in below if (m := _PARTITION.fullmatch(part))}
+        if not self._kind:
             raise errors.InvalidInput(
-                path.name, f"its name must end in one of {', '.join(_SUFFIXES)}"
+                path.name,
+                f"its name must end in one of {', '.join(SUFFIXES)}, perhaps followed by .gz",
             )
+        self._mapping: Any = None
+        if select or self._kind == PARQUET:
+            from cerberus.files import engine  # takes 0.3 s, which a plain text does not need
+
+            self._mapping = engine.Mapping(select, fields)
+        wanted = self._mapping.wanted if self._mapping else list(fields)
+        self.total, self.unit = self._open(wanted, encoding)
+        known = None if self.columns is None else [*self.columns, *self._told]
+        self._picked = self._pick(wanted, known)
+        given = self._mapping.given if self._mapping else []
+        own = {name.lower() for name in (*self._picked, *self._told)}
+        self.fields = {f for f in fields if f in given or known is None or f in own}
+        if self._mapping:
+            kinds = dict.fromkeys((*self._picked, *self._told), "VARCHAR")
+            found = self._source.columns if self._kind == PARQUET else {}
+            self._mapping.bind(kinds | {name: found[name] for name in self._picked if found})
+
+    def _open(self, wanted: Sequence[str], encoding: str) -> tuple[int | None, str]:
+        self.columns: list[str] | None = None
+        if self._kind == PARQUET:
+            from cerberus.files import engine
+
+            self._source = engine.Parquet(self.path)
+            self.columns = list(self._source.columns)
+            return self._source.rows, "rows"
+        self._text = texts.Text(self.path, encoding)
+        if self._kind == CSV:
+            try:
+                self._header = texts.header(self._text, wanted)
+            except (ValueError, *_BROKEN_FILE) as error:
+                raise errors.InvalidInput(self.path.name, f"its header {error}") from error
+            self.columns = self._header.cells
+        elif self._kind == LINES:
+            with self._text.open() as file:
+                head = file.read(texts.LINE_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+            self._kind = ARRAY if head.startswith(b"[") else LINES
+        return None if self._text.packed else self.size, "B"
+
+    def _pick(self, wanted: Sequence[str], known: Sequence[str] | None) -> dict[str, int]:
+        """Return the columns to read, with their places in a row."""
+        if known is None:
+            return dict.fromkeys(wanted, 0)
+        names = {name.lower() for name in wanted}
+        found = [(name, i) for i, name in enumerate(known) if name.lower() in names]
+        lower = [name.lower() for name, _ in found]
+        for name, _ in found:
+            if lower.count(name.lower()) > 1:
+                raise errors.InvalidInput(
+                    name.lower(), f"{self.path.name} has several columns {name!r}: keep one"
+                )
+        return {name: i for name, i in found if name not in self._told}
 
     def done(self, position: Position) -> int:
         """Return how much of `total` lies before a position."""
         return position.rows if self.unit == "rows" else position.bytes
 
     def fingerprint(self) -> str:
-        """Return a hash of the size and the first MiB, which identifies the file."""
+        """Return a hash of the whole content. Cost: a second per GB."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def first_fingerprint(self) -> str:
+        """Return the hash by which earlier releases know the file: of its size and first MiB."""
         with self.path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
         return hashlib.sha256(b"%d\0%s" % (self.size, head)).hexdigest()
@@ -89,42 +187,58 @@ class File:
     def pieces(self, size: int, start: Position = START) -> Iterator[tuple[list[Row], Position]]:
         """Yield up to `size` rows at a time, from `start` on, with the position after the last.
 
-        Raises:
-            InvalidInput: The file is not Parquet.
-        """
-        if self._kind == "parquet":
-            yield from self._parquet_pieces(size, start)
-            return
-        rows: list[Row] = []
-        at = start
-        for row, at in self._csv_rows(start) if self._kind == "csv" else self._json_rows(start):
-            rows.append(row)
-            if len(rows) == size:
-                yield rows, at
-                rows = []
-        if rows:
-            yield rows, at
+        A piece has fewer rows where they are long, or where the SQL leaves some out.
 
-    def _header(self) -> list[str]:
-        with self.path.open("rb") as file:
-            lines = _Lines(file, START)
-            header = next(lines, "")
+        Raises:
+            InvalidInput: naming the row from which the file cannot be read.
+        """
+        at = start
         try:
-            if header.strip() and not lines.broken:
-                return _split(header)[1]
-            broken = lines.broken or "is empty"
-        except csv.Error as error:
-            broken = f"is not CSV: {error}"
-        raise errors.InvalidInput(self.path.name, f"its header {broken}")
+            read = self._parquet_pieces if self._kind == PARQUET else self._text_pieces
+            for rows, after in read(size, start):
+                yield rows, after
+                at = after
+        except _BROKEN_FILE as error:
+            raise errors.InvalidInput(
+                self.path.name, f"cannot be read behind row {at.rows}: {error}"
+            ) from error
+
+    def _text_pieces(self, size: int, start: Position) -> Iterator[tuple[list[Row], Position]]:
+        reader = {CSV: self._csv_rows, LINES: self._json_rows, ARRAY: self._elements}[self._kind]
+        rows: list[Row] = []
+        begin = at = start
+        for row, at in reader(start):
+            rows.append(row)
+            if len(rows) == size or at.bytes - begin.bytes >= _PIECE_BYTES:
+                yield self._mapped(rows, begin), at
+                rows, begin = [], at
+        if rows:
+            yield self._mapped(rows, begin), at
+
+    def _mapped(self, rows: list[Row], begin: Position) -> list[Row]:
+        if not self._mapping:
+            return rows
+        from cerberus.files import engine
+
+        numbered = [(begin.rows + 1 + i, row) for i, row in enumerate(rows) if not row.broken]
+        names = list(self._picked)
+        columns = {name: [row.values.get(name) for _, row in numbered] for name in names}
+        table = engine.table([row.line for _, row in numbered], columns)
+        numbers = [number for number, _ in numbered]
+        table = engine.complete(table, self._told, self.path.name, numbers)
+        broken = [row for row in rows if row.broken]
+        return sorted(broken + self._mapping.rows(table), key=lambda row: row.line)
 
     def _csv_rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
-        with self.path.open("rb") as file:
-            lines = _Lines(file, START)
-            delimiter, header = _split(next(lines, ""))
-            if start.bytes:
-                file.seek(start.bytes)
-                lines = _Lines(file, start)
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        header, told = self._header, self._told
+        if not start.bytes:
+            start = header.end._replace(rows=start.rows)
+        width = len(header.cells)
+        # The SQL has its own spelling of a column; a field has one.
+        picked = [(name if self._mapping else name.lower(), i) for name, i in self._picked.items()]
+        with self._text.open(start.bytes) as file:
+            lines = texts.Lines(file, start, self._text.encoding)
+            reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
             rows = start.rows
             while True:
                 line = lines.begin_row()
@@ -137,117 +251,59 @@ class File:
                 if not cells and not lines.broken:
                     continue  # an empty line
                 broken = lines.broken
-                if not broken and len(cells) != len(header):
-                    broken = f"has {len(cells)} cells, the header {len(header)}"
-                if not broken and lines.at.lines - line >= _ROW_LINES:
-                    broken = f"has a cell of more than {_ROW_LINES} lines"
-                if broken and lines.at != lines.second:
+                if not broken and len(cells) != width:
+                    broken = f"has {len(cells)} cells, the header {width}"
+                if broken and lines.at.lines > line:
                     # A surplus quote has swallowed the lines after it: only its own is rejected.
-                    file.seek(lines.second.bytes)
-                    lines = _Lines(file, lines.second)
-                    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-                values = {} if broken else dict(zip(header, cells, strict=True))
+                    lines.put_back()
+                    reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
+                values = {} if broken else {name: cells[i] or None for name, i in picked}
                 rows += 1
-                yield Row(line, values, broken), lines.at._replace(rows=rows)
+                yield Row(line, told | values, broken), lines.at._replace(rows=rows)
 
     def _json_rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
-        with self.path.open("rb") as file:
-            file.seek(start.bytes)
-            lines = _Lines(file, start)
-            rows = start.rows
-            for line in lines:
-                broken, lines.broken = lines.broken, ""
-                if not broken and not line.strip():
-                    continue
-                rows += 1
-                values: Any = {}
-                try:
-                    values = {} if broken else documents.read(line)
-                except orjson.JSONDecodeError as error:
-                    broken = f"is not JSON: {error}"
-                except documents.Repeated as error:
-                    broken = f"{error}"
-                if not isinstance(values, dict):
-                    broken = "must be a JSON object"
-                yield Row(lines.at.lines, values, broken), lines.at._replace(rows=rows)
+        with self._text.open(start.bytes) as file:
+            lines = texts.Lines(file, start, self._text.encoding)
+            rows, line = start.rows, lines.begin_row()
+            for text in lines:
+                if lines.broken or text.strip():
+                    rows += 1
+                    row = self._json_row(line, text, lines.broken)
+                    yield row, lines.at._replace(rows=rows)
+                line = lines.begin_row()
+
+    def _elements(self, start: Position) -> Iterator[tuple[Row, Position]]:
+        broken = f"is longer than {texts.LINE_BYTES} bytes, or the array does not end behind it"
+        with self._text.open(start.bytes) as file:
+            for raw, at in texts.Elements(file, start):
+                yield self._json_row(at.rows, raw or b"", "" if raw is not None else broken), at
+
+    def _json_row(self, line: int, text: str | bytes, broken: str) -> Row:
+        if broken:
+            return Row(line, {}, broken)
+        try:
+            found = documents.read(text)
+        except orjson.JSONDecodeError as error:
+            return Row(line, {}, f"is not JSON: {error}")
+        except documents.Repeated as error:
+            return Row(line, {}, f"{error}")
+        if not isinstance(found, dict):
+            return Row(line, {}, "must be a JSON object")
+        return Row(line, self._told | found if self._told else found)
 
     def _parquet_pieces(self, size: int, start: Position) -> Iterator[tuple[list[Row], Position]]:
-        file = _parquet(self.path)
-        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        first, skipped = 0, 0
-        while first < len(groups) and skipped + groups[first] <= start.rows:
-            skipped += groups[first]
-            first += 1
-        columns = [name for name in file.schema_arrow.names if name in self._wanted]
-        rest = range(first, len(groups))
-        for batch in file.iter_batches(size, row_groups=list(rest), columns=columns):
-            passed = max(0, start.rows - skipped)
-            begin = skipped + min(passed, batch.num_rows)
-            skipped += batch.num_rows
-            if begin < skipped:
-                yield _parquet_rows(batch.slice(passed), begin + 1), Position(skipped, skipped)
+        from cerberus.files import engine
 
-
-class _Lines:
-    """Yields the lines of a UTF-8 text and keeps its position; `broken` says why one is invalid."""
-
-    def __init__(self, file: Any, at: Position) -> None:
-        self._file = file
-        self.at = self.second = at
-        self.broken = ""
-        self._first = True
-
-    def begin_row(self) -> int:
-        """Return the line where the next row begins; `second` becomes the position after it."""
-        self.broken, self._first = "", True
-        return self.at.lines + 1
-
-    def __iter__(self) -> "_Lines":
-        return self
-
-    def __next__(self) -> str:
-        raw = self._file.readline(_LINE_BYTES)
-        if not raw:
-            raise StopIteration
-        size = len(raw)
-        if size == _LINE_BYTES and not raw.endswith(b"\n"):
-            self.broken = f"is longer than {_LINE_BYTES} bytes"
-            while (more := self._file.readline(_LINE_BYTES)) and not more.endswith(b"\n"):
-                size += len(more)
-            size, raw = size + len(more), b"\n"
-        if not self.at.bytes:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
-        self.at = self.at._replace(lines=self.at.lines + 1, bytes=self.at.bytes + size)
-        if self._first:
-            self.second, self._first = self.at, False
-        try:
-            return str(raw, "utf-8")
-        except UnicodeDecodeError:
-            self.broken = "is not UTF-8"
-            return str(raw, "utf-8", "replace")
-
-
-def _split(header: str) -> tuple[str, list[str]]:
-    """Return a CSV file's delimiter, guessed from its header, and the header's cells."""
-    delimiter = max(_DELIMITERS, key=header.count)
-    return delimiter, next(csv.reader([header], delimiter=delimiter), [])
-
-
-def _parquet_rows(batch: Any, line: int) -> list[Row]:
-    """Return rows from `line` on; one that Python cannot hold (the year 10000) is broken."""
-    try:
-        return [Row(line + i, values) for i, values in enumerate(batch.to_pylist())]
-    except (ArithmeticError, LookupError, ValueError) as error:
-        if batch.num_rows == 1:
-            return [Row(line, {}, f"cannot be read: {error}")]
-    half = batch.num_rows // 2
-    return _parquet_rows(batch.slice(0, half), line) + _parquet_rows(batch.slice(half), line + half)
-
-
-def _parquet(path: pathlib.Path) -> Any:
-    import pyarrow.parquet  # takes a second, which no CSV file needs
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise errors.InvalidInput(path.name, f"is not a Parquet file: {error}") from error
+        at = start.rows
+        broken = f"has a cell of more than {engine.CELL_BYTES} bytes"
+        for table, long in self._source.batches(list(self._picked), at):
+            whole = engine.complete(table, self._told, self.path.name)
+            for begin in range(0, whole.num_rows, size):
+                some = whole.slice(begin, size)
+                first, at = at + 1, at + some.num_rows
+                rows = self._mapping.rows(some)
+                if lines := [line for line in long if first <= line <= at]:
+                    rows = [row for row in rows if row.line not in lines]
+                    rows += [Row(line, {}, broken) for line in lines]
+                    rows.sort(key=lambda row: row.line)
+                yield rows, Position(at, at)

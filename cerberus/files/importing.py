@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -18,13 +18,21 @@ import tqdm
 
 from cerberus import errors, labels, printable, settings, transactions
 from cerberus.files import datafiles, layouts
+from cerberus.files.rows import START, Position, Row
 from cerberus.online import partition_states
 from cerberus.online import pool as redis_pool
 from cerberus.postgres import facts, imports, months, stores
 
 _ROWS, _USERS = 5_000, 500
 _REJECT_BYTES = 100_000
-_MAX_SCORE = 100_000
+_MAX_SCORE, _SHOWN = 100_000, 12
+# By this the previous release knew a file that it read without options.
+_FORMERLY: dict[str, Any] = {
+    "columns": {},
+    "constants": {},
+    "timestamp_format": "rfc3339",
+    "amount_unit": "major",
+}
 _LABEL_FIELDS = ("transaction_id", "label", "labelled_at")
 _SCORE_FIELDS = ("user_id", "credit_score", "timestamp")
 FIELDS = {
@@ -40,23 +48,21 @@ class Plan:
     """What to import.
 
     Attributes:
-        files: Paths by kind.
+        files: A file, a folder or a glob by kind.
         layouts: Layouts by kind.
-        label_values: Labels by the value in the file.
         rejects: The file that lists rejected rows; None: one beside each file.
         again: Whether to read a file again that was completely imported.
     """
 
     files: Mapping[str, pathlib.Path]
     layouts: Mapping[str, layouts.Layout]
-    label_values: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rejects: pathlib.Path | None = None
     again: bool = False
 
     def rejects_of(self, kind: str) -> pathlib.Path:
-        """Return the path of the file that lists a kind's rejected rows."""
-        path = self.files[kind]
-        return self.rejects or path.with_name(f"{path.name}.rejects.jsonl")
+        """Return the file that lists a kind's rejected rows: beside its file or folder."""
+        path = datafiles.root_of(self.files[kind]) or self.files[kind]
+        return self.rejects or path.with_name(f"{path.name}{datafiles.REJECTS}")
 
 
 class Rejects:
@@ -64,16 +70,14 @@ class Rejects:
 
     Args:
         path: The file of rejects.
-        file: Name of the file that the rows come from.
         size: How many bytes of an existing file of rejects are valid; the rest is cut off.
 
     Raises:
         InvalidInput: `path` holds something else.
     """
 
-    def __init__(self, path: pathlib.Path, file: str, size: int) -> None:
+    def __init__(self, path: pathlib.Path, size: int) -> None:
         self._path = path
-        self._file = file
         self.size = size
         if path.exists():
             if not _tells_of_rejects(path):
@@ -82,22 +86,22 @@ class Rejects:
                 )
             os.truncate(path, min(size, path.stat().st_size))
 
-    def write(self, refused: Sequence[tuple[int, errors.InvalidInput]]) -> None:
-        """Append rows; they are on the disk when this returns."""
+    def write(self, file: str, refused: Sequence[tuple[int, errors.InvalidInput]]) -> None:
+        """Append rows of a file; they are on the disk when this returns."""
         if not refused:
             return
         lines = [
             printable.dumps(
-                {"file": self._file, "line": line, "field": error.field, "reason": error.reason}
+                {"file": file, "line": line, "field": error.field, "reason": error.reason}
             )
             + b"\n"
             for line, error in refused
         ]
-        with self._path.open("ab") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-            self.size = file.tell()
+        with self._path.open("ab") as out:
+            out.writelines(lines)
+            out.flush()
+            os.fsync(out.fileno())
+            self.size = out.tell()
 
 
 def _tells_of_rejects(path: pathlib.Path) -> bool:
@@ -116,50 +120,105 @@ class Importer:
         config: The settings.
         plan: What to import.
         postgres: The stores, with up-to-date tables.
+        say: Called with each sentence for the person who waits.
     """
 
-    def __init__(self, config: settings.Settings, plan: Plan, postgres: stores.Stores) -> None:
+    def __init__(
+        self,
+        config: settings.Settings,
+        plan: Plan,
+        postgres: stores.Stores,
+        say: Callable[[str], None],
+    ) -> None:
         self._config = config
         self._plan = plan
         self._imports = postgres.imports
+        self._say = say
         now = datetime.datetime.now(datetime.UTC)
         self._latest_ms = months.to_ms(now) + config.windows.max_future_skew_ms
         self._oldest_ms = 0
         if config.jobs.retention_days:
             self._oldest_ms = months.to_ms(months.kept_from(now, config.jobs.retention_days))
-        self._begun = False
+        self._rejects_bytes: dict[pathlib.Path, int] = {}
 
     async def load(self, kind: str) -> imports.Progress:
-        """Import the rest of one file, and return its progress in total.
+        """Import the rest of a file, or of all parts of a folder; return the progress in total.
 
         Raises:
-            InvalidInput: The file lacks a column of its kind.
+            InvalidInput: A file lacks a column of its kind, or cannot be read to its end.
             StoreUnavailable: Postgres did not answer; start again.
         """
-        plan = self._plan
-        file = plan.layouts[kind].open(plan.files[kind], *FIELDS[kind])
-        name = _fingerprint(kind, file, plan)
-        progress = await self._imports.begin(name, kind, file.path.name, file.size)
-        if progress.finished and plan.again:
-            progress = imports.Progress()
-        first, self._begun = not self._begun, True
-        if progress.finished:
-            return progress
-        path, start = plan.rejects_of(kind), datafiles.Position(*progress.position)
-        rejects_bytes = progress.rejects_bytes
-        if start == datafiles.START and not first and path == plan.rejects:
-            rejects_bytes = path.stat().st_size if path.exists() else 0
-        rejects = Rejects(path, file.path.name, rejects_bytes)
+        asked = self._plan.files[kind]
+        root = datafiles.root_of(asked)
+        done, before = imports.Progress(), imports.Progress()
+        for path in datafiles.parts(asked):
+            file = self._plan.layouts[kind].open(path, *FIELDS[kind], root)
+            began, progress = await self._load(kind, file)
+            done, before = _sum(done, progress), _sum(before, began)
+        if not before.finished or done.position != before.position:
+            self._say(_summary(kind, done, self._plan.rejects_of(kind)))
+        return done
+
+    async def _load(
+        self, kind: str, file: datafiles.File
+    ) -> tuple[imports.Progress, imports.Progress]:
+        """Import the rest of one file; return its progress before and after."""
+        source = _source(kind, file, self._plan.layouts[kind])
+        progress, earlier = await self._imports.begin(source)
+        path = self._plan.rejects_of(kind)
+        told = self._told(file, source, progress, earlier)
+        if told:
+            self._say(told)
+        if progress.finished and not self._plan.again:
+            self._rejects_bytes[path] = progress.rejects_bytes
+            return progress, progress
+        began = progress = imports.Progress() if progress.finished else progress
+        start = Position(*progress.position)
+        # What stands behind belongs to an attempt that was interrupted before it noted it.
+        valid = progress.rejects_bytes if start != START else self._rejects_bytes.get(path, 0)
+        rejects = Rejects(path, valid)
         with _bar(kind, file, start) as bar:
             for rows, position in file.pieces(_ROWS, start):
                 read, refused = self._parse(kind, rows)
-                rejects.write(refused)
-                rejected = progress.rejected + len(refused)
-                after = imports.Progress(position, progress.added, rejected, rejects.size)
-                progress = await self._imports.store(name, kind, read, after)
+                rejects.write(file.name, refused)
+                after = dataclasses.replace(
+                    progress,
+                    position=position,
+                    rejected=progress.rejected + len(refused),
+                    rejects_bytes=rejects.size,
+                    left_out=progress.left_out + position.rows - progress.position[0] - len(rows),
+                )
+                progress = await self._imports.store(source.fingerprint, kind, read, after)
                 bar.update(file.done(position) - bar.n)
-        done = dataclasses.replace(progress, rejects_bytes=rejects.size, finished=True)
-        return await self._imports.store(name, kind, (), done)
+        self._rejects_bytes[path] = rejects.size
+        after = dataclasses.replace(progress, rejects_bytes=rejects.size, finished=True)
+        return began, await self._imports.store(source.fingerprint, kind, (), after)
+
+    def _told(
+        self,
+        file: datafiles.File,
+        source: imports.Source,
+        progress: imports.Progress,
+        earlier: imports.Earlier | None,
+    ) -> str:
+        """Say what is known of a file that was imported before, or of one with its name."""
+        if progress.finished:
+            rest = "reading it again" if self._plan.again else "--again reads it again"
+            return (
+                f"{file.name} was imported on {_date(progress.finished_at)} as "
+                f"{progress.position[0]} rows and is unchanged (fingerprint "
+                f"{source.content[:_SHOWN]}): {rest}"
+            )
+        if earlier is None or any(progress.position):
+            return ""
+        known = f"{file.name} was imported on {_date(earlier.finished_at)} as {earlier.rows} rows"
+        if earlier.content is None:
+            known += " by an earlier release, from a file or by options that differ"
+        elif earlier.content != source.content:
+            known += f" with fingerprint {earlier.content[:_SHOWN]}; it is another file now"
+        else:
+            known += " with another --select or --encoding"
+        return f"{known} (fingerprint {source.content[:_SHOWN]}): its rows are merged by identity"
 
     async def compute(self) -> None:
         """Compute the history that is due, including what earlier attempts left."""
@@ -170,7 +229,7 @@ class Importer:
                 bar.update(done)
 
     def _parse(
-        self, kind: str, rows: Sequence[datafiles.Row]
+        self, kind: str, rows: Sequence[Row]
     ) -> tuple[list[tuple[int, Any]], list[tuple[int, errors.InvalidInput]]]:
         """Return the records of valid rows and the errors of the others, each with its line."""
         read: list[tuple[int, Any]] = []
@@ -182,16 +241,14 @@ class Importer:
                 refused.append((row.line, error))
         return read, refused
 
-    def _read(self, kind: str, row: datafiles.Row) -> Any:
-        layout = self._plan.layouts[kind]
+    def _read(self, kind: str, row: Row) -> Any:
         if kind == "transactions":
-            paid = layout.transaction(row, self._config.currency)
+            paid = layouts.transaction(row, self._config.currency)
             return self._in_time(paid, paid.event_ms, "timestamp")
-        found = layout.pick(row, (*FIELDS[kind][0], *FIELDS[kind][1]))
         if kind == "labels":
-            label = read_label(found, layout, self._plan.label_values, self._latest_ms)
+            label = read_label(row, self._latest_ms)
             return self._in_time(label, label.labelled_ms, "labelled_at")
-        score = read_score(found, layout)
+        score = read_score(row)
         return self._in_time(score, score.event_ms, "timestamp")
 
     def _in_time(self, record: Any, ms: int, field: str) -> Any:
@@ -202,7 +259,7 @@ class Importer:
         return record
 
 
-def _bar(kind: str, file: datafiles.File, start: datafiles.Position) -> Any:
+def _bar(kind: str, file: datafiles.File, start: Position) -> Any:
     return tqdm.tqdm(
         desc=kind,
         total=file.total,
@@ -213,56 +270,93 @@ def _bar(kind: str, file: datafiles.File, start: datafiles.Position) -> Any:
     )
 
 
-def read_label(
-    found: Mapping[str, Any],
-    layout: layouts.Layout,
-    values: Mapping[str, str],
-    latest_ms: int,
-) -> labels.Label:
-    """Read a label; `values` maps values of the file to the vocabulary.
+def _sum(one: imports.Progress, other: imports.Progress) -> imports.Progress:
+    """Return the progress of two parts together; finished if the latter is."""
+    return dataclasses.replace(
+        other,
+        position=Position(*map(sum, zip(one.position, other.position, strict=True))),
+        added=one.added + other.added,
+        rejected=one.rejected + other.rejected,
+        differing=one.differing + other.differing,
+        left_out=one.left_out + other.left_out,
+    )
+
+
+def _summary(kind: str, done: imports.Progress, rejects: pathlib.Path) -> str:
+    there = done.position[0] - done.added - done.rejected - done.left_out
+    said = f"{kind}: {done.added} added, {there} were there"
+    if done.differing:
+        said += f" ({done.differing} of them with another content, which stays)"
+    if done.left_out:
+        said += f", {done.left_out} left out"
+    return f"{said}, {done.rejected} refused" + (f": {rejects}" if done.rejected else "")
+
+
+def _date(moment: datetime.datetime | None) -> str:
+    return f"{moment:%Y-%m-%d %H:%M} UTC" if moment else ""
+
+
+def read_label(row: Row, latest_ms: int) -> labels.Label:
+    """Read a row as a label.
 
     Raises:
         InvalidInput: naming the field.
     """
+    found = layouts.values(row)
     said = found.get("label")
-    word = str(said).lower() if isinstance(said, bool) else layouts.text(said)
-    if isinstance(word, str):
-        word = values.get(word, word)
+    word = str(said).lower() if isinstance(said, bool) else layouts.text(said, "label")
     document = {
-        "transaction_id": layouts.text(found.get("transaction_id")),
+        "transaction_id": layouts.text(found.get("transaction_id"), "transaction_id"),
         "label": word,
-        "source": layouts.text(found.get("source", facts.IMPORTED)),
-        "labelled_at": layout.moment(found.get("labelled_at"), "labelled_at"),
-        "user_id": layouts.whole(found.get("user_id")),
+        "source": layouts.text(found.get("source"), "source") or facts.IMPORTED,
+        "labelled_at": layouts.moment(found.get("labelled_at"), "labelled_at"),
+        "user_id": layouts.whole(found.get("user_id"), "user_id"),
     }
     return labels.parse(document, latest_ms)
 
 
-def read_score(found: Mapping[str, Any], layout: layouts.Layout) -> imports.Score:
-    """Read a credit score.
+def read_score(row: Row) -> imports.Score:
+    """Read a row as a credit score.
 
     Raises:
         InvalidInput: naming the field.
     """
-    score = layouts.whole(found.get("credit_score"))
+    found = layouts.values(row)
+    score = layouts.whole(found.get("credit_score"), "credit_score")
     if type(score) is not int or not 0 <= score <= _MAX_SCORE:
         raise errors.InvalidInput("credit_score", f"must be a whole number from 0 to {_MAX_SCORE}")
+    moment = layouts.moment(found.get("timestamp"), "timestamp")
     return imports.Score(
-        user_id=transactions.parse_user_id({"user_id": layouts.whole(found.get("user_id"))}),
-        event_ms=transactions.parse_timestamp({"timestamp": layout.moment(found.get("timestamp"))}),
+        user_id=transactions.parse_user_id(
+            {"user_id": layouts.whole(found.get("user_id"), "user_id")}
+        ),
+        event_ms=transactions.parse_timestamp({"timestamp": moment}),
         score=score,
     )
 
 
-def _fingerprint(kind: str, file: datafiles.File, plan: Plan) -> str:
-    """Return a hash that identifies an import: the file, and how it is read."""
-    layout = plan.layouts[kind]
-    identity = (kind, file.fingerprint(), dataclasses.asdict(layout), dict(plan.label_values))
+def _source(kind: str, file: datafiles.File, layout: layouts.Layout) -> imports.Source:
+    """Return what identifies an import: the file's content, and how it is read."""
+    reading = orjson.dumps(dataclasses.asdict(layout), option=orjson.OPT_SORT_KEYS)
+    content = file.fingerprint()
+    former = ""
+    if layout == layouts.Layout():
+        former = _hash((kind, file.first_fingerprint(), _FORMERLY, {}))
+    name = _hash((kind, content, str(reading, "utf-8")))
+    told = (file.name, file.size, content, str(reading, "utf-8"))
+    return imports.Source(name, former, kind, *told)
+
+
+def _hash(identity: Any) -> str:
     return hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 async def load(
-    config: settings.Settings, plan: Plan, postgres: stores.Stores, redis: Any
+    config: settings.Settings,
+    plan: Plan,
+    postgres: stores.Stores,
+    redis: Any,
+    say: Callable[[str], None],
 ) -> dict[str, imports.Progress]:
     """Import files, and return the progress of each in total, by kind.
 
@@ -271,9 +365,10 @@ async def load(
         plan: The files, and how they are read.
         postgres: The stores to import into.
         redis: The shared pool; its marks are removed when there are new credit scores.
+        say: Called with each sentence for the person who waits.
 
     Raises:
-        InvalidInput: A file lacks a column of its kind.
+        InvalidInput: A file lacks a column of its kind, or cannot be read to its end.
         StoreUnavailable: A store did not answer; start again.
         NeedsOperator: Another import is running.
     """
@@ -281,7 +376,7 @@ async def load(
     async with postgres.locks.singleton("import") as held:
         if held is None:
             raise errors.NeedsOperator("another import is running: wait until it has finished")
-        importer = Importer(config, plan, postgres)
+        importer = Importer(config, plan, postgres, say)
         done = {kind: await importer.load(kind) for kind in FIELDS if kind in plan.files}
         await importer.compute()
     if "credit_scores" in done and done["credit_scores"].added:

@@ -1,162 +1,276 @@
-"""The layout of records in a data file, and the command-line options that describe it."""
+"""From a row of a data file to the fields of a record, by the rules of the topic.
 
-import argparse
-import datetime
+A file may write a field in more ways than the topic takes: a number as text, an id in a column of
+doubles, a time as Postgres or Java print it. Where two readings are possible, the row is refused
+and the reason says how to tell which is meant.
+"""
+
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from cerberus import errors, transactions
 from cerberus.files import datafiles
+from cerberus.files.rows import THROUGH_A_DOUBLE, Ms, Row, Single
 
 REQUIRED = ("transaction_id", "user_id", "amount", "timestamp")
 OPTIONAL = ("currency", "merchant_id")
-TIMESTAMP_FORMATS = ("rfc3339", "utc", "epoch_s", "epoch_ms")
-AMOUNT_UNITS = ("major", "minor")
+SELECT_HELP = (
+    "SQL (DuckDB's) that makes fields of columns: EXPRESSION AS FIELD, … [WHERE …]; a field that "
+    "it does not name has a column of its own name"
+)
+ENCODING_HELP = "the encoding of a text that is not UTF-8, such as cp1252 or latin-1"
+# From here on, a whole number may have been another one before it became a floating-point number.
+_EXACT, _EXACT_SINGLE = 2**53, 2**24
+_CENTS_SINGLE = 2**17  # from here on, single precision does not tell one cent from the next
 _DIGITS = 25  # fewer than Decimal computes with
 _WHOLE = re.compile(r"([+-]?\d{1,20})(\.0+)?", re.ASCII)
-_DECIMAL = re.compile(r"[+-]?\d{1,20}(\.\d{1,12})?", re.ASCII)
-_OFFSET = re.compile(r"([Zz]|[+-]\d\d:\d\d)$", re.ASCII)
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_DECIMAL = re.compile(r"[+-]?(\d{1,20}(\.\d{1,12})?|\.\d{1,12})", re.ASCII)
+_PLAIN = re.compile(r"\d{1,12}(\.\d\d?)?", re.ASCII)
+_SCIENTIFIC = re.compile(r"[+-]?\d+([.,]\d+)?[eE][+-]?\d+", re.ASCII)
+_GROUPED = re.compile(r"\d{1,3}(?:([,'’\u00a0\u202f ])\d{3})(?:\1\d{3})*")
+_NOTHING = ("\\n", "null", "none", "nan", "n/a", "#n/a", "<na>", "(null)")
+_SUSPECT = re.compile(  # all that `_judged` finds something in, and nothing common
+    r"[+-]?\d[\d.,'’\u00a0\u202f ]*[eE.,'’\u00a0\u202f ][+-]?\d+|"
+    + "|".join(map(re.escape, _NOTHING)),
+    re.IGNORECASE,
+)
+_MOMENT = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d)?(\.\d{1,9})?"
+    r"(?: ?(?:([Zz]|UTC)|([+-]\d\d):?(\d\d)?))(?:\[[\w/+-]+\])?",
+    re.ASCII,
+)
+_LOCAL = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?)?", re.ASCII)
+_UNITS = (
+    ("seconds", 1, "to_timestamp({}::DOUBLE)"),
+    ("milliseconds", 10**3, "epoch_ms({}::BIGINT)"),
+    ("microseconds", 10**6, "make_timestamp({}::BIGINT)"),
+    ("nanoseconds", 10**9, "make_timestamp_ns({}::BIGINT)"),
+)
+_LIKELY_S = (946_684_800, 4_102_444_800)  # the years 2000 to 2100
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which columns of a file hold the fields of a record, and in which format.
+    """How a file is read.
 
     Attributes:
-        columns: Columns by field; a field that is missing here has a column of its own name.
-        constants: Texts by field, the same for all rows.
-        timestamp_format: One of `TIMESTAMP_FORMATS`; "utc" is RFC 3339 that may lack the offset.
-        amount_unit: "major", such as 12.50, or "minor": cents.
+        select: SQL that makes fields of columns, such as "amt AS amount"; a field that it does not
+            name has a column of its own name.
+        encoding: The encoding of a text that is not UTF-8.
     """
 
-    columns: Mapping[str, str] = field(default_factory=dict)
-    constants: Mapping[str, str] = field(default_factory=dict)
-    timestamp_format: str = "rfc3339"
-    amount_unit: str = "major"
-
-    def column(self, name: str) -> str:
-        """Return the column that holds a field."""
-        return self.columns.get(name, name)
+    select: str = ""
+    encoding: str = ""
 
     def open(
-        self, path: pathlib.Path, required: Sequence[str], optional: Sequence[str] = ()
+        self,
+        path: pathlib.Path,
+        required: Sequence[str],
+        optional: Sequence[str] = (),
+        root: pathlib.Path | None = None,
     ) -> datafiles.File:
-        """Open a file of records.
+        """Open a file of records; `root` is the folder that was asked for, if it was one.
 
         Raises:
-            InvalidInput: naming the required field that has neither column nor constant.
+            InvalidInput: naming the required field that has neither column nor expression.
         """
-        file = datafiles.File(path, [self.column(name) for name in (*required, *optional)])
-        for name in (*required, *optional):
-            column = self.column(name)
-            if file.columns and file.columns.count(column) > 1 and name not in self.constants:
-                raise errors.InvalidInput(
-                    name, f"{path.name} has several columns {column!r}: keep one"
-                )
+        file = datafiles.File(path, (*required, *optional), self.select, self.encoding, root)
         for name in required:
-            column = self.column(name)
-            if file.columns is None or name in self.constants or column in file.columns:
-                continue
-            raise errors.InvalidInput(
-                name,
-                f"{path.name} has no column {column!r}, only {', '.join(file.columns)}; give "
-                f"--column {name}=COLUMN or --constant {name}=VALUE",
-            )
+            if name not in file.fields:
+                raise errors.InvalidInput(
+                    name,
+                    f"{path.name} has no column {name!r}, only {', '.join(file.columns or ())}; "
+                    f'give --select "COLUMN AS {name}"',
+                )
         return file
 
-    def pick(self, row: datafiles.Row, names: Iterable[str]) -> dict[str, Any]:
-        """Return a row's fields by name, without empty cells.
 
-        Raises:
-            InvalidInput: The row cannot be read.
-        """
-        if row.broken:
-            raise errors.InvalidInput("value", row.broken)
-        return {
-            name: self.constants[name] if name in self.constants else found
-            for name in names
-            if name in self.constants
-            or (found := _cell(row.values.get(self.column(name)))) not in ("", None)
-        }
+def values(row: Row) -> Mapping[str, Any]:
+    """Return a row's values by field.
 
-    def moment(self, value: Any, name: str = "timestamp") -> Any:
-        """Return a moment as RFC 3339; a value in another format may come back unchanged.
-
-        Raises:
-            InvalidInput: The format is a number since the Unix epoch, and the value is not one.
-        """
-        if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
-            value = datetime.datetime.combine(value, datetime.time())
-        if isinstance(value, datetime.datetime):
-            aware = value if value.tzinfo else value.replace(tzinfo=datetime.UTC)
-            return _rfc_3339((aware - _EPOCH) // datetime.timedelta(milliseconds=1))
-        if self.timestamp_format.startswith("epoch"):
-            if (number := _decimal(value)) is None:
-                raise errors.InvalidInput(name, f"must be {self.timestamp_format}")
-            scale = 1 if self.timestamp_format == "epoch_ms" else 1000
-            return _rfc_3339(math.floor(number * scale))
-        if self.timestamp_format == "utc" and isinstance(value, str) and not _OFFSET.search(value):
-            return f"{value}Z"
-        return value
-
-    def transaction(self, row: datafiles.Row, currency: str) -> transactions.Transaction:
-        """Read a row as a transaction, by the rules of the topic.
-
-        Raises:
-            InvalidInput: naming the field.
-        """
-        found = self.pick(row, (*REQUIRED, *OPTIONAL))
-        document = {
-            "transaction_id": text(found.get("transaction_id")),
-            "user_id": whole(found.get("user_id")),
-            "amount": self._amount(found.get("amount")),
-            "currency": found.get("currency"),
-            "merchant_id": text(found.get("merchant_id")),
-            "timestamp": self.moment(found.get("timestamp")),
-        }
-        return transactions.Transaction(
-            transaction_id=transactions.parse_text(document, "transaction_id"),
-            user_id=transactions.parse_user_id(document),
-            amount_minor=transactions.parse_amount(document),
-            currency=transactions.parse_currency(document, currency),
-            merchant_id=transactions.parse_text(document, "merchant_id", default=""),
-            event_ms=transactions.parse_timestamp(document),
-        )
-
-    def _amount(self, value: Any) -> Any:
-        if self.amount_unit == "major" and type(value) in (int, float):
-            return value
-        if (number := _decimal(value)) is None:
-            return value
-        cents = number if self.amount_unit == "minor" else number * 100
-        if cents != cents.to_integral_value():
-            finer = "must have at most two decimal places"
-            whole_cents = "must be a whole number of cents"
-            raise errors.InvalidInput(
-                "amount", whole_cents if self.amount_unit == "minor" else finer
-            )
-        # The nearest double to a two-place decimal is the quotient of its cents.
-        return int(cents) / 100
+    Raises:
+        InvalidInput: The row cannot be read.
+    """
+    if row.broken:
+        raise errors.InvalidInput(row.field, row.broken)
+    return row.values
 
 
-def text(value: Any) -> Any:
-    """Return a name as text, even if it is stored as a whole number."""
-    number = whole(value)
-    return str(number) if type(number) is int and not isinstance(value, str) else value
+def transaction(row: Row, currency: str) -> transactions.Transaction:
+    """Read a row as a transaction.
+
+    Raises:
+        InvalidInput: naming the field.
+    """
+    found = values(row)
+    document = {
+        "transaction_id": text(found.get("transaction_id"), "transaction_id"),
+        "user_id": whole(found.get("user_id"), "user_id"),
+        "amount": amount(found.get("amount")),
+        "currency": filled(found.get("currency")),
+        "merchant_id": text(found.get("merchant_id"), "merchant_id"),
+        "timestamp": moment(found.get("timestamp"), "timestamp"),
+    }
+    return transactions.Transaction(
+        transaction_id=transactions.parse_text(document, "transaction_id"),
+        user_id=transactions.parse_user_id(document),
+        amount_minor=transactions.parse_amount(document),
+        currency=transactions.parse_currency(document, currency),
+        merchant_id=transactions.parse_text(document, "merchant_id", default=""),
+        event_ms=transactions.parse_timestamp(document),
+    )
 
 
-def whole(value: Any) -> Any:
-    """Return a whole number as int, even if it is stored as text or as a double."""
-    if isinstance(value, str) and (found := _WHOLE.fullmatch(value)):
-        return int(found[1])
-    number = _decimal(value) if isinstance(value, (float, Decimal)) else None
+def filled(value: Any) -> Any:
+    """Return None for an empty cell, and for the NaN that Parquet and pandas write into one."""
+    if value == "" or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value
+
+
+def text(value: Any, field: str) -> Any:
+    """Return a name as text: a number as its digits, 16 bytes as the UUID that they are.
+
+    Raises:
+        InvalidInput: It is a number that has lost digits, or a word for nothing.
+    """
+    if isinstance(value, str):
+        return (_judged(value, field) if _SUSPECT.fullmatch(value) else value) or None
+    if isinstance(value, bytes):
+        return _of_bytes(value)
+    number = whole(value, field)
+    return str(number) if type(number) is int else number
+
+
+def whole(value: Any, field: str) -> Any:
+    """Return a whole number as int, even if it is stored as text or as a double.
+
+    Raises:
+        InvalidInput: It has lost digits, or is a word for nothing.
+    """
+    if isinstance(value, str):
+        if _SUSPECT.fullmatch(value):
+            value = _judged(value, field)
+        return int(found[1]) if (found := _WHOLE.fullmatch(value)) else value or None
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        if abs(value) >= (_EXACT_SINGLE if isinstance(value, Single) else _EXACT):
+            raise errors.InvalidInput(field, THROUGH_A_DOUBLE)
+        return int(value) if value == int(value) else value
+    number = _decimal(value) if isinstance(value, Decimal) else None
     return value if number is None or number % 1 else int(number)
+
+
+def _judged(value: str, field: str) -> str:
+    """Return the text of an id; `325.0` is what pandas writes of a column with empty cells."""
+    if value.lower() in _NOTHING:
+        raise errors.InvalidInput(
+            field, f"{value} stands for no value: NULLIF in --select says what is empty"
+        )
+    if _SCIENTIFIC.fullmatch(value):
+        raise errors.InvalidInput(field, THROUGH_A_DOUBLE)
+    if _GROUPED.fullmatch(value):
+        raise errors.InvalidInput(field, "has separators between its digits: export it without")
+    if (found := _WHOLE.fullmatch(value)) and found[2]:
+        if abs(int(found[1])) >= _EXACT:
+            raise errors.InvalidInput(field, THROUGH_A_DOUBLE)
+        return found[1]
+    return value
+
+
+def _of_bytes(value: bytes) -> Any:
+    try:
+        found = str(value, "utf-8")
+    except UnicodeDecodeError:
+        found = ""
+    if found.isprintable() and found:
+        return found
+    return str(uuid.UUID(bytes=value)) if len(value) == 16 else value
+
+
+def amount(value: Any) -> Any:
+    """Return an amount as the nearest double to its decimal.
+
+    Raises:
+        InvalidInput: It has more than two decimal places, or is negative.
+    """
+    if isinstance(value, str) and _PLAIN.fullmatch(value):
+        return float(value)
+    if isinstance(value, Single) and abs(value) >= _CENTS_SINGLE:
+        raise errors.InvalidInput(
+            "amount", f"is of single precision, which does not hold cents from {_CENTS_SINGLE} on"
+        )
+    number = _decimal(value)
+    if number is None:
+        return filled(value)
+    if number < 0:
+        raise errors.InvalidInput(
+            "amount", "is negative: leave refunds out by a WHERE in --select, or turn the sign"
+        )
+    if type(value) in (int, float):
+        return value
+    cents = number * 100
+    if cents != cents.to_integral_value():
+        raise errors.InvalidInput("amount", "must have at most two decimal places")
+    # The nearest double to a two-place decimal is the quotient of its cents.
+    return int(cents) / 100
+
+
+def moment(value: Any, field: str) -> Any:
+    """Return a moment as RFC 3339; what is none comes back as it is.
+
+    Raises:
+        InvalidInput: It is a number or a local time, which only --select can say how to read.
+    """
+    if isinstance(value, Ms):
+        return _rfc_3339(value, field)
+    if isinstance(value, str) and (found := _MOMENT.fullmatch(value)):
+        day, minute, second, fraction, zulu, hour, more = found.groups()
+        offset = "Z" if zulu else f"{hour}:{more or '00'}"
+        return f"{day}T{minute}{second or ':00'}{fraction or ''}{offset}"
+    if isinstance(value, str) and _LOCAL.fullmatch(value):
+        raise errors.InvalidInput(
+            field,
+            f"has no offset: --select \"timezone('UTC', {field}::TIMESTAMP) AS {field}\", "
+            "or another zone, says which time it is",
+        )
+    scientific = isinstance(value, str) and _SCIENTIFIC.fullmatch(value)
+    number = Decimal(value.replace(",", ".")) if scientific else _decimal(value)
+    if number is None:
+        return filled(value)
+    for unit, scale, how in _UNITS:
+        if _LIKELY_S[0] <= number / scale < _LIKELY_S[1]:
+            raise errors.InvalidInput(
+                field,
+                f"is a number, probably of {unit}, as {_day(number / scale)}: "
+                f'--select "{how.format(field)} AS {field}"',
+            )
+    raise errors.InvalidInput(field, "is a number: --select says of what")
+
+
+def _rfc_3339(ms: int, field: str) -> str:
+    for factor in (10**3, 10**6, 10**9):
+        if _LIKELY_S[0] <= ms / 1000 / factor < _LIKELY_S[1]:
+            raise errors.InvalidInput(
+                field,
+                f"lies beyond 2200; it is {_day(ms / 1000 / factor)} if milliseconds were read as "
+                "seconds, or another unit as a greater one",
+            )
+    try:
+        return transactions.format_ms(ms)
+    except (OverflowError, ValueError):
+        return ""
+
+
+def _day(second: Any) -> str:
+    return transactions.format_ms(int(second * 1000))[:10]
 
 
 def _decimal(value: Any) -> Decimal | None:
@@ -167,81 +281,5 @@ def _decimal(value: Any) -> Decimal | None:
     elif type(value) is int or (isinstance(value, Decimal) and value.is_finite()):
         number = Decimal(value)
     elif isinstance(value, float) and math.isfinite(value):
-        number = Decimal(repr(value))
+        number = Decimal(float.__repr__(value))
     return number if number is not None and number.adjusted() < _DIGITS else None
-
-
-def _rfc_3339(ms: int) -> str:
-    try:
-        return transactions.format_ms(ms)
-    except (OverflowError, ValueError):
-        return ""
-
-
-def _cell(value: Any) -> Any:
-    """Return None for the NaN that Parquet and pandas write into empty cells."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `read_options` reads."""
-    many: dict[str, Any] = {"action": "append", "default": [], "type": pair}
-    parser.add_argument(
-        "--column",
-        metavar="FIELD=COLUMN",
-        help="the column that holds a field, if its name differs",
-        **many,
-    )
-    parser.add_argument(
-        "--constant", metavar="FIELD=VALUE", help="a field's value in every row", **many
-    )
-    parser.add_argument(
-        "--timestamp-format",
-        choices=TIMESTAMP_FORMATS,
-        default=TIMESTAMP_FORMATS[0],
-        help="the format of times; utc: rfc3339 whose offset may be missing",
-    )
-    parser.add_argument(
-        "--amount-unit",
-        choices=AMOUNT_UNITS,
-        default=AMOUNT_UNITS[0],
-        help="major: such as 12.50; minor: cents",
-    )
-
-
-def pair(text: str) -> tuple[str, str]:
-    """Read an option's `NAME=VALUE`."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value
-
-
-def read_options(
-    chosen: argparse.Namespace, fields: Mapping[str, Iterable[str]]
-) -> dict[str, Layout]:
-    """Return the layout of each kind of file.
-
-    Args:
-        chosen: The parsed options of `add_options`; `labels.label` is a field of labels only.
-        fields: The fields of each kind.
-
-    Raises:
-        InvalidInput: naming a field that no kind has.
-    """
-    found: dict[str, tuple[dict[str, str], dict[str, str]]] = {kind: ({}, {}) for kind in fields}
-    for which, pairs in enumerate((chosen.column, chosen.constant)):
-        for name, value in pairs:
-            kind, _, bare = name.rpartition(".")
-            kinds = [k for k in fields if bare in fields[k] and kind in ("", k)]
-            if not kinds:
-                known = sorted({n for names in fields.values() for n in names})
-                raise errors.InvalidInput(
-                    name, f"is not a field; the fields are {', '.join(known)}"
-                )
-            for k in kinds:
-                found[k][which][bare] = value
-    return {
-        kind: Layout(columns, constants, chosen.timestamp_format, chosen.amount_unit)
-        for kind, (columns, constants) in found.items()
-    }

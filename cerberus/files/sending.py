@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import tqdm
 
 from cerberus import clock, errors, kafka, settings, transactions
-from cerberus.files import capacity, layouts
+from cerberus.files import capacity, datafiles, layouts
 
 _ROWS, _BATCH = 5_000, 1_000
 _SLOWEST = 0.001
@@ -69,7 +69,7 @@ class Sender:
 
     Args:
         config: The settings.
-        path: The file.
+        path: The file, or a folder or glob of its parts.
         layout: How the file is read.
         pace: When each transaction is due.
 
@@ -81,8 +81,10 @@ class Sender:
         self, config: settings.Settings, path: pathlib.Path, layout: layouts.Layout, pace: Pace
     ) -> None:
         self._config = config
-        self._file = layout.open(path, layouts.REQUIRED, layouts.OPTIONAL)
+        self._root = datafiles.root_of(path)
+        self._parts = datafiles.parts(path)
         self._layout = layout
+        self._open(self._parts[0])
         self._pace = pace
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
 
@@ -98,9 +100,9 @@ class Sender:
         latest_allowed_ms = clock.now_ms() + self._config.windows.max_future_skew_ms
         count = first_ms = latest_ms = 0
         sizes = [0] * partitions
-        for line, paid in self._transactions():
+        for place, paid in self._transactions():
             if paid.event_ms > latest_allowed_ms and not self._pace.now:
-                raise errors.InvalidInput(f"line {line}: timestamp", "lies in the future")
+                raise errors.InvalidInput(f"{place}: timestamp", "lies in the future")
             first_ms = first_ms if count else paid.event_ms
             latest_ms = max(latest_ms, paid.event_ms)
             count += 1
@@ -146,15 +148,21 @@ class Sender:
             await publisher.close()
         return sent
 
-    def _transactions(self) -> Iterator[tuple[int, transactions.Transaction]]:
-        for rows, _ in self._file.pieces(_ROWS):
-            for row in rows:
-                try:
-                    yield row.line, self._layout.transaction(row, self._config.currency)
-                except errors.InvalidInput as error:
-                    raise errors.InvalidInput(
-                        f"line {row.line}: {error.field}", error.reason
-                    ) from error
+    def _open(self, path: pathlib.Path) -> datafiles.File:
+        return self._layout.open(path, layouts.REQUIRED, layouts.OPTIONAL, self._root)
+
+    def _transactions(self) -> Iterator[tuple[str, transactions.Transaction]]:
+        for file in map(self._open, self._parts):
+            within = f"{file.name}, " if self._root else ""
+            for rows, _ in file.pieces(_ROWS):
+                for row in rows:
+                    place = f"{within}line {row.line}"
+                    try:
+                        yield place, layouts.transaction(row, self._config.currency)
+                    except errors.InvalidInput as error:
+                        raise errors.InvalidInput(
+                            f"{place}: {error.field}", error.reason
+                        ) from error
 
     def _message(self, paid: transactions.Transaction, due_ms: int) -> kafka.Message:
         if self._pace.now:

@@ -20,15 +20,27 @@ from cerberus.postgres import pool as postgres_pool
 
 _STATEMENT_S = 600
 _LAST_RANK = 999
+# An import of the previous release goes on, or is known as finished, under its new name.
+_ADOPT = """
+UPDATE imports SET fingerprint = $1, content = $3, reading = $4
+WHERE fingerprint = $2 AND NOT EXISTS (SELECT FROM imports WHERE fingerprint = $1)
+"""
 _BEGIN = """
-INSERT INTO imports AS i (fingerprint, kind, file, size_bytes) VALUES ($1, $2, $3, $4)
+INSERT INTO imports AS i (fingerprint, kind, file, size_bytes, content, reading)
+VALUES ($1, $2, $3, $4, $5, $6)
 ON CONFLICT (fingerprint) DO UPDATE SET file = excluded.file
 RETURNING rows_done, lines_done, bytes_done, added, rejected, rejects_bytes,
-    finished_at IS NOT NULL AS finished
+    finished_at IS NOT NULL AS finished, differing, left_out, finished_at
+"""
+_EARLIER = """
+SELECT finished_at, rows_done, content, reading FROM imports
+WHERE kind = $1 AND file = $2 AND fingerprint <> $3 AND finished_at IS NOT NULL
+ORDER BY finished_at DESC LIMIT 1
 """
 _ADVANCE = """
 UPDATE imports SET rows_done = $2, lines_done = $3, bytes_done = $4, added = $5, rejected = $6,
-    rejects_bytes = $7, finished_at = CASE WHEN $8 THEN clock_timestamp() END
+    rejects_bytes = $7, finished_at = CASE WHEN $8 THEN clock_timestamp() END, differing = $9,
+    left_out = $10
 WHERE fingerprint = $1
 """
 # Of several rows with one identity, the first wins.
@@ -75,6 +87,20 @@ WITH added AS (
 )
 SELECT count(*) FROM added
 """
+_TRANSACTIONS_DIFFER = """
+SELECT count(*) FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::bigint[], $5::text[],
+    $6::text[], $7::bigint[])
+    AS g (user_id, event_ms, transaction_id, amount_minor, currency, merchant_id, line)
+JOIN transactions AS t USING (user_id, event_ms, transaction_id)
+WHERE (t.amount_minor, t.currency, t.merchant_id)
+    IS DISTINCT FROM (g.amount_minor, g.currency, g.merchant_id)
+"""
+_SCORES_DIFFER = """
+SELECT count(*) FROM unnest($1::bigint[], $2::bigint[], $3::bigint[]) AS g (u, ms, s)
+JOIN credit_scores AS c ON c.user_id = u
+    AND c.event_timestamp = timestamptz 'epoch' + ms * interval '1 millisecond'
+WHERE c.credit_score <> s
+"""
 # `near` reaches back over the longest window, and ahead to the last event whose window holds a new
 # row. A frame by time includes the whole millisecond, so rows that come after the current one
 # within it are subtracted again.
@@ -116,6 +142,44 @@ SELECT count(*) FROM due
 Position = tuple[int, int, int]
 
 
+class Source(NamedTuple):
+    """A file and how it is read.
+
+    Attributes:
+        fingerprint: Identifies both.
+        former: Its fingerprint in the previous release; empty if that could not have read it.
+        kind: "transactions", "labels" or "credit_scores".
+        file: The file's name.
+        size_bytes: Its size.
+        content: A hash of its content.
+        reading: How it is read.
+    """
+
+    fingerprint: str
+    former: str
+    kind: str
+    file: str
+    size_bytes: int
+    content: str
+    reading: str
+
+
+class Earlier(NamedTuple):
+    """An earlier, finished import of a file of the same name.
+
+    Attributes:
+        finished_at: When it was finished.
+        rows: How many rows it had.
+        content: A hash of what the file held; None if it was not recorded.
+        reading: How it was read; None if it was not recorded.
+    """
+
+    finished_at: datetime.datetime
+    rows: int
+    content: str | None
+    reading: str | None
+
+
 class Score(NamedTuple):
     """A credit score, valid from `event_ms` on."""
 
@@ -134,6 +198,9 @@ class Progress:
         rejected: How many rows were rejected.
         rejects_bytes: Length of the file of rejects that describes them.
         finished: Whether the whole file is imported.
+        differing: How many rows were there under the same identity with another content.
+        left_out: How many rows the mapping left out.
+        finished_at: When the whole file had been imported.
     """
 
     position: Position = (0, 0, 0)
@@ -141,6 +208,9 @@ class Progress:
     rejected: int = 0
     rejects_bytes: int = 0
     finished: bool = False
+    differing: int = 0
+    left_out: int = 0
+    finished_at: datetime.datetime | None = dataclasses.field(default=None, compare=False)
 
 
 class Imports:
@@ -156,13 +226,22 @@ class Imports:
         self._months: set[datetime.datetime] = set()
         self._compute = _computing(window.Spans(tuple(spans)))
 
-    async def begin(self, fingerprint: str, kind: str, name: str, size_bytes: int) -> Progress:
-        """Return how far a file is; a new file is recorded."""
-        async with postgres_pool.connection(self._pool) as connection:
-            found = await connection.fetchrow(_BEGIN, fingerprint, kind, name, size_bytes)
+    async def begin(self, source: Source) -> tuple[Progress, Earlier | None]:
+        """Return how far a file is, and the last import of a file of its name that is another.
+
+        A new file is recorded; one that the previous release began goes on.
+        """
+        async with postgres_pool.connection(self._pool) as connection, connection.transaction():
+            told = (source.content, source.reading)
+            if source.former:
+                await connection.execute(_ADOPT, source.fingerprint, source.former, *told)
+            named = (source.kind, source.file)
+            found = await connection.fetchrow(
+                _BEGIN, source.fingerprint, *named, source.size_bytes, *told
+            )
+            earlier = await connection.fetchrow(_EARLIER, *named, source.fingerprint)
         position = (found["rows_done"], found["lines_done"], found["bytes_done"])
-        rest = (found[name] for name in ("added", "rejected", "rejects_bytes", "finished"))
-        return Progress(position, *rest)
+        return Progress(position, *list(found)[3:]), earlier and Earlier(*earlier)
 
     async def store(
         self, fingerprint: str, kind: str, records: Sequence[tuple[int, Any]], progress: Progress
@@ -177,7 +256,7 @@ class Imports:
             fingerprint: Identifies the file and how it is read.
             kind: "transactions", "labels" or "credit_scores".
             records: Transactions, labels or `Score`s, each with its line.
-            progress: How far the file is with them; `added` does not count them yet.
+            progress: How far the file is with them; `added` and `differing` do not count them yet.
 
         Returns:
             The progress that was stored.
@@ -185,10 +264,21 @@ class Imports:
         if kind == "transactions" and records:
             await self._make_months({paid.event_ms for _, paid in records})
         async with postgres_pool.connection(self._pool) as connection, connection.transaction():
-            added = progress.added + await _add(connection, kind, records)
-            progress = dataclasses.replace(progress, added=added)
-            numbers = (*progress.position, added, progress.rejected, progress.rejects_bytes)
-            await connection.execute(_ADVANCE, fingerprint, *numbers, progress.finished)
+            added, differing = await _add(connection, kind, records)
+            progress = dataclasses.replace(
+                progress, added=progress.added + added, differing=progress.differing + differing
+            )
+            await connection.execute(
+                _ADVANCE,
+                fingerprint,
+                *progress.position,
+                progress.added,
+                progress.rejected,
+                progress.rejects_bytes,
+                progress.finished,
+                progress.differing,
+                progress.left_out,
+            )
         return progress
 
     async def _make_months(self, times_ms: Collection[int]) -> None:
@@ -244,16 +334,22 @@ def _computing(spans: window.Spans) -> str:
 
 async def _add(
     connection: asyncpg.Connection, kind: str, records: Sequence[tuple[int, Any]]
-) -> int:
-    """Store records and return how many were new."""
+) -> tuple[int, int]:
+    """Store records; return how many were new, and how many are there with another content."""
     if kind == "transactions":
         rows: list[Any] = [_transaction(line, paid) for line, paid in records]
-        query, width = _ADD_TRANSACTIONS, 7
+        query, differ, width = _ADD_TRANSACTIONS, _TRANSACTIONS_DIFFER, 7
     else:
         rows = [_label(each) if kind == "labels" else each for _, each in records]
-        query, width = (_ADD_LABELS, 5) if kind == "labels" else (_ADD_SCORES, 3)
+        labelled = kind == "labels"  # a label is its own identity
+        query, differ, width = (
+            (_ADD_LABELS, "", 5) if labelled else (_ADD_SCORES, _SCORES_DIFFER, 3)
+        )
     columns = postgres_pool.columns(rows, width)
-    return int(await connection.fetchval(query, *columns, timeout=_STATEMENT_S))
+    added = int(await connection.fetchval(query, *columns, timeout=_STATEMENT_S))
+    if added == len(rows) or not differ:
+        return added, 0
+    return added, int(await connection.fetchval(differ, *columns, timeout=_STATEMENT_S))
 
 
 def _transaction(line: int, paid: transactions.Transaction) -> tuple[Any, ...]:

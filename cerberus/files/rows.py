@@ -1,0 +1,43 @@
+"""A row of a data file, and a place in one."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Position(NamedTuple):
+    """How much of a file lies before a place: rows, lines, and bytes of its text as UTF-8."""
+
+    rows: int = 0
+    lines: int = 0
+    bytes: int = 0
+
+
+START = Position()
+THROUGH_A_DOUBLE = (
+    "may have lost digits, for it was a floating-point number: export it as text or as an integer"
+)
+"""Why an id is refused that is no longer what was written first."""
+
+
+class Row(NamedTuple):
+    """One row: its values by column, or why it cannot be read.
+
+    Attributes:
+        line: Its line in a file of lines, else its number; the first is 1.
+        values: Its values by column.
+        broken: Why it cannot be read; empty if it can.
+        field: Which field `broken` is about; "value": the whole row.
+    """
+
+    line: int
+    values: Mapping[str, Any]
+    broken: str = ""
+    field: str = "value"
+
+
+class Ms(int):
+    """A moment as the file's own type tells it, in ms since the Unix epoch."""
+
+
+class Single(float):
+    """A number of single precision, as the shortest decimal that is stored as it."""
