@@ -240,6 +240,8 @@ class Consumer:
                 chunk = records[at : at + _CHUNK_RECORDS]
                 await asyncio.sleep(0)  # others on the loop wait for a chunk, not for a poll
                 verdicts = [partition.judge(r, self._config.currency, self._spans) for r in chunk]
+                for place, reason in self._client.fetches.reasons(chunk):
+                    verdicts[place] = partition.Rejected(chunk[place].offset, reason)
                 if not await self._seed(owned, verdicts, generation, progress):
                     return None
                 if generation != self._generation:
@@ -392,6 +394,7 @@ class Consumer:
     def revoked(self) -> None:
         """Set all state aside; it can be used again where its effects are stored."""
         self._generation += 1
+        self._client.fetches.forget()
         self._parked |= self._parts
         for held in (self._parts, self._committed, self._fresh):
             held.clear()

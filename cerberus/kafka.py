@@ -25,7 +25,7 @@ from aiokafka.errors import (
     for_code,
 )
 
-from cerberus import brokers, endpoints, errors, settings, transactions
+from cerberus import brokers, endpoints, errors, fetching, settings, transactions
 from cerberus.decisions import records
 from cerberus.telemetry import logs
 
@@ -42,6 +42,7 @@ CALL_S = 15.0
 _COMMIT_S = 5.0
 _PAUSE_S = 0.1
 _SENT_AT_ONCE = 10
+_BATCH_BYTES = "1048588"
 # aiokafka knows no name for what a compacted topic says of a record without a key.
 _REFUSED = (
     MessageSizeTooLargeError,
@@ -137,8 +138,11 @@ async def create_topics(config: settings.Settings) -> list[str]:
     }
     # The broker refuses what a consumer would have to refuse at every replay.
     wanted[TRANSACTIONS] = {
-        "message.timestamp.after.max.ms": str(config.windows.max_future_skew_ms)
+        "message.timestamp.after.max.ms": str(config.windows.max_future_skew_ms),
+        "cleanup.policy": "delete",
+        "max.message.bytes": _BATCH_BYTES,
     }
+    wanted[LABELS] = {"cleanup.policy": "delete", "max.message.bytes": _BATCH_BYTES}
     topics = [
         NewTopic(
             kafka.topic(name),
@@ -229,6 +233,8 @@ def consumer(
 ) -> "aiokafka.AIOKafkaConsumer":
     """Build a group's consumer; nothing is committed automatically.
 
+    Its `fetches` bounds what it holds, and tells what the logs have lost.
+
     Args:
         config: Settings.
         group: Without the prefix.
@@ -249,6 +255,7 @@ def consumer(
         request_timeout_ms=20_000,
     )
     _pause_between_questions(client._client)
+    client.fetches = fetching.Fetches(client._client, lambda: len(client.assignment()))
     return client
 
 

@@ -90,7 +90,8 @@ def machine():
 @pytest.fixture(scope="session")
 def servers(new_directory, machine):
     """Kafka, Redis and Postgres of our own, for the whole run; a test may kill and restart them."""
-    opened = stack.servers(new_directory(), machine, durable=False)
+    often = {"log.cleaner.backoff.ms": "500", "log.retention.check.interval.ms": "500"}
+    opened = stack.servers(new_directory(), machine, kafka_properties=often, durable=False)
     try:
         running = opened.__enter__()
     except errors.ServerUnavailable as error:

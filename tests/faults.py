@@ -108,3 +108,41 @@ async def assert_rows_equal_the_log(here):
         told = oracles[transactions.partition_of(user, len(oracles))]
         row = await here.certain(user, told.frontier)
         assert tuple(row.stats[0].__getstate__()) == told.stats(user, told.frontier)
+
+
+async def set_topics(here, topic, values):
+    """Set several settings of a topic: the brokers forget those that are not among them."""
+    async with admin_of(here) as admin:
+        changed = ConfigResource(ConfigResourceType.TOPIC, topic, configs=values)
+        await admin.alter_configs([changed])
+
+        async def known():
+            found = await kafka.topic_config(admin, topic)
+            return all(found.get(name) == value for name, value in values.items())
+
+        await until(known, f"{topic} has {values}")
+
+
+COMPACTING = {
+    "cleanup.policy": "compact",
+    "segment.ms": "50",
+    "min.cleanable.dirty.ratio": "0.0",
+    "delete.retention.ms": "0",
+}
+
+
+async def compacted(here, policy="compact", topic=kafka.TRANSACTIONS):
+    """Compact a topic, until each partition lacks records."""
+    name = here.config.kafka.topic(topic)
+    before = {n: len(records) for n, records in (await here.log(topic)).items() if records}
+    await set_topics(here, name, COMPACTING | {"cleanup.policy": policy})
+
+    async def fewer():
+        # The newest segment is not compacted, and only a record begins another one.
+        for number in before:
+            await here.kafka.send_and_wait(name, b"{}", key=b"last", partition=number)
+        log = await here.log(topic)
+        kept = {n: [r for r in log[n] if r.key != b"last"] for n in before}
+        return all(len(kept[n]) < before[n] for n in before)
+
+    await until(fewer, "the topic is compacted")

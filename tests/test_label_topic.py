@@ -15,6 +15,7 @@ from asking import client
 from pipeline import now_ms, payment, running, until, world
 from served import Served
 from service import service
+from swelling import padded, publish_swelling
 from truth import GOOD, POSITIVE, kept, key, label
 
 from cerberus import kafka, labels, producer, settings, transactions
@@ -271,3 +272,22 @@ async def test_the_service_takes_labels_at_both_doors_and_judges_by_its_settings
             )
         again = running_service.http.get("/accuracy").json()
         assert (again["label_maturity_days"], again["friendly_fraud_is_fraud"]) == (0, True)
+
+
+async def test_labels_in_a_batch_that_swells_are_stored_and_what_is_too_long_is_set_aside(here):
+    told = [label(f"order-{i}") for i in range(90)]
+    values = [padded(orjson.loads(labels.encode(each))) for each in told]
+    values[4:4] = [padded(GOOD, 2_000_000)]
+    topic = here.config.kafka.topic(kafka.LABELS)
+    records = [(1, value, now_ms()) for value in values]
+    async with running(consumer(here)):
+        await publish_swelling(here.config.kafka.bootstrap, topic, 0, records)
+        await stored(here, {key(each) for each in told})
+
+        async def set_aside():
+            found = await here.log(kafka.LABEL_DEAD_LETTERS)
+            return [r for records in found.values() for r in records]
+
+        [dead] = await until(set_aside, "the dead letter is there")
+    assert dict(dead.headers)["offset"] == b"4"
+    assert b"more than 1,048,576" in dict(dead.headers)["reason"]

@@ -117,7 +117,7 @@ class Kafka(server.Local):
         (self._home / name).write_text("".join(lines))
 
     def _java(self, main_class: str) -> list[str | pathlib.Path]:
-        memory = ["-Xms128m", "-Xmx384m", "-XX:+ExitOnOutOfMemoryError"]
+        memory = ["-Xms128m", "-Xmx1g", "-XX:+ExitOnOutOfMemoryError"]
         # Half the processor time until it is ready, and a tenth less memory.
         quick = ["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
         logging = "-Dlog4j2.configurationFile=log4j2.properties"

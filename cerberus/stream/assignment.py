@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapp
 from typing import Any, NamedTuple
 
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, LeaderNotAvailableError
 
-from cerberus import kafka, partition
+from cerberus import batches, kafka, partition
 from cerberus.postgres import facts, stores
 from cerberus.stream import dependencies, ownership, starts
 
@@ -38,6 +38,9 @@ class Resolver:
 
     Args:
         given: Settings, stores and model.
+
+    Attributes:
+        firsts: Offset and timestamp of each log's first record.
     """
 
     def __init__(self, given: dependencies.Dependencies) -> None:
@@ -47,7 +50,7 @@ class Resolver:
         self._postgres = given.postgres
         self._topic = given.config.kafka.topic(kafka.TRANSACTIONS)
         self._cluster = ""
-        self._firsts: dict[TopicPartition, starts.First] = {}
+        self.firsts: dict[TopicPartition, starts.First] = {}
 
     def metadata(self, tp: TopicPartition, part: partition.Partition, version: int) -> str:
         """Return what to write beside the commit of a partition's present offset."""
@@ -57,7 +60,7 @@ class Resolver:
             part.moved,
             part.epoch,
             part.count,
-            self._firsts.get(tp),
+            self.firsts.get(tp),
             part.known_from_ms,
             part.since_epoch,
         ).metadata(self._cluster, version)
@@ -68,9 +71,9 @@ class Resolver:
         Args:
             firsts: Offset and timestamp of their first records now.
         """
-        over = {tp for tp, first in firsts.items() if starts.differ(self._firsts.get(tp), first)}
+        over = {tp for tp, first in firsts.items() if starts.differ(self.firsts.get(tp), first)}
         # Where retention has deleted the first record, the next one replaces it.
-        self._firsts |= {tp: first for tp, first in firsts.items() if first and tp not in over}
+        self.firsts |= {tp: first for tp, first in firsts.items() if first and tp not in over}
         return over
 
     def begins(
@@ -80,8 +83,8 @@ class Resolver:
 
         Only where reading began: an aborted record before it is found only by asking.
         """
-        if self._firsts.get(tp) is None and record.offset == part.begin:
-            self._firsts[tp] = record.offset, record.timestamp
+        if self.firsts.get(tp) is None and record.offset == part.begin:
+            self.firsts[tp] = record.offset, record.timestamp
 
     async def resolve(
         self,
@@ -118,7 +121,7 @@ class Resolver:
                 life = _Life(life.commit.epoch, life.commit.moved, life.commit)
             kept = _kept(log, life, parked.get(tp))
             owned[tp] = kept or await self._fresh(client, tp, log, life)
-        self._firsts |= {tp: log.first for tp, log in logs.items()}
+        self.firsts |= {tp: log.first for tp, log in logs.items()}
         return Resolved(count, owned)
 
     async def _ask(
@@ -266,11 +269,28 @@ async def first_records(
 ) -> dict[TopicPartition, starts.First]:
     """Ask for offset and timestamp of each log's first record.
 
+    Not by a time: to answer that, a broker decompresses a whole batch, and ends if it swells.
+
     Raises:
         KafkaError: The brokers do not answer.
     """
-    found = await client.offsets_for_times(dict.fromkeys(tps, 0)) if tps else {}
-    return {tp: (first.offset, first.timestamp) if first else None for tp, first in found.items()}
+    begins = await client.beginning_offsets(tps) if tps else {}
+    firsts = await asyncio.gather(*(_first(client, tp, at) for tp, at in begins.items()))
+    return dict(zip(begins, firsts, strict=True))
+
+
+async def _first(client: Any, tp: TopicPartition, begin: int) -> starts.First:
+    while True:
+        node_id = client._client.cluster.leader_for_partition(tp)
+        if node_id is None or node_id < 0:
+            raise LeaderNotAvailableError(tp)
+        fetched = await client.fetches.peek(node_id, tp, begin)
+        batch = next(batches.split(fetched), None)
+        if batch is None:
+            return None
+        if batch.count:
+            return batch.first if batch.whole(begin) else await batches.first_from(batch, begin)
+        begin = batch.end  # all of it was removed
 
 
 def _kept(log: starts.Log, life: _Life, owned: ownership.Owned | None) -> ownership.Owned | None:

@@ -6,7 +6,7 @@ nothing and changes nothing; no state is kept between two polls.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiokafka
@@ -73,7 +73,8 @@ class LabelConsumer:
             progress.lagging(True)  # each turn is short, whether or not there is work
             while not progress.stopping.is_set():
                 polled = await client.getmany(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
-                await self._store([record for records in polled.values() for record in records])
+                records = [record for some in polled.values() for record in some]
+                await self._store(records, dict(client.fetches.reasons(records)))
                 await self._commit(client, {tp: r[-1].offset + 1 for tp, r in polled.items()})
                 self.problem = None
                 progress.beat()
@@ -81,7 +82,9 @@ class LabelConsumer:
             await kafka.stop(client)
             await self._publisher.close()
 
-    async def _store(self, records: Sequence[aiokafka.ConsumerRecord]) -> None:
+    async def _store(
+        self, records: Sequence[aiokafka.ConsumerRecord], unread: Mapping[int, str]
+    ) -> None:
         told: list[tuple[aiokafka.ConsumerRecord, labels.Label]] = []
         dead: list[kafka.Message] = []
         latest_ms = self._clock() + self._config.windows.max_future_skew_ms
@@ -89,6 +92,8 @@ class LabelConsumer:
             if at % _CHUNK_RECORDS == 0:
                 await asyncio.sleep(0)  # others on the loop wait for a chunk, not for a poll
             try:
+                if at in unread:
+                    raise errors.InvalidInput(*unread[at].split(": ", 1))
                 told.append((record, labels.decode(record.value, latest_ms)))
             except errors.InvalidInput as error:
                 dead.append(dead_letters.pack(self._dead_letters, record, str(error)))

@@ -156,8 +156,11 @@ class Liveness:
         asked_ms, owned = self._clock(), list(parts)
         with contextlib.suppress(TimeoutError, KafkaError):
             async with asyncio.timeout(_MARK_MS / 1000):
-                ends = await client.end_offsets(owned) if owned else {}
-                self.ended |= self._resolver.ended(await assignment.first_records(client, owned))
+                # Each question waits behind a fetch, so they are asked together.
+                ends, firsts = await asyncio.gather(
+                    client.end_offsets(owned), assignment.first_records(client, owned)
+                )
+                self.ended |= self._resolver.ended(firsts)
             known = client.partitions_for_topic(self._topic) or ()
             # If there are more, the new ones may have records that nobody reads yet.
             if len(known) == self._count:
