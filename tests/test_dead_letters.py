@@ -55,6 +55,10 @@ class Here:
             timeout=120,
         )
 
+    async def answers(self):
+        """Wait until a broker that was frozen has taken up its work again."""
+        await self.opened.kafka.send_and_wait(self.opened.config.kafka.topic(kafka.DECISIONS), b"")
+
     async def listed(self, *arguments):
         done = await self.dlq("list", *arguments)
         assert done.returncode == 0, done.stderr
@@ -255,6 +259,7 @@ async def test_brokers_that_are_silent_end_a_command(here, servers, command):
         done = await here.run(*command)
     finally:
         servers.kafka.kill(signal.SIGCONT)
+        await here.answers()
     assert done.returncode == 75
     assert f"cerberus {command[0]}: no Kafka broker answered" in done.stderr
     assert "Traceback" not in done.stderr
@@ -281,6 +286,7 @@ async def test_brokers_that_fall_silent_while_letters_are_read_end_it_too(here, 
                 await asyncio.wait_for(_to_the_end(letters), 60)
         finally:
             servers.kafka.kill(signal.SIGCONT)
+        await here.answers()
 
 
 async def test_what_its_writer_has_not_committed_is_not_waited_for(here):
