@@ -14,6 +14,7 @@ from service import service
 
 from cerberus.api import openapi
 
+pytestmark = pytest.mark.timeout(300)
 KEY = "a-key-of-the-tests"
 QUIET = {"CERBERUS_RATE": "0", "CERBERUS_PARTITIONS": "2", "CERBERUS_API_KEY": KEY}
 TESTS = pathlib.Path(__file__).parent
@@ -39,7 +40,7 @@ def run(program, *arguments, cwd):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=100,
+        timeout=250,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
