@@ -27,8 +27,13 @@ def lines(text: str) -> str:
 
 
 def say(*each: str, file: TextIO | None = None) -> None:
-    """Print each argument as a line of its own, escaped; the one way in which commands print."""
+    """Print each argument as a line of its own, escaped; commands print by this and the next."""
     print(*map(escaped, each), sep="\n", file=file or sys.stdout)
+
+
+def say_columns(*cells: object) -> None:
+    """Print a line of cells, each escaped, with tabs between them."""
+    print(*(escaped(str(each)) for each in cells), sep="\t")
 
 
 def dumps(told: Any) -> bytes:

@@ -127,8 +127,8 @@ async def test_a_dead_letter_is_as_it_was_and_comes_back_in_the_next_round(here)
         worst = found[b"\x1b]0;x\x07"]
         done = await here.dlq("show", worst.partition, worst.offset)
         assert done.returncode == 0, done.stderr
-        assert r"\x1b]0;x\x07" in done.stdout
-        assert r'{"user_id": 7, \x1b[31m\xff' in done.stdout
+        assert r"\u001b]0;x\u0007" in done.stdout
+        assert r'{"user_id": 7, \u001b[31m\xff' in done.stdout
         assert "header     trace: 00-ab" in done.stdout
         assert "header     none: (none)" in done.stdout
         assert "round      1" in done.stdout

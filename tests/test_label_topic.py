@@ -289,5 +289,5 @@ async def test_labels_in_a_batch_that_swells_are_stored_and_what_is_too_long_is_
             return [r for records in found.values() for r in records]
 
         [dead] = await until(set_aside, "the dead letter is there")
-    assert dict(dead.headers)["offset"] == b"4"
-    assert b"more than 1,048,576" in dict(dead.headers)["reason"]
+    assert dict(dead.headers)["cerberus-offset"] == b"4"
+    assert b"more than 1,048,576" in dict(dead.headers)["cerberus-reason"]

@@ -73,7 +73,9 @@ async def test_a_record_that_is_too_long_is_told_apart_in_a_batch_that_swells(he
         row = await here.certain(USER, now_ms())
         assert row.stats[0].count == 90
     letters = [r for rs in (await here.log(kafka.DEAD_LETTERS)).values() for r in rs]
-    told = {int(dict(r.headers)["offset"]): dict(r.headers)["reason"] for r in letters}
+    told = {
+        int(dict(r.headers)["cerberus-offset"]): dict(r.headers)["cerberus-reason"] for r in letters
+    }
     assert told.keys() == {3, 8}
     assert b"3,000," in told[3]
     assert b"1,048,576" in told[3]
@@ -103,8 +105,8 @@ async def test_a_batch_beyond_every_bound_is_described_and_its_partition_goes_on
         assert 30 < counted < 40
     [letter] = [r for rs in (await here.log(kafka.DEAD_LETTERS)).values() for r in rs]
     headers = dict(letter.headers)
-    assert headers["offset"] == b"59"
-    assert b"offsets %d to 59" % (counted - 1) in headers["reason"]
+    assert headers["cerberus-offset"] == b"59"
+    assert b"offsets %d to 59" % (counted - 1) in headers["cerberus-reason"]
     assert (await commits(here))[HOME][0] == 61
 
 

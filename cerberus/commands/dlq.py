@@ -41,7 +41,7 @@ refused again becomes another letter, in the next round. Letters stay where they
     show.add_argument("offset", type=_count, help="as `list` shows it")
     for each in (listing, replay):
         each.add_argument("--reason", default="", help="only where the reason contains this text")
-        each.add_argument("--since", default="1970-01-01", help="only set aside since (RFC 3339)")
+        each.add_argument("--since", default="1971-01-01", help="only set aside since (RFC 3339)")
         each.add_argument("--round", type=_count, help="only refused so many times: 1 is the first")
         each.add_argument("--limit", type=_count, help="at most so many")
     replay.add_argument("--dry-run", action="store_true", help="only list what would be sent")
@@ -64,10 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _list(config: settings.Settings, arguments: argparse.Namespace) -> None:
-    printable.say("\t".join(_COLUMNS))
+    printable.say_columns(*_COLUMNS)
     async with contextlib.aclosing(_chosen(config, arguments)) as letters:
         async for letter in letters:
-            printable.say(_line(letter))
+            printable.say_columns(*_cells(letter))
 
 
 async def _show(config: settings.Settings, arguments: argparse.Namespace) -> None:
@@ -108,7 +108,7 @@ async def _replay(config: settings.Settings, arguments: argparse.Namespace) -> N
                     omitted += 1
                     continue
                 if arguments.dry_run:
-                    printable.say(_line(letter))
+                    printable.say_columns(*_cells(letter))
                 batch.append(letter.again(topic))
                 if len(batch) == _BATCH_RECORDS:
                     await flush()
@@ -140,13 +140,12 @@ async def _chosen(
                 yield letter
 
 
-def _line(letter: dead_letters.Letter) -> str:
+def _cells(letter: dead_letters.Letter) -> tuple[object, ...]:
     key, (field, _, reason) = visible(letter.key), letter.reason.partition(": ")
     moment = transactions.format_ms(letter.set_aside_ms)
     if len(key) > _KEY_CHARACTERS:
         key = f"{key[:_KEY_CHARACTERS]}…"
-    told = (letter.partition, letter.offset, moment, letter.round, key, field, reason)
-    return "\t".join(visible(str(each)) for each in told)
+    return letter.partition, letter.offset, moment, letter.round, key, field, reason
 
 
 def _moment(timestamp_ms: str) -> str:
@@ -160,8 +159,9 @@ def visible(raw: bytes | str | None) -> str:
     """Return a text that a terminal shows as it is: whatever else it would obey is escaped."""
     if raw is None:
         return "(none)"
-    text = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable.escaped(
+        raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
+    )
 
 
 def _count(text: str) -> int:
