@@ -64,12 +64,13 @@ def options(config: settings.Settings) -> dict[str, Any]:
     found: dict[str, Any] = {
         "host": address.host,
         "port": address.port,
-        "db": address.database,
         "socket_timeout": CALL_S,
         "socket_connect_timeout": CALL_S,
         "health_check_interval": 15,
         "driver_info": None,  # else each connection reads files, then sends what 6.2 does not know
     }
+    if not config.redis.cluster:
+        found["db"] = address.database  # Feast's client of a cluster refuses even 0
     login = {"username": address.username, "password": address.password}
     found |= {name: value for name, value in login.items() if value}
     if address.tls:
