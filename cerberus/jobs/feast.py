@@ -328,7 +328,7 @@ def _libpq(address: addresses.Postgres) -> dict[str, str]:
 
 def _of_libpq(name: str) -> bool:
     """Whether libpq would read a variable besides the address, which the service does not."""
-    return name.startswith("PG") and name.isalpha()
+    return name.startswith("PG") and name.replace("_", "").isalpha()
 
 
 def _redis(config: settings.Settings) -> str:
