@@ -190,7 +190,7 @@ class File:
         A piece has fewer rows where they are long, or where the SQL leaves some out.
 
         Raises:
-            InvalidInput: naming the row from which the file cannot be read.
+            InvalidInput: naming the row behind which the file cannot be read.
         """
         at = start
         try:

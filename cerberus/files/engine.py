@@ -48,9 +48,14 @@ def _database() -> duckdb.DuckDBPyConnection:
         "autoload_known_extensions": False,
         "allow_community_extensions": False,
     }
-    found = duckdb.connect(":memory:", config=config)
-    found.execute("SET TimeZone = 'UTC'")
-    return found
+    return _session(duckdb.connect(":memory:", config=config))
+
+
+def _session(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyConnection:
+    connection.execute("SET TimeZone = 'UTC'")
+    # What is read ahead is lost where a file turns out to be damaged.
+    connection.execute("SET streaming_buffer_size = '1KB'")
+    return connection
 
 
 def _name(column: str) -> str:
@@ -109,7 +114,7 @@ class Parquet:
             start: How many rows to pass over.
 
         Raises:
-            InvalidInput: naming the row from which the file cannot be read.
+            InvalidInput: naming the row behind which the file cannot be read.
         """
         at = start
         sizes = [size for name in columns if (size := self._size(name))]
@@ -126,16 +131,19 @@ class Parquet:
             "WHERE file_row_number >= $2"
         )
         try:
-            read = self._database.cursor().sql(query, params=[self._source, start])
+            read = _session(self._database.cursor()).sql(query, params=[self._source, start])
             for batch in read.to_arrow_reader(_BATCH_ROWS):
                 table = pyarrow.Table.from_batches([batch])
                 long = table.filter(table[_LONG])[_LINE].to_pylist() if sizes else []
                 yield table, long
                 at += table.num_rows
-        except duckdb.Error as error:
-            raise errors.InvalidInput(
-                self._path.name, f"cannot be read from row {at + 1} on: {reason(error)}"
-            ) from error
+        except (duckdb.Error, pyarrow.ArrowException, OSError) as error:
+            said = f"cannot be read behind row {at}: {reason(error)}"
+            if "allocate" in said:
+                said += (
+                    f'; --select "NULL AS FIELD" leaves a column out that needs {MEMORY} at once'
+                )
+            raise errors.InvalidInput(self._path.name, said) from error
 
     def _size(self, column: str) -> str:
         """Return the SQL of a cell's bytes; empty where all cells have the same few."""

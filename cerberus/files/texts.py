@@ -25,7 +25,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # Excel's own first line
-_OUTSIDE, _INSIDE = re.compile(rb'["{}\[\],]'), re.compile(rb'["\\]')
+_OUTSIDE = re.compile(rb'["{}\[\],]')
 
 
 class Text:
@@ -177,6 +177,7 @@ def header(text: Text, wanted: Sequence[str]) -> Header:
     with text.open() as file:
         lines = Lines(file, START, text.encoding)
         for _ in range(_HEADER_LINES):
+            lines.begin_row()
             if not (line := next(lines, "")):
                 break
             if "\0" in line:
@@ -230,12 +231,16 @@ class Elements:
 
     def _split(self, chunk: bytes) -> Generator[tuple[bytes | None, Position], None, bool]:
         begin, i = 0, self._skip
-        while found := (_INSIDE if self._inside else _OUTSIDE).search(chunk, i):
+        while True:
+            if self._inside:
+                i, self._inside = _within(chunk, i)
+                if self._inside:
+                    break
+            if not (found := _OUTSIDE.search(chunk, i)):
+                break
             i, mark = found.end(), found[0]
-            if mark == b"\\":
-                i += 1
-            elif mark == b'"':
-                self._inside = not self._inside
+            if mark == b'"':
+                self._inside = True
             elif mark in b"{[":
                 self._depth += 1
                 begin = i if self._depth == 1 else begin
@@ -245,7 +250,7 @@ class Elements:
                 self._keep(chunk[begin : i - 1])
                 begin = i
                 whole = b"".join(self._kept)
-                if mark == b"," or whole.strip():
+                if mark == b"," or whole.strip() or self._size > LINE_BYTES:
                     self._rows += 1
                     at = Position(self._rows, self._rows, self._passed + i)
                     yield whole if self._size <= LINE_BYTES else None, at
@@ -261,3 +266,15 @@ class Elements:
     def _keep(self, part: bytes) -> None:
         self._size += len(part)
         self._kept = [*self._kept, part] if self._size <= LINE_BYTES else []
+
+
+def _within(chunk: bytes, i: int) -> tuple[int, bool]:
+    """Return where a JSON string ends that `i` is in, and whether it goes on behind the chunk."""
+    quote = chunk.find(b'"', i)
+    while True:
+        escape = chunk.find(b"\\", i, quote if quote >= 0 else len(chunk))
+        if escape < 0:
+            return (quote + 1, False) if quote >= 0 else (max(i, len(chunk)), True)
+        i = escape + 2
+        if 0 <= quote < i:
+            quote = chunk.find(b'"', i)
