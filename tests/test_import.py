@@ -3,10 +3,12 @@
 import asyncio
 import csv
 import datetime
+import hashlib
 import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import time
 
 import feast_rig
 import oracle
+import orjson
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -224,6 +227,117 @@ async def test_what_the_log_says_stands(config, pool, tmp_path):
     assert (row["amount_minor"], row["topic"]) == (100, "transactions")
     after = (await tables(pool))[1][0]
     assert (after[:2], after[3:]) == (of_log[:2], of_log[3:])
+
+
+async def test_a_finished_file_that_is_mended_in_place_is_said_to_be_another(
+    config, pool, tmp_path, capsys
+):
+    rows = [paid(i, i % 50, BEGIN_MS + i, merchant_id="m" * 90) for i in range(12_000)]
+    path = write(tmp_path / "past.csv", rows)
+    await load(config, path)
+    assert "transactions: 12000 added, 0 were there, 0 refused" in capsys.readouterr().out
+    await load(config, path)
+    told = capsys.readouterr().out
+    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    assert f"past.csv was imported on {today}" in told
+    assert "as 12000 rows and is unchanged" in told
+    assert "12000 added" not in told
+    # The same size and the same first MiB.
+    size = path.stat().st_size
+    assert size > 1 << 20
+    content = path.read_bytes()
+    content = content.replace(b"t11990,", b"x11990,").replace(
+        b"t11995,45,12.5,", b"t11995,45,99.5,"
+    )
+    path.write_bytes(content)
+    assert path.stat().st_size == size
+    await load(config, path)
+    told = capsys.readouterr().out
+    first, second = re.findall("fingerprint ([0-9a-f]{12})", told)
+    assert first != second
+    assert f"past.csv was imported on {today}" in told
+    assert "it is another file now" in told
+    assert (
+        "transactions: 1 added, 11999 were there (1 of them with another content, which stays), "
+        "0 refused"
+    ) in told
+    stays = await pool.fetchval(
+        "SELECT amount_minor FROM transactions WHERE transaction_id = 't11995'"
+    )
+    assert stays == 1250
+    await load(config, path, select="amount AS amount")
+    assert "with another --select or --encoding" in capsys.readouterr().out
+
+
+async def test_scores_that_differ_are_counted(config, pool, tmp_path, capsys):
+    row = {"user_id": 1, "credit_score": 700, "timestamp": moment(BEGIN_MS)}
+    await load(config, write(tmp_path / "a.csv", [row]), "credit_scores")
+    changed = write(tmp_path / "b.csv", [row | {"credit_score": 701}])
+    await load(config, changed, "credit_scores")
+    assert "0 added, 1 were there (1 of them with another content" in capsys.readouterr().out
+
+
+async def test_what_the_previous_release_imported_is_known_and_goes_on(
+    config, pool, tmp_path, capsys
+):
+    rows = [paid(i, at_ms=BEGIN_MS + i) for i in range(9)]
+    path = write(tmp_path / "past.csv", rows)
+    content = path.read_bytes()
+    # As it identified a file: by its size, its first MiB and how it was read.
+    head = hashlib.sha256(b"%d\0%s" % (len(content), content[: 1 << 20])).hexdigest()
+    how = {
+        "columns": {},
+        "constants": {},
+        "timestamp_format": "rfc3339",
+        "amount_unit": "major",
+    }
+    identity = orjson.dumps(("transactions", head, how, {}), option=orjson.OPT_SORT_KEYS)
+    former = hashlib.sha256(identity).hexdigest()
+    done = len(b"".join(content.splitlines(True)[:5]))
+    await pool.execute(
+        "INSERT INTO imports (fingerprint, kind, file, size_bytes, rows_done, lines_done, "
+        "bytes_done, added) VALUES ($1, 'transactions', 'past.csv', $2, 4, 5, $3, 4)",
+        former,
+        len(content),
+        done,
+    )
+    progress = await load(config, path)
+    assert (progress.position, progress.added) == ((9, 10, len(content)), 9)
+    ids = await pool.fetch("SELECT transaction_id FROM transactions ORDER BY 1")
+    assert [row[0] for row in ids] == [f"t{i}" for i in range(4, 9)]
+
+    await pool.execute("UPDATE imports SET fingerprint = $1", former)
+    capsys.readouterr()
+    await load(config, path)
+    told = capsys.readouterr().out
+    assert "as 9 rows and has the same size and first MiB" in told
+    assert "added" not in told
+    assert await pool.fetchval("SELECT count(*) FROM imports") == 1
+
+
+async def test_the_parts_of_a_folder_are_imported_each_once(config, pool, tmp_path, capsys):
+    folder = tmp_path / "out.parquet"
+    folder.mkdir()
+    (folder / "_SUCCESS").touch()
+    rows = [paid(i, at_ms=BEGIN_MS + i) for i in range(30)]
+    rows[3]["amount"] = rows[25]["amount"] = -1.0
+    for i in range(3):
+        write(folder / f"part-{i}.snappy.parquet", rows[10 * i : 10 * i + 10])
+    progress = await load(config, folder)
+    assert (progress.added, progress.rejected, progress.position[0]) == (28, 2, 30)
+    assert [(each["file"], each["line"]) for each in refused(folder)] == [
+        ("out.parquet/part-0.snappy.parquet", 4),
+        ("out.parquet/part-2.snappy.parquet", 6),
+    ]
+    write(folder / "part-3.snappy.parquet", [paid(99)])
+    capsys.readouterr()
+    await load(config, folder)
+    told = capsys.readouterr().out
+    assert told.count("is unchanged") == 3
+    assert len(refused(folder)) == 2
+    left_out = await load(config, folder, select="amount AS amount WHERE transaction_id <> 't5'")
+    assert left_out.left_out == 1
+    assert "1 left out" in capsys.readouterr().out
 
 
 def command(environ, *arguments):

@@ -75,7 +75,7 @@ def test_an_array_is_split_where_its_elements_end(elements, indent, chunk, cut):
     was, texts._CHUNK_BYTES = texts._CHUNK_BYTES, chunk
     try:
         whole = list(texts.Elements(io.BytesIO(raw), rows.START))
-        assert [json.loads(each) for each, _ in whole] == elements
+        assert [json.loads(each or b"") for each, _ in whole] == elements
         for i, (_, at) in enumerate(whole[:-1]):
             file = io.BytesIO(raw)
             file.seek(at.bytes)

@@ -18,7 +18,7 @@ import orjson
 
 from cerberus import documents, errors
 from cerberus.files import texts
-from cerberus.files.rows import START, Position, Row
+from cerberus.files.rows import KNOWN, START, Position, Row
 
 CSV, LINES, ARRAY, PARQUET = "csv", "lines", "array", "parquet"
 SUFFIXES = (
@@ -158,7 +158,8 @@ class File:
     def _pick(self, wanted: Sequence[str], known: Sequence[str] | None) -> dict[str, int]:
         """Return the columns to read, with their places in a row."""
         if known is None:
-            return dict.fromkeys(wanted, 0)
+            # Every object has its own columns: what a mapping knows of each row wins.
+            return dict.fromkeys((name for name in wanted if name not in KNOWN), 0)
         names = {name.lower() for name in wanted}
         found = [(name, i) for i, name in enumerate(known) if name.lower() in names]
         lower = [name.lower() for name, _ in found]

@@ -17,12 +17,10 @@ import orjson
 import pyarrow
 
 from cerberus import errors
-from cerberus.files.rows import THROUGH_A_DOUBLE, Ms, Row, Single
+from cerberus.files.rows import FILE_NAME, ROW_NUMBER, THROUGH_A_DOUBLE, Ms, Row, Single
 
 MEMORY = "512MB"
 CELL_BYTES = 16_384
-ROW_NUMBER, FILE_NAME = "row_number", "file_name"
-"""What a mapping knows of each row besides its columns."""
 _BATCH_ROWS = 4_096
 _LINE, _LONG = "__line", "__long"
 _TIMES = ("DATE", "TIMESTAMP")
@@ -206,10 +204,15 @@ class Mapping:
         [said] = self._database.execute(query, [f"FROM data SELECT {self._select}\n"]).fetchall()
         tree: dict[str, Any] = json.loads(said[0])
         if tree["error"]:
-            raise errors.InvalidInput("--select", f"is not SQL: {tree['error_message']}")
+            raise errors.InvalidInput(
+                "--select",
+                f"is not SQL: {tree['error_message']}; a column whose name is a word of SQL stands "
+                'in double quotes, such as "at"',
+            )
         node = tree["statements"][0]["node"]
         extra = ("modifiers", "group_expressions", "having", "qualify", "sample")
-        if node["type"] != "SELECT_NODE" or any(node[name] for name in extra):
+        plain = node["type"] == "SELECT_NODE" and not any(node[name] for name in extra)
+        if not plain or node["aggregate_handling"] != "STANDARD_HANDLING":
             raise errors.InvalidInput(
                 "--select", "must be expressions with names, such as amt AS amount, and a WHERE"
             )
@@ -356,8 +359,11 @@ def _text(value: Any) -> str | None:
 
 def _output(name: str, kind: str) -> str:
     if kind.startswith(_TIMES):
+        # epoch_ms() rounds, and so does a cast; what is finer than a millisecond is cut off.
+        if kind == "TIMESTAMP_NS":
+            return f"epoch_ns({name}) // 1000000"
         moment = name if kind == "TIMESTAMP WITH TIME ZONE" else f"{name}::TIMESTAMP"
-        return f"epoch_ms({moment})"
+        return f"epoch_us({moment}) // 1000"
     return f"{name}::VARCHAR" if kind in ("FLOAT", "UUID") else name
 
 

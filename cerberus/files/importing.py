@@ -204,9 +204,10 @@ class Importer:
         """Say what is known of a file that was imported before, or of one with its name."""
         if progress.finished:
             rest = "reading it again" if self._plan.again else "--again reads it again"
+            known = "is unchanged" if progress.recorded else "has the same size and first MiB"
             return (
                 f"{file.name} was imported on {_date(progress.finished_at)} as "
-                f"{progress.position[0]} rows and is unchanged (fingerprint "
+                f"{progress.position[0]} rows and {known} (fingerprint "
                 f"{source.content[:_SHOWN]}): {rest}"
             )
         if earlier is None or any(progress.position):

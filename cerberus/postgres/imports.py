@@ -22,7 +22,7 @@ _STATEMENT_S = 600
 _LAST_RANK = 999
 # An import of the previous release goes on, or is known as finished, under its new name.
 _ADOPT = """
-UPDATE imports SET fingerprint = $1, content = $3, reading = $4
+UPDATE imports SET fingerprint = $1
 WHERE fingerprint = $2 AND NOT EXISTS (SELECT FROM imports WHERE fingerprint = $1)
 """
 _BEGIN = """
@@ -30,7 +30,8 @@ INSERT INTO imports AS i (fingerprint, kind, file, size_bytes, content, reading)
 VALUES ($1, $2, $3, $4, $5, $6)
 ON CONFLICT (fingerprint) DO UPDATE SET file = excluded.file
 RETURNING rows_done, lines_done, bytes_done, added, rejected, rejects_bytes,
-    finished_at IS NOT NULL AS finished, differing, left_out, finished_at
+    finished_at IS NOT NULL AS finished, differing, left_out, finished_at,
+    content IS NOT NULL AS recorded
 """
 _EARLIER = """
 SELECT finished_at, rows_done, content, reading FROM imports
@@ -201,6 +202,7 @@ class Progress:
         differing: How many rows were there under the same identity with another content.
         left_out: How many rows the mapping left out.
         finished_at: When the whole file had been imported.
+        recorded: Whether its whole content was compared; else only its size and first MiB.
     """
 
     position: Position = (0, 0, 0)
@@ -211,6 +213,7 @@ class Progress:
     differing: int = 0
     left_out: int = 0
     finished_at: datetime.datetime | None = dataclasses.field(default=None, compare=False)
+    recorded: bool = dataclasses.field(default=True, compare=False)
 
 
 class Imports:
@@ -234,7 +237,7 @@ class Imports:
         async with postgres_pool.connection(self._pool) as connection, connection.transaction():
             told = (source.content, source.reading)
             if source.former:
-                await connection.execute(_ADOPT, source.fingerprint, source.former, *told)
+                await connection.execute(_ADOPT, source.fingerprint, source.former)
             named = (source.kind, source.file)
             found = await connection.fetchrow(
                 _BEGIN, source.fingerprint, *named, source.size_bytes, *told
