@@ -150,6 +150,14 @@ def test_answers_that_are_owed_come_before_a_refusal(ours):
     assert only.status == 200
 
 
+@pytest.mark.parametrize("cut", [None, -3], ids=["whole", "half"])
+def test_nothing_is_done_after_the_request_that_closes_the_connection(ours, cut):
+    first = request(path=b"/slow", more=b"Connection: close\r\n")
+    with Wire(ours.port) as wire:
+        [only] = wire.send(first + request()[:cut], request()).answers()
+        assert (only.status, wire.closed) == (200, True)
+
+
 def test_trailers_are_no_headers(ours):
     whole = request(chunked=True)[:-2] + b"X-API-Key: k\r\n\r\n"
     [answer] = ask(ours.port, whole, quiet_s=0.3)

@@ -7,6 +7,7 @@ however many others open connections and send nothing.
 
 import asyncio
 import collections
+import contextlib
 import enum
 import logging
 import resource
@@ -45,6 +46,9 @@ _MAKE_ROOM = ((Phase.LEAVING,), (Phase.NEW, Phase.HEAD), (Phase.IDLE,), (Phase.B
 class Connection(Protocol):
     """One connection, as its bounds see it."""
 
+    phase: Phase | None
+    """What it waits for; None when it is gone. `Connections` sets it."""
+
     def overdue(self, phase: Phase) -> None:
         """Answer and close: the phase took too long."""
 
@@ -52,7 +56,7 @@ class Connection(Protocol):
         """Close at once, without an answer."""
 
 
-_Since = collections.OrderedDict[Connection, float]
+_Since = dict[Connection, float]  # in the order in which they came
 
 
 class Connections:
@@ -74,40 +78,40 @@ class Connections:
             Phase.IDLE: float(KEEP_ALIVE_S),
             Phase.LEAVING: _LEAVE_S,
         }
-        self._since: Mapping[Phase, _Since] = {phase: _Since() for phase in Phase}
-        self._phases: dict[Connection, Phase] = {}
+        self._since: Mapping[Phase, _Since] = {phase: {} for phase in Phase}
+        self._count = 0
         self._held = {False: 0, True: 0}
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(_SWEEP_S, self._sweep)
         self._told_s = self._loop.time()
 
     def __len__(self) -> int:
-        return len(self._phases)
-
-    def phase(self, connection: Connection) -> Phase | None:
-        """Return what a connection waits for; None if it is gone."""
-        return self._phases.get(connection)
+        return self._count
 
     def admit(self, connection: Connection) -> bool:
         """Take a new connection, in the place of another if need be; False if all are busy."""
-        fits = len(self._phases) < self.most or self._make_room()
+        fits = self._count < self.most or self._make_room()
         if fits:
             self.enter(connection, Phase.NEW)
         return fits
 
     def enter(self, connection: Connection, phase: Phase) -> None:
         """Note what a connection waits for from now on."""
-        before = self._phases.get(connection)
+        before = connection.phase
         if before is not phase or phase is Phase.ANSWER:
-            if before is not None:
+            if before is None:
+                self._count += 1
+            else:
                 del self._since[before][connection]
-            self._phases[connection] = phase
+            connection.phase = phase
             self._since[phase][connection] = self._loop.time()
 
     def leave(self, connection: Connection) -> None:
         """Forget a connection that is gone."""
-        if (phase := self._phases.pop(connection, None)) is not None:
-            del self._since[phase][connection]
+        if connection.phase is not None:
+            del self._since[connection.phase][connection]
+            connection.phase = None
+            self._count -= 1
 
     def hold(self, count: int, *, large: bool) -> bool:
         """Take so many bytes of bodies into memory; False if no more fit.
@@ -176,11 +180,13 @@ def _while(since: _Since, until_s: float) -> list[tuple[Connection, float]]:
 
 def capacity(wanted: int) -> int:
     """Return how many connections fit, and raise the limit of open files for them if allowed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + RESERVED_FILES
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != soft < needed:
+        soft_wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit below its hard one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft_wanted, hard))
+            soft = soft_wanted
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
     fits = max(1, soft - RESERVED_FILES)

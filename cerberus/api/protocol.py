@@ -33,6 +33,7 @@ class Protocol(httptools_impl.HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._all: connections.Connections = self.app_state["connections"]
         self._limits = self._all.limits
+        self.phase: Phase | None = None
         self._reading: Phase | None = None
         self._head_bytes = 0
         self._again = self._unparsed = b""
@@ -67,7 +68,10 @@ class Protocol(httptools_impl.HttpToolsProtocol):
         self._unset_keepalive_if_required()
         reading, cycle = self._reading, self.cycle
         try:
-            self._feed(data)
+            if len(data) <= _SLICE_BYTES:
+                self._parse(data)
+            else:
+                self._feed(data)
             if self._reading is Phase.HEAD and reading is not Phase.BODY and cycle is self.cycle:
                 self._head_bytes += len(data)
                 if self._head_bytes > self._limits.head_bytes:
@@ -88,7 +92,7 @@ class Protocol(httptools_impl.HttpToolsProtocol):
                 return
 
     def _parse(self, data: bytes) -> None:
-        while data:
+        while True:
             try:
                 self.parser.feed_data(data)
                 return
@@ -98,11 +102,16 @@ class Protocol(httptools_impl.HttpToolsProtocol):
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
                 self.parser.feed_data(head)
                 data = data[stopped.args[0] :]
+                if not data:
+                    return
 
     def _phase(self) -> Phase:
-        if self.pipeline or (self.cycle and not (self.cycle.response_complete or self._unread())):
+        cycle, reading = self.cycle, self._reading
+        if cycle is None:
+            return reading or Phase.NEW
+        if self.pipeline or not (cycle.response_complete or reading is Phase.BODY):
             return Phase.ANSWER
-        return self._reading or (Phase.IDLE if self.cycle else Phase.NEW)
+        return reading or Phase.IDLE
 
     def _unread(self) -> bool:
         return self._reading is Phase.BODY
@@ -177,7 +186,9 @@ class Protocol(httptools_impl.HttpToolsProtocol):
         """End a request, unless it is the half of one that is parsed again."""
         if not self._again:
             self._reading = None
-            super().on_message_complete()
+            if not self.cycle.response_complete:
+                self.cycle.more_body = False
+                self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:
         """Go on with the next request, or say the last words."""
@@ -282,6 +293,7 @@ class Protocol(httptools_impl.HttpToolsProtocol):
         the answer.
         """
         self._over = True
+        self.pipeline.clear()
         if self._ended or not self.transport.can_write_eof():
             self.transport.close()
             return
