@@ -1,6 +1,7 @@
 """The bounds on connections, heads and bodies, on a real uvicorn and real sockets."""
 
 import contextlib
+import socket
 import time
 
 import pytest
@@ -157,6 +158,20 @@ def test_half_open_connections_leave_files_for_others(sent):
                     [answer] = ask(running.port, request(more=b"Connection: close\r\n"))
                     assert answer.status == 200
             assert "Too many open files" not in running.written()
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_a_burst_of_connections_leaves_files_for_others(loop):
+    with echo("--loop", loop, files=FEW_FILES) as running, contextlib.ExitStack() as stack:
+        started(running)
+        for _ in range(1_000):
+            burst = stack.enter_context(socket.socket())
+            burst.setblocking(False)
+            burst.connect_ex(("127.0.0.1", running.port))
+        for _ in range(3):
+            [answer] = ask(running.port, request(more=b"Connection: close\r\n"))
+            assert answer.status == 200
+        assert "Too many open files" not in running.written()
 
 
 def test_bodies_together_have_a_bound(ours):

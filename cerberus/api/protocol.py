@@ -7,6 +7,7 @@ is answered as a problem of RFC 9457, after the answers that are owed, and ends 
 """
 
 import functools
+import socket
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from cerberus.api import connections, problems
 from cerberus.api.connections import Phase
 
 _UVICORNS_KEEP_ALIVE_S = 5
+_ACCEPTED_AT_ONCE = 8
 _PIPELINED, _SLICE_BYTES = 32, 8 * 1024
 _DRAINED_BYTES = 2 * 2**20
 
@@ -343,6 +345,16 @@ def _bytes(code: str, detail: str, default: Iterable[tuple[bytes, bytes]]) -> by
     return httptools_impl.STATUS_LINE[told.status_code] + b"\r\n".join((*lines, b"", told.body))
 
 
+def _listen(server: uvicorn.Server, backlog: int) -> None:
+    """Let the kernel keep as many new connections waiting as uvicorn was told.
+
+    asyncio accepts that many at once, before any of them can be refused, and so takes every file.
+    """
+    for listening in (each for one in server.servers for each in one.sockets):
+        with socket.fromfd(listening.fileno(), listening.family, listening.type) as same:
+            same.listen(backlog)
+
+
 def install() -> None:
     """Let uvicorn speak this protocol, whatever options it is started with.
 
@@ -365,8 +377,10 @@ def install() -> None:
             config.http_protocol_class = Protocol
             if config.timeout_keep_alive == _UVICORNS_KEEP_ALIVE_S:
                 config.timeout_keep_alive = connections.KEEP_ALIVE_S
+            backlog, config.backlog = config.backlog, min(config.backlog, _ACCEPTED_AT_ONCE)
         await startup(self, *arguments, **named)
         if ours:
+            _listen(self, backlog)
             known: connections.Connections = self.lifespan.state["connections"]
             for phase in (Phase.NEW, Phase.IDLE):
                 known.seconds[phase] = float(config.timeout_keep_alive)
