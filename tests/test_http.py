@@ -231,6 +231,30 @@ async def test_overload_says_when_to_come_back(environ):
     await served.close()
 
 
+async def test_a_request_beyond_the_bound_is_refused_before_its_body_is_read(environ):
+    served = Served(environ, max_in_flight=1, read_timeout_ms=5_000)
+    await served.live()
+
+    async def unread():
+        raise AssertionError("the body is read")
+        yield b""
+
+    app = served.app()
+    served.predictor = app.state.parts.service.predictor
+    async with client(app) as http:
+        await http.post("/predict", json={"user_id": 1})
+        await served.client.execute_command("CLIENT", "PAUSE", "500")
+        first = asyncio.create_task(http.post("/predict", json={"user_id": 1}))
+        await served.reading()
+        is_problem(await http.post("/predict", content=unread()), "overloaded")
+        assert (await first).status_code == 200
+    declared = {"content-length": "1048577"}
+    async with client(served.app()) as http:
+        refused = await http.post("/labels", content=unread(), headers=declared)
+        is_problem(refused, "too_large")
+    await served.close()
+
+
 async def test_unreachable_features_are_no_score_and_tell_nothing_of_the_server(environ):
     served = Served(environ | {"REDIS_URL": "redis://:secret@127.0.0.1:1/0"}, read_timeout_ms=50)
     async with client(served.app()) as http:

@@ -305,6 +305,13 @@ async def test_however_many_look_up_the_labels_have_connections(environ, served,
     await other.close()
 
 
+async def test_however_many_look_up_users_few_connections_to_redis_are_made(served, http):
+    before = len(await served.client.client_list())
+    answers = await asyncio.gather(*[http.get("/users/1") for _ in range(100)])
+    assert {answer.status_code for answer in answers} == {200}
+    assert len(await served.client.client_list()) <= before + 5
+
+
 async def test_a_look_up_is_given_up_while_postgres_is_frozen(environ, servers, monkeypatch):
     # asyncpg asks for TLS also to cancel, and nobody takes the exception if it gets no answer.
     plain = {"DATABASE_URL": f"{environ['DATABASE_URL']}?sslmode=disable"}
