@@ -6,6 +6,7 @@ import datetime
 import pathlib
 import shutil
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from cerberus.online import layout, user_rows
 from cerberus.online import pool as redis_pool
 from cerberus.postgres import pool as postgres_pool
 from cerberus.stack import process
-from chaos import service
+from chaos import forwarder, replica, service
 
 APP = "cerberus.app:app"
 PARTITIONS = 6
@@ -76,6 +77,7 @@ class Cluster:
         redis: A client of the same Redis.
         pool: Connections to Postgres.
         credit: Whether fixed credit scores are materialized.
+        pair: The Redis behind the address that instances know, and one to hand over to.
         former: The greatest epoch of the topic's former lives.
     """
 
@@ -87,6 +89,7 @@ class Cluster:
     redis: Any
     pool: Any
     credit: bool
+    pair: replica.Pair
     former: int = 0
 
     @property
@@ -228,12 +231,19 @@ async def opened(
     At the end, every instance that still runs is killed.
     """
     environ = environment(environ, directory, credit=setup.credit)
-    config = settings.load(environ)
-    spans = window.Spans.of(config.windows)
-    pin_model(config, spans)
     site = process.Site(directory, environ, lambda line: None)
-    redis = redis_pool.connect(config)
-    async with postgres_pool.connect(config) as pool, redis:
+    async with contextlib.AsyncExitStack() as exits:
+        address = urllib.parse.urlsplit(environ["REDIS_URL"])
+        front = exits.enter_context(forwarder.Forwarder(address.port or 6379))
+        pair = replica.Pair(front.port, site, front)
+        exits.callback(pair.stop)
+        netloc = f"127.0.0.1:{front.address}"
+        environ = environ | {"REDIS_URL": address._replace(netloc=netloc).geturl()}
+        config = settings.load(environ)
+        spans = window.Spans.of(config.windows)
+        pin_model(config, spans)
+        pool = await exits.enter_async_context(postgres_pool.connect(config))
+        redis = await exits.enter_async_context(redis_pool.connect(config))
         # Not `assembly.open`: an observer must not be the one that detects a restarted Redis.
         parts = assembly.Service(config, redis, pool)
         await _prepare(parts, setup, directory)
@@ -249,6 +259,7 @@ async def opened(
             redis=redis,
             pool=pool,
             credit=setup.credit,
+            pair=pair,
         )
         with contextlib.ExitStack() as undo:
             for instance in cluster.instances:

@@ -15,6 +15,7 @@ from chaos import cluster, service, traffic
 
 RECOVER_S = 180.0
 _FIRST_GUESS_S = 12.0
+_AHEAD_S = 3_600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,31 @@ class Schedule:
             os.truncate(file, length)
         await asyncio.to_thread(server.start)
 
+    async def redis_handed_over(self) -> None:
+        """Let Redis hand over to another server and back; no connection ends."""
+        for back in (False, True):
+            began_s = time.time()
+            await self._target.pair.hand_over(back=back)
+            whole = functools.partial(self._whole, began_s)
+            await cluster.until(whole, "recovered from a hand-over of Redis", RECOVER_S)
+
+    async def clock_ahead(self) -> None:
+        """Let an instance own partitions with a clock an hour ahead, then kill it."""
+        [instance] = self._some(1)
+        instance.kill()
+        instance.start(service.AHEAD)
+        await cluster.until(self._owned_ahead, "it owns something", RECOVER_S)
+        await asyncio.sleep(self._rng.uniform(1, 3))
+        instance.kill()
+        self.killed += 2
+        await asyncio.sleep(cluster.SESSION_S + self._rng.uniform(3, 6))
+        instance.start()
+
+    async def _owned_ahead(self) -> bool:
+        states = await self._target.online.states()
+        late_ms = (time.time() + _AHEAD_S / 2) * 1000
+        return any(state.caught_up_ms > late_ms for state in states.values())
+
     async def postgres(self) -> None:
         """Kill Postgres and start it again."""
         await self._server(self._target.servers.postgres)
@@ -198,6 +224,8 @@ _INJECT: dict[str, Callable[[Schedule], Awaitable[None]]] = {
     "broker killed": lambda s: s.broker(hard=True),
     "redis killed": lambda s: s.redis(),
     "redis without power": lambda s: s.redis_power(),
+    "redis handed over": lambda s: s.redis_handed_over(),
+    "clock ahead": lambda s: s.clock_ahead(),
     "redis flushed": lambda s: s.flush(),
     "redis flushed while all are down": lambda s: s.flush_all_down(),
     "postgres killed": lambda s: s.postgres(),

@@ -82,6 +82,7 @@ def default(events: int, kills: int, seed: int) -> Plan:
     rng = random.Random(seed)
     kinds = ["pause"] * max(5, kills // 3) + ["restart"] * 3
     kinds += ["redis without power", "redis flushed", "postgres killed"] * 2 + ["redis killed"]
+    kinds += ["redis handed over", "clock ahead"] * 2
     kinds += ["broker restarted", "broker killed", "redis flushed while all are down"]
     left = kills - 3
     while left > 0:

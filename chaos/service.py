@@ -10,6 +10,8 @@ from cerberus.stack import ports, process
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _STOP_S = 30.0
+AHEAD = "chaos.ahead:app"
+"""The application with a clock that is an hour ahead."""
 
 
 class Instance:
@@ -38,9 +40,11 @@ class Instance:
         self.killed_s: list[float] = []
         self._process = process.Process(name, site)
         self._environ = environ
+        self._app = app
         self._command = [sys.executable, "-m", "uvicorn", app, "--port", str(self.port)]
         self._command += ["--app-dir", str(site.directory), "--no-access-log"]
-        self._process.end_leftover(lambda candidate: app in candidate.cmdline())
+        ours = {app, AHEAD}
+        self._process.end_leftover(lambda candidate: not ours.isdisjoint(candidate.cmdline()))
 
     @property
     def status(self) -> int | None:
@@ -52,9 +56,10 @@ class Instance:
         """The file with everything that it has printed."""
         return self._process.log
 
-    def start(self) -> None:
-        """Start it; it serves a few seconds later."""
-        self._process.start(self._command, self.tree, self._environ)
+    def start(self, app: str | None = None) -> None:
+        """Start it, with its own application unless another is given; it serves seconds later."""
+        command = [app if word == self._app and app else word for word in self._command]
+        self._process.start(command, self.tree, self._environ)
         self.up = self._started = True
 
     def pause(self) -> None:

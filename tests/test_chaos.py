@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from chaos import cluster, compare, runs, traffic
+from chaos import cluster, compare, questions, runs, service, traffic
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(240)]
 FAULTS = (
@@ -203,3 +203,89 @@ async def test_a_zombie_without_a_fence_is_found(servers, environ, new_directory
     async with opened(servers, environ, directory, *changes, instances=2) as target:
         wrong = await zombie_comes_back(target, directory / "sleep", sessions=2)
     assert any("after" in line for line in wrong)
+
+
+# Each removes one rule of those that hold where a server or a clock is not what it seems.
+LEFT = """
+from cerberus.online import pool
+async def stay(client):
+    pass
+pool._renew = stay
+"""
+TRUSTED = """
+from cerberus.features import evaluation
+from cerberus.online import partition_states
+evaluation.AHEAD_MS = 10**12
+partition_states.PartitionStates._aged = lambda self, number, state, now_ms: state
+"""
+
+
+async def handed_over(target, within_s):
+    """Let Redis hand over under one instance; say whether all is well within some seconds."""
+    target.instances[0].start()
+    await cluster.until(target.live, "it owns all", 60)
+    users = range(1_000, 1_040)
+    publisher = traffic.Publisher(target, users, 100_000, random.Random(3))
+    publisher.rate = 100.0
+    async with runs.beside(publisher.run()):
+        await asyncio.sleep(2)
+        await target.pair.hand_over(back=False)
+        over_s = traffic.now_ms() / 1000
+        with contextlib.suppress(TimeoutError):
+            await cluster.until(lambda: target.live(over_s + 1), "it is live again", within_s)
+            return True
+    return False
+
+
+async def test_a_redis_that_hands_over_is_left_at_once(servers, environ, new_directory):
+    async with opened(servers, environ, new_directory()) as target:
+        assert await handed_over(target, 10)
+
+
+async def test_who_stays_with_a_replica_is_found(servers, environ, new_directory):
+    async with opened(servers, environ, new_directory(), LEFT) as target:
+        assert not await handed_over(target, 20)
+
+
+async def owned_by_a_clock_ahead(target):
+    """Ask a reader about what comes after an owner with a clock ahead has ended."""
+    ahead, reader = target.instances
+    reader._environ = {**reader._environ, "CERBERUS_TASKS": "api"}
+    ahead.start(service.AHEAD)
+    reader.start()
+
+    async def both():
+        states = await target.online.states()
+        late_ms = traffic.now_ms() + 1_800_000
+        owned = len(states) == cluster.PARTITIONS
+        return owned and all(s.caught_up_ms > late_ms for s in states.values())
+
+    await cluster.until(both, "the one with the clock ahead owns all", 60)
+    await cluster.until(target.answer, "both answer", 60)
+    rng, users, began_s = random.Random(5), range(1_000, 1_040), traffic.now_ms() / 1000
+    publisher = traffic.Publisher(target, users, 100_000, rng)
+    publisher.rate = 200.0
+    asker = questions.Asker(target, users, rng, publisher)
+    async with runs.beside(publisher.run()), runs.beside(asker.run()):
+        await asyncio.sleep(2)
+        ahead.kill()
+        await asyncio.sleep(2 * questions.UNSEEN_S)
+    life = questions.Life(await compare.read_log(target), publisher.acked_s, 2**62, began_s)
+    asked = [answer for answer in asker.answers if answer.instance is reader]
+    sure = [answer for answer in asked if answer.status == 200 and not answer.degraded]
+    return sure, *questions.answers(target, asked, [life])
+
+
+async def test_rows_of_an_owner_with_a_clock_ahead_are_doubted(servers, environ, new_directory):
+    async with opened(servers, environ, new_directory(), instances=2) as target:
+        sure, outcomes, found = await owned_by_a_clock_ahead(target)
+    assert found.differences == []
+    assert outcomes["degraded: clock_ahead"] > 20
+    assert outcomes["degraded: stale"] > 20
+    assert all(answer.body["replayed"] for answer in sure)  # what the stream had decided
+
+
+async def test_who_trusts_a_clock_that_is_ahead_is_found(servers, environ, new_directory):
+    async with opened(servers, environ, new_directory(), TRUSTED, instances=2) as target:
+        *_, found = await owned_by_a_clock_ahead(target)
+    assert found.differences

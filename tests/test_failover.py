@@ -12,12 +12,12 @@ import redis
 import redis.exceptions
 from asking import client
 from faults import USERS, drained, stored
-from forwarder import Forwarder
 from pipeline import now_ms, payment, running, until, world
 from service import free_port
 
 from cerberus import errors, stack
 from cerberus.online import pool as redis_pool
+from chaos import forwarder
 
 pytestmark = pytest.mark.anyio
 LAW_S = 10
@@ -96,7 +96,7 @@ def _eventually(call):
 @contextlib.asynccontextmanager
 async def serving(environ, pair):
     """Run a consumer and the routes on the first of two servers, behind one address."""
-    async with Forwarder(pair.ports[0]) as front:
+    with forwarder.Forwarder(pair.ports[0]) as front:
         url = {"REDIS_URL": f"redis://127.0.0.1:{front.address}/0"}
         async with world(environ | SMALL | url) as here:
             one = here.another().consumer
