@@ -213,3 +213,33 @@ async def test_a_database_that_is_not_utf_8_is_refused(latin, command):
     [line] = done.stderr.splitlines()
     assert "LATIN1" in line
     assert "ENCODING 'UTF8' TEMPLATE template0" in line
+
+
+ROWS = {
+    "transactions": ("transaction_id,user_id,amount,timestamp", "{0},{0},5,2026-01-0{0}T00:00:00Z"),
+    "labels": ("transaction_id,label,labelled_at", "{0},fraud,2026-01-0{0}T00:00:00Z"),
+    "credit_scores": ("user_id,credit_score,timestamp", "{0},700,2026-01-0{0}T00:00:00Z"),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+async def test_an_imported_row_that_postgres_refuses_is_a_reject(here, environ, tmp_path, kind):
+    column = "user_id" if kind == "credit_scores" else "transaction_id"
+    await refuse(here, "a check", kind, column, "3" if kind == "credit_scores" else "'3'")
+    head, row = ROWS[kind]
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join([head, *(row.format(n) for n in range(1, 6))]) + "\n")
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "cerberus", "import", f"--{kind.replace('_', '-')}", file],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "4 added" in done.stdout, done.stderr
+    [reject] = (tmp_path / "rows.csv.rejects.jsonl").read_text().splitlines()
+    assert orjson.loads(reject)["line"] == 4
+    assert "Postgres refuses it" in orjson.loads(reject)["reason"]
+    assert await here.pool.fetchval(f"SELECT count(*) FROM {kind}") == 4

@@ -8,7 +8,6 @@ log wins over the same one in a file.
 import dataclasses
 import datetime
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,15 +15,14 @@ from typing import Any
 import orjson
 import tqdm
 
-from cerberus import errors, labels, printable, settings, transactions
-from cerberus.files import datafiles, layouts
+from cerberus import errors, labels, settings, transactions
+from cerberus.files import datafiles, layouts, rejected
 from cerberus.files.rows import START, Position, Row
 from cerberus.online import partition_states
 from cerberus.online import pool as redis_pool
 from cerberus.postgres import facts, imports, months, stores
 
 _ROWS, _USERS = 5_000, 500
-_REJECT_BYTES = 100_000
 _MAX_SCORE, _SHOWN = 100_000, 12
 # By this the previous release knew a file that it read without options.
 _FORMERLY: dict[str, Any] = {
@@ -63,54 +61,6 @@ class Plan:
         """Return the file that lists a kind's rejected rows: beside its file or folder."""
         path = datafiles.root_of(self.files[kind]) or self.files[kind]
         return self.rejects or path.with_name(f"{path.name}{datafiles.REJECTS}")
-
-
-class Rejects:
-    """A file that lists rejected rows and why; it is created with the first one.
-
-    Args:
-        path: The file of rejects.
-        size: How many bytes of an existing file of rejects are valid; the rest is cut off.
-
-    Raises:
-        InvalidInput: `path` holds something else.
-    """
-
-    def __init__(self, path: pathlib.Path, size: int) -> None:
-        self._path = path
-        self.size = size
-        if path.exists():
-            if not _tells_of_rejects(path):
-                raise errors.InvalidInput(
-                    "--rejects", f"{path} holds something else: name another file, or remove it"
-                )
-            os.truncate(path, min(size, path.stat().st_size))
-
-    def write(self, file: str, refused: Sequence[tuple[int, errors.InvalidInput]]) -> None:
-        """Append rows of a file; they are on the disk when this returns."""
-        if not refused:
-            return
-        lines = [
-            printable.dumps(
-                {"file": file, "line": line, "field": error.field, "reason": error.reason}
-            )
-            + b"\n"
-            for line, error in refused
-        ]
-        with self._path.open("ab") as out:
-            out.writelines(lines)
-            out.flush()
-            os.fsync(out.fileno())
-            self.size = out.tell()
-
-
-def _tells_of_rejects(path: pathlib.Path) -> bool:
-    with path.open("rb") as file:
-        line = file.readline(_REJECT_BYTES)
-    try:
-        return not line or set(orjson.loads(line)) == {"file", "line", "field", "reason"}
-    except (ValueError, TypeError):
-        return False
 
 
 class Importer:
@@ -176,7 +126,7 @@ class Importer:
         start = Position(*progress.position)
         # What stands behind belongs to an attempt that was interrupted before it noted it.
         valid = progress.rejects_bytes if start != START else self._rejects_bytes.get(path, 0)
-        rejects = Rejects(path, valid)
+        rejects = rejected.Rejects(path, valid)
         with _bar(kind, file, start) as bar:
             for rows, position in file.pieces(_ROWS, start):
                 read, refused = self._parse(kind, rows)
@@ -188,7 +138,7 @@ class Importer:
                     rejects_bytes=rejects.size,
                     left_out=progress.left_out + position.rows - progress.position[0] - len(rows),
                 )
-                progress = await self._imports.store(source.fingerprint, kind, read, after)
+                progress = await self._store(source, read, after, rejects)
                 bar.update(file.done(position) - bar.n)
         self._rejects_bytes[path] = rejects.size
         after = dataclasses.replace(progress, rejects_bytes=rejects.size, finished=True)
@@ -241,6 +191,26 @@ class Importer:
             except errors.InvalidInput as error:
                 refused.append((row.line, error))
         return read, refused
+
+    async def _store(
+        self,
+        source: imports.Source,
+        read: Sequence[tuple[int, Any]],
+        after: imports.Progress,
+        rejects: rejected.Rejects,
+    ) -> imports.Progress:
+        """Store records, without those that Postgres refuses; return the progress."""
+        store = self._imports.store
+        try:
+            return await store(source.fingerprint, source.kind, read, after)
+        except errors.DataRefused:
+            why = await self._imports.refused(source.kind, read)
+        told = [(read[at][0], errors.InvalidInput("row", why[at])) for at in sorted(why)]
+        rejects.write(source.file, told)
+        count = after.rejected + len(told)
+        after = dataclasses.replace(after, rejected=count, rejects_bytes=rejects.size)
+        taken = [record for at, record in enumerate(read) if at not in why]
+        return await store(source.fingerprint, source.kind, taken, after)
 
     def _read(self, kind: str, row: Row) -> Any:
         if kind == "transactions":

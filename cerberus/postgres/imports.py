@@ -15,7 +15,7 @@ import asyncpg
 
 from cerberus import labels, transactions, window
 from cerberus.features import declared
-from cerberus.postgres import facts, months
+from cerberus.postgres import apart, facts, months
 from cerberus.postgres import pool as postgres_pool
 
 _STATEMENT_S = 600
@@ -263,6 +263,9 @@ class Imports:
 
         Returns:
             The progress that was stored.
+
+        Raises:
+            DataRefused: Postgres refuses some of them; `refused` says which.
         """
         if kind == "transactions" and records:
             await self._make_months({paid.event_ms for _, paid in records})
@@ -283,6 +286,20 @@ class Imports:
                 progress.left_out,
             )
         return progress
+
+    async def refused(self, kind: str, records: Sequence[tuple[int, Any]]) -> dict[int, str]:
+        """Return why Postgres refuses records, by their place; nothing is stored."""
+
+        async def attempt(some: Sequence[tuple[int, Any]]) -> None:
+            async with postgres_pool.connection(self._pool) as connection:
+                attempted = connection.transaction()
+                await attempted.start()
+                try:
+                    await _add(connection, kind, some)
+                finally:
+                    await attempted.rollback()
+
+        return await apart.write(attempt, records)
 
     async def _make_months(self, times_ms: Collection[int]) -> None:
         """Make partitions for the months of these times, where it takes only seconds.
