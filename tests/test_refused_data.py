@@ -12,6 +12,7 @@ from asking import client
 from faults import USERS, commits, drained, set_topic
 from pipeline import now_ms, payment, running, until, world
 from records import decided
+from service import service
 
 from cerberus import errors, kafka, labels, transactions
 from cerberus.postgres import apart
@@ -243,3 +244,9 @@ async def test_an_imported_row_that_postgres_refuses_is_a_reject(here, environ, 
     assert orjson.loads(reject)["line"] == 4
     assert "Postgres refuses it" in orjson.loads(reject)["reason"]
     assert await here.pool.fetchval(f"SELECT count(*) FROM {kind}") == 4
+
+
+async def test_the_service_does_not_start_on_a_database_that_is_not_utf_8(latin):
+    with service(latin) as started:
+        assert await asyncio.to_thread(started.process.wait, 60) == 78
+        assert "ENCODING 'UTF8' TEMPLATE template0" in started.written()
