@@ -23,6 +23,7 @@ from cerberus.stream import (
     header_names,
     liveness,
     ownership,
+    removals,
     sink,
     upstream,
 )
@@ -54,6 +55,7 @@ class Consumer:
         self._sink = sink.Sink(given)
         self._resolver = assignment.Resolver(given)
         self._liveness = liveness.Liveness(given, self._sink, self._resolver)
+        self._removals = removals.Removals(given)
         self._topic = config.kafka.topic(kafka.TRANSACTIONS)
         self._client: Any = None
         self._generation = 0
@@ -92,6 +94,7 @@ class Consumer:
                 await self._turn(progress)
         finally:
             await self._liveness.stop()
+            await self._removals.settings.stop()
             if self._client is not None:
                 await kafka.stop(self._client)
             await self._sink.close()
@@ -118,13 +121,16 @@ class Consumer:
         return False
 
     async def _advise(self) -> None:
-        for name, advice in (
-            ("retention", await kafka.advise_retention(self._config, self._spans.keep_ms)),
-            ("eviction", await self._online.advise_policy()),
-        ):
-            self.problems.pop(name, None)
-            if advice is not None:
-                self._trouble(name, advice)
+        await self._removals.settings.ask()
+        self._say(self._removals.problems({}, {}))
+        self._say({"eviction": await self._online.advise_policy()})
+
+    def _say(self, problems: Mapping[str, str | None]) -> None:
+        for name, sentence in problems.items():
+            if sentence is None:
+                self.problems.pop(name, None)
+            else:
+                self._trouble(name, sentence)
 
     async def _turn(self, progress: supervision.Progress) -> None:
         generation = self._generation
@@ -221,6 +227,7 @@ class Consumer:
                 extra={"action": "partition_assigned"},
             )
         self._parked.clear()
+        self._removals.settings.look(now=True)
         self._client.resume(*fresh)
         self._fresh -= fresh
 
@@ -232,6 +239,7 @@ class Consumer:
     ) -> sink.Batch | None:
         """Apply records to the windows; return None when their partitions are no longer ours."""
         batch = sink.Batch()
+        self._removals.miss(self._client.fetches.holes(), self._parts)
         for tp, records in polled.items():
             if (owned := self._parts.get(tp)) is None:
                 continue  # held in the meantime: `_resolve` seeks to its start
@@ -349,6 +357,8 @@ class Consumer:
             return
         if not self._upstream.splits():
             self.problems.pop("split_user", None)
+        self._removals.settings.look()
+        self._say(self._removals.problems(self._parts, self._resolver.firsts))
         if generation != self._generation:
             return
         try:

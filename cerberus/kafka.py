@@ -214,23 +214,7 @@ async def topic_config(client: Any, topic: str) -> Mapping[str, str]:
     }
 
 
-async def advise_retention(config: settings.Settings, keep_ms: int) -> str | None:
-    """Return a sentence when the log is kept for less than three times what a window needs."""
-    topic = config.kafka.topic(TRANSACTIONS)
-    async with admin(config.kafka) as client:
-        found = await topic_config(client, topic)
-    retention_ms = int(found.get("retention.ms", -1))
-    if retention_ms < 0 or retention_ms >= 3 * keep_ms:
-        return None
-    return (
-        f"topic {topic} keeps {retention_ms} ms: set retention.ms to at least {3 * keep_ms}, "
-        "or windows cannot be recovered after an outage"
-    )
-
-
-def consumer(
-    config: settings.Settings, group: str = GROUP, reset: str = "none"
-) -> "aiokafka.AIOKafkaConsumer":
+def consumer(config: settings.Settings, group: str = GROUP) -> "aiokafka.AIOKafkaConsumer":
     """Build a group's consumer; nothing is committed automatically.
 
     Its `fetches` bounds what it holds, and tells what the logs have lost.
@@ -238,13 +222,12 @@ def consumer(
     Args:
         config: Settings.
         group: Without the prefix.
-        reset: Where a partition without a commit begins: "none" (the caller seeks) or "earliest".
     """
     client = aiokafka.AIOKafkaConsumer(
         **client_options(config.kafka),
         group_id=config.kafka.topic(group),
         enable_auto_commit=False,
-        auto_offset_reset=reset,
+        auto_offset_reset="none",  # whoever reads a log seeks to where it begins
         isolation_level="read_committed",
         partition_assignment_strategy=(StickyPartitionAssignor,),
         session_timeout_ms=config.stream.session_timeout_ms,

@@ -11,6 +11,8 @@ from cerberus import errors, transactions, window
 from cerberus.features import evaluation, fences
 from cerberus.features import packed as packed_windows
 
+_WITNESSES = 3
+
 
 class Record(Protocol):
     """What is read of a Kafka record."""
@@ -93,8 +95,7 @@ class Start:
         commit: Effects of offsets below it are stored already; they are replayed in silence.
         count: How many partitions the topic has, which says whose records belong here; None: all
             do.
-        known_from_ms: Events at or before it may be missing; None until the first record is seen,
-            where the log begins later than its windows.
+        known_from_ms: Events at or before it may be missing.
         moved: The last change of the number of partitions; None when it is unknown to windows.
         since_epoch: In which this log was first read; it stays when only the number of partitions
             changes. None: `epoch`.
@@ -102,17 +103,22 @@ class Start:
             not reach; None when it reaches all.
         imported_until_ms: Users may have events up to it that no log holds; None when there are
             none.
+        committed_ms: The greatest event time below `commit`; None when it is not known.
+        floor_ms: What `known_from_ms` falls to, at most, as soon as records tell how late that may
+            be which is gone before them; None where they are not asked.
     """
 
     epoch: int
     begin: int
     commit: int
     count: int | None = None
-    known_from_ms: int | None = 0
+    known_from_ms: int = 0
     moved: Moved | None = None
     since_epoch: int | None = None
     seeded_until_ms: int | None = None
     imported_until_ms: int | None = None
+    committed_ms: int | None = None
+    floor_ms: int | None = None
 
 
 class Partition:
@@ -146,6 +152,9 @@ class Partition:
         self.windows = window.PartitionWindows(spans)
         self.split_ms = 0
         self.touched: set[int] = set()
+        self._committed_ms = start.committed_ms
+        self._floor_ms = start.floor_ms
+        self._witnesses = 0 if start.floor_ms is None else _WITNESSES
         self._origin = fences.Fence(start.epoch, start.begin, start.seeded_until_ms or 0)
         self._strangers: set[int] = set()
         self._seeded: set[int] = set()
@@ -278,9 +287,8 @@ class Partition:
         Returns:
             What must be stored; None below the commit, where that is stored already.
         """
-        if self.known_from_ms is None:
-            # What the log no longer holds may be later than its first record by the slack.
-            self.known_from_ms = record.timestamp + self.windows.spans.slack_ms
+        if self._witnesses:
+            self._witness(record)
         silent = self.replaying
         self.offset = record.offset + 1
         if isinstance(verdict, Rejected):
@@ -301,15 +309,44 @@ class Partition:
         """Pass what is not a record, such as the marker of a writer's transaction."""
         self.offset = max(self.offset, position)
 
-    def resume(self, commit: int) -> None:
+    def miss(self, end: int, now_ms: int) -> None:
+        """Doubt the windows that reach behind what was removed from inside the log.
+
+        Args:
+            end: The offset after what was removed.
+            now_ms: Wall clock: nothing that was removed is later, by more than the skew.
+        """
+        if end <= self.offset:
+            return
+        if end <= self.commit and self._committed_ms is not None:
+            self.known_from_ms = max(self.known_from_ms, self._committed_ms)
+            return
+        if self._floor_ms is None:
+            self._floor_ms = max(self.known_from_ms, self.windows.frontier_ms)
+        self._witnesses = _WITNESSES
+        gone_ms = now_ms + self.windows.spans.max_future_skew_ms
+        self.known_from_ms = max(self.known_from_ms, gone_ms)
+
+    def _witness(self, record: Record) -> None:
+        """Take the next record's word for how late the events may be that are gone before it.
+
+        They may be later by the slack, unless that record is an expired one: so some are asked.
+        """
+        if self._floor_ms is not None:
+            self.known_from_ms, self._floor_ms = self._floor_ms, None
+        self._witnesses -= 1
+        gone_ms = record.timestamp + self.windows.spans.slack_ms
+        self.known_from_ms = max(self.known_from_ms, gone_ms)
+
+    def resume(self, commit: int, committed_ms: int | None = None) -> None:
         """Read on from the present prefix, all effects of which are stored, up to the commit."""
-        self.begin, self.commit = self.offset, commit
+        self.begin, self.commit, self._committed_ms = self.offset, commit, committed_ms
 
     def _row(self, transaction: transactions.Transaction) -> evaluation.FeatureRow:
         as_of_ms, user_id = transaction.event_ms, transaction.user_id
         after_ms = as_of_ms - self.windows.spans.longest_ms
         degraded: tuple[evaluation.Doubt, ...] = ()
-        known_from_ms = self.known_from_ms or 0
+        known_from_ms = self.known_from_ms
         if self.moved is not None:
             known_from_ms = self.state().known_from(user_id, self.number)
         if after_ms < known_from_ms:
@@ -357,7 +394,7 @@ class Partition:
             offset=max(self.offset, self.commit),
             state=state,
             caught_up_ms=0,
-            known_from_ms=-1 if self.known_from_ms is None else self.known_from_ms,
+            known_from_ms=self.known_from_ms,
             progress=done / (self.commit - self.begin) if self.replaying else 1.0,
             moved_ms=self.moved.until_ms if self.moved else 0,
             former=(self.moved.former or 0) if self.moved else 0,

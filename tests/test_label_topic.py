@@ -11,7 +11,10 @@ import sys
 
 import orjson
 import pytest
+from aiokafka import TopicPartition
+from aiokafka.admin import RecordsToDelete
 from asking import client
+from faults import compacted
 from pipeline import now_ms, payment, running, until, world
 from served import Served
 from service import service
@@ -272,6 +275,33 @@ async def test_the_service_takes_labels_at_both_doors_and_judges_by_its_settings
             )
         again = running_service.http.get("/accuracy").json()
         assert (again["label_maturity_days"], again["friendly_fraud_is_fraud"]) == (0, True)
+
+
+async def test_labels_that_the_topic_lost_before_they_were_read_are_said(here):
+    name = here.config.kafka.topic(kafka.LABELS)
+    first = [label(f"order-{i}") for i in range(9)]
+    await publish(here, map(labels.encode, first))
+    async with running(consumer(here)):
+        await stored(here, {key(each) for each in first})
+    await publish(here, [labels.encode(label(f"gone-{i}")) for i in range(9)])
+    [number] = [n for n, records in (await here.log(kafka.LABELS)).items() if records]
+    async with kafka.admin(here.config.kafka) as admin:
+        await admin.delete_records({TopicPartition(name, number): RecordsToDelete(15)})
+    last = [label(f"gone-{i}") for i in range(6, 9)]
+    async with running(one := consumer(here)):
+        await stored(here, {key(each) for each in last})
+        await until(lambda: one.lost, "it is said")
+        assert f"partition {number} between offsets 9 and 15" in one.lost
+    assert len(await kept(here.pool)) == 12
+
+
+async def test_a_topic_of_labels_that_is_compacted_is_said_and_so_is_what_it_lost(here):
+    await publish(here, [labels.encode(label(f"order-{i}")) for i in range(9)])
+    await compacted(here, topic=kafka.LABELS)
+    async with running(one := consumer(here)):
+        await until(lambda: one.lost and one.advice, "both are said")
+        assert "set cleanup.policy=delete" in one.lost
+        assert "set cleanup.policy=delete" in one.advice
 
 
 async def test_labels_in_a_batch_that_swells_are_stored_and_what_is_too_long_is_set_aside(here):

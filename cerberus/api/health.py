@@ -185,6 +185,7 @@ class Health:
             found += [sentence for name, sentence in problems if name != "split_user"]
         if self._labels.problem is not None:
             found.append(f"labels on the topic wait: {self._labels.problem}")
+        found += filter(None, (self._labels.lost, self._labels.advice))
         return found
 
     def _partitions(self) -> dict[str, Any]:
@@ -224,5 +225,7 @@ def _partition_doubts(
         if state.split_ms > now_ms - longest_ms:
             doubted.setdefault(_SPLIT, []).append(str(number))
         if state.known_from_ms > now_ms - longest_ms:
-            doubted.setdefault("is warming: its log begins too late", []).append(str(number))
+            doubted.setdefault("is warming: its log begins too late or lost records", []).append(
+                str(number)
+            )
     return [f"partition {', '.join(found)} {why}" for why, found in doubted.items()]

@@ -299,5 +299,5 @@ def _kept(log: starts.Log, life: _Life, owned: ownership.Owned | None) -> owners
         return None
     if not log.begin <= owned.part.offset <= life.commit.offset:
         return None
-    owned.part.resume(life.commit.offset)
+    owned.part.resume(life.commit.offset, life.commit.frontier_ms)
     return owned

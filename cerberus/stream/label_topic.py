@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiokafka
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
 from cerberus import clock, errors, kafka, labels, settings, supervision
 from cerberus.postgres import stores
-from cerberus.stream import dead_letters, header_names
+from cerberus.stream import dead_letters, header_names, topic_settings
 from cerberus.telemetry import logs
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ class LabelConsumer:
 
     Attributes:
         problem: What keeps labels waiting; None while they flow.
+        lost: Which labels the topic lost before they were read; None when it lost none.
     """
 
     def __init__(
@@ -48,10 +49,23 @@ class LabelConsumer:
         self._dead_letters = config.kafka.topic(kafka.LABEL_DEAD_LETTERS)
         self._publisher = kafka.Publisher(config)
         self._said = logs.Repeated(log)
+        self._settings = topic_settings.TopicSettings(config, kafka.LABELS)
         self.problem: str | None = None
+        self.lost: str | None = None
+
+    @property
+    def advice(self) -> str | None:
+        """What is wrong with the topic's settings."""
+        return self._settings.advice
 
     async def run(self, progress: supervision.Progress) -> None:
         """Store labels until asked to stop; after a fault, continue from the last commit."""
+        try:
+            await self._insist(progress)
+        finally:
+            await self._settings.stop()
+
+    async def _insist(self, progress: supervision.Progress) -> None:
         while not progress.stopping.is_set():
             try:
                 await self._postgres.schema.migrate()
@@ -65,14 +79,15 @@ class LabelConsumer:
 
     async def _consume(self, progress: supervision.Progress) -> None:
         header_names.tolerate()
-        client = kafka.consumer(self._config, kafka.LABEL_GROUP, reset="earliest")
+        client = kafka.consumer(self._config, kafka.LABEL_GROUP)
         client.subscribe([self._topic])
         try:
             async with asyncio.timeout(_START_S):
                 await client.start()
             progress.lagging(True)  # each turn is short, whether or not there is work
             while not progress.stopping.is_set():
-                polled = await client.getmany(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
+                self._settings.look()
+                polled = await self._poll(client)
                 records = [record for some in polled.values() for record in some]
                 await self._store(records, dict(client.fetches.reasons(records)))
                 await self._commit(client, {tp: r[-1].offset + 1 for tp, r in polled.items()})
@@ -81,6 +96,36 @@ class LabelConsumer:
         finally:
             await kafka.stop(client)
             await self._publisher.close()
+
+    async def _poll(
+        self, client: Any
+    ) -> Mapping[aiokafka.TopicPartition, Sequence[aiokafka.ConsumerRecord]]:
+        """Return what comes next, and note what was removed before it could be read."""
+        polled: Mapping[Any, Sequence[aiokafka.ConsumerRecord]] = {}
+        wanted: Mapping[aiokafka.TopicPartition, int | None] = {}
+        try:
+            polled = await client.getmany(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
+        except NoOffsetForPartitionError as error:
+            wanted = dict.fromkeys(error.args)
+        except OffsetOutOfRangeError as error:
+            [wanted] = error.args
+        begins = await client.beginning_offsets(list(wanted)) if wanted else {}
+        for tp in begins.keys() & client.assignment():
+            client.seek(tp, begins[tp])
+            if (before := wanted[tp]) is not None:
+                self._lose(tp.partition, before, begins[tp])
+        for hole in client.fetches.holes():
+            self._lose(hole.partition, hole.begin, hole.end)
+        return polled
+
+    def _lose(self, number: int, begin: int, end: int) -> None:
+        if begin < end:
+            self.lost = (
+                f"topic {self._topic} lost records of partition {number} between offsets {begin} "
+                f"and {end} before they were read: send the labels again that were there; set "
+                "cleanup.policy=delete and a longer retention.ms"
+            )
+            log.warning("%s", self.lost, extra={"action": "labels_lost"})
 
     async def _store(
         self, records: Sequence[aiokafka.ConsumerRecord], unread: Mapping[int, str]

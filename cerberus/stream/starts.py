@@ -9,6 +9,7 @@ import orjson
 from cerberus import partition, window
 
 _VERSION = 1
+_LOOK_BACK = 10
 First = tuple[int, int] | None
 
 
@@ -24,7 +25,7 @@ class Commit:
         count: How many partitions the topic had; None when the metadata are not ours.
         first: Offset and timestamp of the log's first record then, which distinguish the topic
             from a later one of the same name; None when there was no record.
-        known_from_ms: As in `partition.Start`.
+        known_from_ms: As in `partition.Start`; None where an earlier release had seen no record.
         since_epoch: As in `partition.Start`.
     """
 
@@ -189,17 +190,23 @@ def plan_start(
     else:
         found = commit.offset if facts.found is None else facts.found
         begin = max(log.begin, min(commit.offset, found))
+    late = begin == log.begin
+    # A gap right before it is seen only from where the log still has records.
+    begin = max(log.begin, begin - _LOOK_BACK)
     seeds = frontier_ms is not None and spans.longest_ms > facts.replay_span_ms
     # A database that was lost has nothing to seed from.
     lost = seeds and bool(frontier_ms) and not facts.stored
     # What lies before the log's first record may be missing, unless the store still has it.
-    gap = lost or (begin == log.begin and not (seeds and committed >= log.begin))
+    gap = lost or (late and not (seeds and committed >= log.begin))
     # Remembered, because the store never had what was missing at the first reading.
-    known_from_ms = commit.known_from_ms if commit else 0
-    if (gap and begin > 0) or known_from_ms is None:
-        # Until a record tells; what is gone may lie ahead of the clock by the skew.
-        emptied_ms = max(facts.now_ms + spans.max_future_skew_ms, known_from_ms or 0)
-        known_from_ms = None if log.end > log.begin else emptied_ms
+    known_from_ms, floor_ms = commit.known_from_ms if commit else 0, None
+    # Until a record tells; what is gone may lie ahead of the clock by the skew.
+    emptied_ms = max(facts.now_ms + spans.max_future_skew_ms, known_from_ms or 0)
+    if known_from_ms is None:
+        known_from_ms = emptied_ms
+    if gap and begin > 0:
+        floor_ms = known_from_ms if log.end > log.begin else None
+        known_from_ms = emptied_ms
     return partition.Start(
         epoch=facts.epoch,
         begin=begin,
@@ -210,6 +217,8 @@ def plan_start(
         since_epoch=(commit and commit.since_epoch) or facts.epoch,
         seeded_until_ms=frontier_ms if seeds else None,
         imported_until_ms=facts.imported_until_ms,
+        committed_ms=frontier_ms,
+        floor_ms=floor_ms,
     )
 
 
