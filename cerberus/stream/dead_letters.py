@@ -100,7 +100,7 @@ def pack(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> kafka.Mess
     value = None if "value" in omitted else record.value
     if key is None and value is None:
         value = b""  # aiokafka refuses a record without both
-    headers = ours if "headers" in omitted else own + ours
+    headers = ours if "headers" in omitted else ours + own
     return kafka.Message(topic, key, value, headers, instead)
 
 
