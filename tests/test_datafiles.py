@@ -309,3 +309,18 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
     path.write_text("transaction_id,user_id,amount,Amount,timestamp,shop\nt,1,5,6,7,8\n")
     with pytest.raises(errors.InvalidInput, match=r"amount: rows\.csv has several columns"):
         LAYOUT.open(path, *FIELDS)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_column_s_name_does_not_control_the_terminal(tmp_path, kind):
+    names = ["transaction_id", "\x1b[2Juser_id", *(f"V{i}" for i in range(400))]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        path.write_text(",".join(names) + "\n")
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({name: ["1"] for name in names}), path)
+    for select in "", "user AS user_id":
+        with pytest.raises(errors.InvalidInput) as told:
+            layouts.Layout(select).open(path, *FIELDS)
+        assert str(told.value).isprintable()
+        assert len(str(told.value)) < 500

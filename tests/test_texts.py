@@ -67,6 +67,13 @@ def test_what_an_encoding_does_not_know_costs_its_line_only(tmp_path):
     assert "CP1252" in found[3].broken
 
 
+@pytest.mark.parametrize("name", ["utf-99", "base64", "rot13"])
+def test_an_encoding_that_does_not_exist_is_named(tmp_path, name):
+    (tmp_path / "rows.csv").write_text(HEAD)
+    with pytest.raises(errors.InvalidInput, match=f"--encoding: .*{name}"):
+        layouts.Layout(encoding=name).open(tmp_path / "rows.csv", *FIELDS)
+
+
 @given(
     st.lists(values, max_size=5), st.sampled_from([None, 1]), st.integers(1, 40), st.integers(0, 99)
 )

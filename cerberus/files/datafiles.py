@@ -260,7 +260,11 @@ class File:
                     reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
                 values = {} if broken else {name: cells[i] or None for name, i in picked}
                 rows += 1
-                yield Row(line, told | values, broken), lines.at._replace(rows=rows)
+                _, passed, size = lines.at
+                yield (
+                    Row(line, told | values if told else values, broken),
+                    Position(rows, passed, size),
+                )
 
     def _json_rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
         with self._text.open(start.bytes) as file:

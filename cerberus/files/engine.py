@@ -62,7 +62,10 @@ def _name(column: str) -> str:
 
 def reason(error: Exception) -> str:
     """Return what DuckDB says in one line."""
-    return str(error).splitlines()[0].partition("Error: ")[2] or str(error).splitlines()[0]
+    first = str(error).splitlines()[0]
+    said = first.partition("Error: ")[2] or first
+    # It may repeat what stands in the file, which must not control a terminal.
+    return said if said.isprintable() else ascii(said)[1:-1]
 
 
 def _without_values(error: Exception) -> str:

@@ -28,6 +28,7 @@ ENCODING_HELP = "the encoding of a text that is not UTF-8, such as cp1252 or lat
 # From here on, a whole number may have been another one before it became a floating-point number.
 _EXACT, _EXACT_SINGLE = 2**53, 2**24
 _CENTS_SINGLE = 2**17  # from here on, single precision does not tell one cent from the next
+_COLUMNS = 30
 _DIGITS = 25  # fewer than Decimal computes with
 _WHOLE = re.compile(r"([+-]?\d{1,20})(\.0+)?", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?(\d{1,20}(\.\d{1,12})?|\.\d{1,12})", re.ASCII)
@@ -52,6 +53,7 @@ _UNITS = (
     ("microseconds", 10**6, "make_timestamp({}::BIGINT)"),
     ("nanoseconds", 10**9, "make_timestamp_ns({}::BIGINT)"),
 )
+_SHORTEST = len("2026-11-24T11:00:0Z")  # with Z, what is longer is RFC 3339 or nothing
 _LIKELY_S = (946_684_800, 4_102_444_800)  # the years 2000 to 2100
 
 
@@ -85,10 +87,16 @@ class Layout:
             if name not in file.fields:
                 raise errors.InvalidInput(
                     name,
-                    f"{path.name} has no column {name!r}, only {', '.join(file.columns or ())}; "
+                    f"{path.name} has no column {name!r}, only {_shown(file.columns or ())}; "
                     f'give --select "COLUMN AS {name}"',
                 )
         return file
+
+
+def _shown(columns: Sequence[str]) -> str:
+    """List columns for a terminal, which the file's author must not control."""
+    more = f" and {len(columns) - _COLUMNS} more" if len(columns) > _COLUMNS else ""
+    return ", ".join(c if c.isprintable() else ascii(c) for c in columns[:_COLUMNS]) + more
 
 
 def values(row: Row) -> Mapping[str, Any]:
@@ -231,6 +239,8 @@ def moment(value: Any, field: str) -> Any:
     """
     if isinstance(value, Ms):
         return _rfc_3339(value, field)
+    if isinstance(value, str) and value[-1:] == "Z" and len(value) > _SHORTEST:
+        return value
     if isinstance(value, str) and (found := _MOMENT.fullmatch(value)):
         day, minute, second, fraction, zulu, hour, more = found.groups()
         offset = "Z" if zulu else f"{hour}:{more or '00'}"

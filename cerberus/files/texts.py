@@ -12,6 +12,7 @@ import re
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from cerberus import errors
 from cerberus.files.rows import START, Position
 
 LINE_BYTES, ROW_LINES = 1 << 20, 100
@@ -38,6 +39,9 @@ class Text:
     Attributes:
         encoding: The encoding in which it is read.
         packed: Whether the file is compressed.
+
+    Raises:
+        InvalidInput: There is no such encoding.
     """
 
     def __init__(self, path: pathlib.Path, encoding: str = "") -> None:
@@ -47,7 +51,11 @@ class Text:
         with self._unpacked() as file:
             head = file.read(4)
         marked = (name for mark, name in _MARKS if head.startswith(mark))
-        self.encoding = codecs.lookup(next(marked, encoding or "utf-8")).name
+        try:
+            "".encode(encoding or "utf-8")  # it refuses what is no encoding of texts
+            self.encoding = codecs.lookup(next(marked, encoding or "utf-8")).name
+        except LookupError as error:
+            raise errors.InvalidInput("--encoding", str(error)) from error
 
     def open(self, skip_bytes: int = 0) -> Any:
         """Open it as UTF-8, behind so many bytes; what its encoding does not know is not UTF-8."""
@@ -133,7 +141,8 @@ class Lines:
             raw = raw.removeprefix(codecs.BOM_UTF8)
         self._row.append((raw, size))
         self._row_bytes += size
-        self.at = self.at._replace(lines=self.at.lines + 1, bytes=self.at.bytes + size)
+        rows, lines, passed = self.at
+        self.at = Position(rows, lines + 1, passed + size)
         if size >= LINE_BYTES and raw == b"\n":
             self.broken = f"is longer than {LINE_BYTES} bytes"
         try:
