@@ -8,12 +8,12 @@ import shutil
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import NewPartitions
+from aiokafka.admin import NewPartitions, RecordsToDelete
 
 from cerberus import assembly, kafka, settings, stack, window
 from cerberus.features import declared
@@ -23,7 +23,7 @@ from cerberus.online import layout, user_rows
 from cerberus.online import pool as redis_pool
 from cerberus.postgres import pool as postgres_pool
 from cerberus.stack import process
-from chaos import forwarder, replica, service
+from chaos import forwarder, replica, service, swelling
 
 APP = "cerberus.app:app"
 PARTITIONS = 6
@@ -79,6 +79,7 @@ class Cluster:
         credit: Whether fixed credit scores are materialized.
         pair: The Redis behind the address that instances know, and one to hand over to.
         former: The greatest epoch of the topic's former lives.
+        removed: The transactions' records that were deleted from the log, by partition.
     """
 
     servers: stack.Stack
@@ -91,6 +92,7 @@ class Cluster:
     credit: bool
     pair: replica.Pair
     former: int = 0
+    removed: dict[int, list[Any]] = field(default_factory=dict)
 
     @property
     def topic(self) -> str:
@@ -116,6 +118,7 @@ class Cluster:
 
     async def recreate_topic(self) -> None:
         """Delete the topic with all its records and create it again."""
+        self.removed.clear()
         self.former = max(s.epoch for s in (await self.online.states()).values())
         async with kafka.admin(self.config.kafka) as client:
             await client.delete_topics([self.topic])
@@ -128,7 +131,7 @@ class Cluster:
         await kafka.create_topics(self.config)
 
     async def log(self, name: str) -> dict[int, list[Any]]:
-        """Read all records of a topic with a plain consumer, by partition."""
+        """Read all records of a topic with a plain consumer, by partition, deleted ones too."""
         topic = self.config.kafka.topic(name)
         reader = AIOKafkaConsumer(
             bootstrap_servers=self.servers.kafka.url, isolation_level="read_committed"
@@ -139,11 +142,33 @@ class Cluster:
             reader.assign(tps)
             await reader.seek_to_beginning(*tps)
             ends = await reader.end_offsets(tps)
-            found: dict[int, list[Any]] = {tp.partition: [] for tp in tps}
+            gone = self.removed if topic == self.topic else {}
+            found: dict[int, list[Any]] = {p: list(gone.get(p, ())) for _, p in tps}
             while any([await reader.position(tp) < ends[tp] for tp in tps]):
-                for tp, records in (await reader.getmany(timeout_ms=200)).items():
-                    found[tp.partition] += records
+                polled = await reader.getmany(timeout_ms=200, max_records=200)
+                for tp, records in polled.items():
+                    found[tp.partition] += map(swelling.lean, records)
         return found
+
+    async def cut_log(self, back_ms: int) -> None:
+        """Delete the records older than `back_ms`, which are all stored; keep a copy of them."""
+        since_ms = int(time.time() * 1000) - back_ms
+        async with AIOKafkaConsumer(bootstrap_servers=self.servers.kafka.url) as reader:
+            await reader._client.set_topics([self.topic])
+            tps = [TopicPartition(self.topic, p) for p in reader.partitions_for_topic(self.topic)]
+            found = await reader.offsets_for_times(dict.fromkeys(tps, since_ms))
+        cuts = {tp.partition: at.offset for tp, at in found.items() if at}
+
+        async def stored() -> bool:
+            states = await self.online.states()
+            return all(p in states and states[p].offset >= at for p, at in cuts.items())
+
+        await until(stored, "what will be deleted is stored", 60)
+        log = await self.log(kafka.TRANSACTIONS)
+        self.removed = {p: [r for r in log[p] if r.offset < at] for p, at in cuts.items()}
+        places = {TopicPartition(self.topic, p): RecordsToDelete(at) for p, at in cuts.items()}
+        async with kafka.admin(self.config.kafka) as client:
+            await client.delete_records(places)
 
     async def ends(self) -> dict[int, int]:
         """Return where each partition of the topic ends now."""

@@ -61,11 +61,14 @@ def _count(value: Any) -> int:
 
 
 async def read_log(target: cluster.Cluster) -> Log:
-    """Read the whole topic into one oracle for each partition."""
-    return {
-        number: oracle.Partition(RULES, ((r.offset, r.timestamp, r.value) for r in records))
-        for number, records in (await target.log(kafka.TRANSACTIONS)).items()
-    }
+    """Read the whole topic into one oracle for each partition, what was deleted included."""
+    found = {}
+    for number, records in (await target.log(kafka.TRANSACTIONS)).items():
+        told = [(r.offset, r.timestamp, r.value) for r in records]
+        found[number] = oracle.Partition(RULES, told)
+        if gone := target.removed.get(number):
+            found[number].short = oracle.Partition(RULES, told[len(gone) :])
+    return found
 
 
 async def stores(target: cluster.Cluster, lives: Sequence[Log]) -> Findings:
@@ -108,6 +111,7 @@ async def _decided(
             moment = event.at_ms * 1000 + min(event.rank, 999)
             history[event.user_id, moment].add((*stats, event.offset + 1))
     stored = await decided(target)
+    _add_short(logs, {d.identity for d in stored.values() if d.degraded}, decisions, history)
     found.equal("decision", "all names", len(stored), len({d.identity for d in stored.values()}))
     streamed = {d.identity: d.value for d in stored.values() if d.door == "stream"}
     # Decisions that a request made first are compared with its answer.
@@ -127,6 +131,24 @@ async def _decided(
             found.equal("published decision", decision.identity, {decision.value}, told.get(name))
 
 
+def _add_short(
+    logs: Iterable[tuple[int, oracle.Partition]],
+    doubted: set[tuple[int, str, int]],
+    decisions: dict[Any, set[Any]],
+    history: dict[Any, set[Any]],
+) -> None:
+    """Add what an owner knew that began after a deletion; a decision must say that it is in doubt.
+
+    A history row has no place for a doubt.
+    """
+    for short in (log.short for _, log in logs if log.short):
+        for event, stats in short.decisions():
+            value = (*stats, event.offset + 1)
+            if event.identity in doubted and event.identity in decisions:
+                decisions[event.identity].add(value)
+            history[event.user_id, event.at_ms * 1000 + min(event.rank, 999)].add(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Decided:
     """One row of table `decisions`.
@@ -139,6 +161,7 @@ class Decided:
         cents: Amount of the transaction.
         value: Count and cents as served, and the offset where their prefix ends.
         decided_s: When the decision was made, wall clock.
+        degraded: Whether it says that it may be inexact.
     """
 
     identity: tuple[int, str, int]
@@ -147,18 +170,19 @@ class Decided:
     cents: int | None
     value: tuple[int, int, int | None]
     decided_s: float
+    degraded: bool
 
 
 async def decided(target: cluster.Cluster) -> dict[str, Decided]:
     """Read table `decisions`, by decision id."""
     rows = await target.pool.fetch(
         "SELECT decision_id::text, user_id, coalesce(transaction_id, decision_id::text), as_of_ms, "
-        "door, amount_minor, features, fence_offset, extract(epoch FROM decided_at)::float8 "
-        "FROM decisions"
+        "door, amount_minor, features, fence_offset, extract(epoch FROM decided_at)::float8, "
+        "cardinality(degraded) > 0 FROM decisions"
     )
     return {
-        name: Decided((user, txn, ms), txn != name, door, cents, (*shown(json.loads(v)), at), s)
-        for name, user, txn, ms, door, cents, v, at, s in rows
+        name: Decided((user, txn, ms), txn != name, door, cents, (*shown(json.loads(v)), at), s, d)
+        for name, user, txn, ms, door, cents, v, at, s, d in rows
     }
 
 
@@ -228,6 +252,8 @@ async def _rows(target: cluster.Cluster, log: Log, found: Findings) -> None:
             else:
                 expected, got = packed(part, row.user_id, recent)
                 stats = await _aggregates(target, row.user_id)
+                if recent.lower_ms > recent.fence.as_of_ms - RULES.span_ms:
+                    expected = expected[0], stats  # it says that its window is not complete
                 found.equal("online row", row.user_id, expected, (got, stats))
 
 

@@ -14,6 +14,9 @@ from cerberus import stack
 from chaos import cluster, service, traffic
 
 RECOVER_S = 180.0
+CUT_MS = 10_000
+"""Half of the window: what is older is deleted from the log."""
+_SWELLING, _SWOLLEN, _SWOLLEN_BYTES = 3, 240, 250_000_000
 _FIRST_GUESS_S = 12.0
 _AHEAD_S = 3_600.0
 
@@ -204,6 +207,20 @@ class Schedule:
         for instance in hit:
             instance.start()
 
+    async def cut(self) -> None:
+        """Delete the log up to the middle of the windows, and let others read it from there."""
+        await self._target.cut_log(CUT_MS)
+        await self.kill(len(self._target.instances))
+
+    async def swell(self) -> None:
+        """Send batches of 14 kB that hold 214 MB each; no instance may take as much for them."""
+        before = [instance.greatest_bytes for instance in self._target.instances]
+        await self._publisher.swell(_SWELLING, _SWOLLEN)
+        await cluster.until(self._target.drained, "what swells is stored", RECOVER_S)
+        for instance, bytes_before in zip(self._target.instances, before, strict=True):
+            if (taken := instance.greatest_bytes - bytes_before) > _SWOLLEN_BYTES:
+                self.unasked.append(f"{instance.name} took {taken:,} bytes for what swells")
+
     async def partition(self) -> None:
         """Add a partition, so that users move."""
         self._publisher.forget(10)
@@ -230,4 +247,6 @@ _INJECT: dict[str, Callable[[Schedule], Awaitable[None]]] = {
     "redis flushed while all are down": lambda s: s.flush_all_down(),
     "postgres killed": lambda s: s.postgres(),
     "partition added": lambda s: s.partition(),
+    "log cut": lambda s: s.cut(),
+    "batches swell": lambda s: s.swell(),
 }

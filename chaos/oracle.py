@@ -77,10 +77,14 @@ class Partition:
     Args:
         rules: The window definition.
         records: (offset, timestamp in ms, value) in the log's order.
+
+    Attributes:
+        short: The same log from where it began after a part of it was deleted; None: it has all.
     """
 
     def __init__(self, rules: Rules, records: Iterable[tuple[int, int, bytes | None]]) -> None:
         self.rules = rules
+        self.short: Partition | None = None
         self.rejected: dict[int, bytes | None] = {}
         self.accepted: list[Event] = []
         self.first: dict[tuple[int, str, int], Event] = {}

@@ -90,7 +90,8 @@ def default(events: int, kills: int, seed: int) -> Plan:
         kinds.append(("kill", "kill two at once", "kill all")[count - 1])
         left -= count
     rng.shuffle(kinds)
-    kinds.insert(len(kinds) * 2 // 3, "partition added")
+    for at, kind in ((1, "log cut"), (2, "partition added"), (2, "batches swell")):
+        kinds.insert(len(kinds) * at // 3, kind)
     return Plan(events, kinds, events // 10, seed)
 
 

@@ -1,6 +1,7 @@
 """An instance of the service, as a process."""
 
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -35,6 +36,7 @@ class Instance:
     ) -> None:
         self.name = name
         self.tree = tree
+        self._directory = site.directory
         self.port = ports.assign({name: 0}, site.directory / f"{name}.ports.json")[name]
         self.up = self._started = False
         self.killed_s: list[float] = []
@@ -50,6 +52,14 @@ class Instance:
     def status(self) -> int | None:
         """Its exit status; None while it runs."""
         return self._process.status
+
+    @property
+    def greatest_bytes(self) -> int:
+        """The most memory that it has had since it was started."""
+        pid = int((self._directory / f"{self.name}.pid").read_text())
+        told = pathlib.Path(f"/proc/{pid}/status").read_text()
+        [found] = re.findall(r"VmHWM:\s+(\d+) kB", told)
+        return int(found) * 1024
 
     @property
     def log(self) -> pathlib.Path:

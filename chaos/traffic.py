@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from aiokafka.errors import KafkaError
 
-from chaos import cluster
+from cerberus import transactions
+from chaos import cluster, swelling
 
 _TICK_S = 0.02
 _SPAN_MS, _KEEP_MS, _SKEW_MS = 20_000, 30_000, 5_000
@@ -126,6 +127,25 @@ class Publisher:
                 )
                 acknowledged.add_done_callback(self._acknowledged)
                 self.sent += 1
+
+    async def swell(self, batches: int, records: int) -> None:
+        """Send batches of long payments to one partition, each with one that is too long."""
+        count = len(await self._target.ends())
+        home = self._rng.randrange(count)
+        users = [u for u in self._users if transactions.partition_of(u, count) == home]
+        now = now_ms()
+
+        def batch(number: int) -> list[swelling.Record]:
+            some = []
+            for at in range(records):
+                user_id = self._rng.choice(users)
+                paid = Payment(user_id, f"swollen{self.sent}-{number}-{at}", now, 1_000 + at)
+                size = swelling.TOO_LONG if at == records // 2 else swelling.PAD_BYTES
+                some.append((b"%d" % user_id, swelling.padded(paid.document(), size), now))
+            return some
+
+        some = map(batch, range(batches))
+        await swelling.publish(self._target.servers.kafka.url, self._target.topic, home, some)
 
     async def _send(self, producer: Any) -> None:
         due, before_s = 0.0, time.monotonic()

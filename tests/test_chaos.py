@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from chaos import cluster, compare, questions, runs, service, traffic
+from chaos import cluster, compare, faults, questions, runs, service, traffic
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 FAULTS = (
     "kill",
     "redis without power",
@@ -17,6 +17,8 @@ FAULTS = (
     "postgres killed",
     "kill",
     "redis flushed",
+    "log cut",
+    "batches swell",
     "broker restarted",
 )
 # Each removes one rule of the service and nothing else.
@@ -50,6 +52,14 @@ window.PartitionWindows.observe = shared
     "the fence": """
 from cerberus.online import user_rows
 user_rows._WRITE_ROW = "redis.call('HSET', KEYS[1], unpack(ARGV, 5)) return 1"
+""",
+    "the doubt of a log that begins later": """
+import dataclasses
+from cerberus.stream import starts
+plan = starts.plan_start
+def certain(log, commit, spans, facts):
+    return dataclasses.replace(plan(log, commit, spans, facts), known_from_ms=0, floor_ms=None)
+starts.plan_start = certain
 """,
     "the time in an identity": """
 from cerberus import transactions, window
@@ -103,8 +113,11 @@ async def test_a_minute_under_fire_loses_nothing_and_counts_nothing_twice(
     assert told.events >= 21_500
 
 
-async def lives_through(target, *, reborn):
-    """Let one instance work off a backlog, be killed, work off another; then compare."""
+async def lives_through(target, *, reborn=False, cut=False):
+    """Let one instance work off a backlog, be killed, work off another; then compare.
+
+    Before its second start the log may lose what is older than the middle of the windows.
+    """
     [one], rng = target.instances, random.Random(5)
     now = traffic.now_ms()
     one.start()
@@ -113,6 +126,8 @@ async def lives_through(target, *, reborn):
         await publisher.backlog(now - from_ms, now - until_ms)
         await cluster.until(target.drained, "all is stored", 60)
         one.kill()
+        if cut and not target.removed:
+            await target.cut_log(50_000 + faults.CUT_MS)
         one.start()
     await cluster.until(target.answer, "it serves again", 60)
     lives = [await compare.read_log(target)]
@@ -131,10 +146,47 @@ async def test_the_rules_hold_and_the_comparison_finds_nothing(servers, environ,
         assert await lives_through(target, reborn=True) == []
 
 
+async def test_where_the_log_was_cut_all_that_is_short_says_so(servers, environ, new_directory):
+    async with opened(servers, environ, new_directory()) as target:
+        assert await lives_through(target, cut=True) == []
+
+
 @pytest.mark.parametrize("rule", sorted(REMOVED.keys() - {"the fence"}))
 async def test_a_rule_that_is_removed_is_found(servers, environ, new_directory, rule):
     async with opened(servers, environ, new_directory(), REMOVED[rule]) as target:
-        assert await lives_through(target, reborn=rule == "the epoch")
+        cut = rule == "the doubt of a log that begins later"
+        assert await lives_through(target, reborn=rule == "the epoch", cut=cut)
+
+
+async def swells(target):
+    """Send batches that swell to one instance; return what was wrong."""
+    [one] = target.instances
+    one.start()
+    await cluster.until(target.live, "the instance owns all", 60)
+    publisher = traffic.Publisher(target, range(1_000, 1_400), 0, random.Random(3))
+    schedule = faults.Schedule(target, publisher, (), random.Random(3))
+    await schedule.swell()
+    await cluster.until(target.drained, "all is stored", 60)
+    return (
+        schedule.unasked
+        + (await compare.stores(target, [await compare.read_log(target)])).differences
+    )
+
+
+async def test_batches_that_swell_take_bounded_memory(servers, environ, new_directory):
+    async with opened(servers, environ, new_directory()) as target:
+        assert await swells(target) == []
+
+
+async def test_batches_that_swell_without_a_bound_are_found(servers, environ, new_directory):
+    unbounded = """
+from cerberus import fetching
+async def as_it_is(self, request, response):
+    pass
+fetching.Fetches._bound = as_it_is
+"""
+    async with opened(servers, environ, new_directory(), unbounded) as target:
+        assert any("bytes for what swells" in line for line in await swells(target))
 
 
 async def zombie_comes_back(target, sleep, *, sessions):
