@@ -197,6 +197,7 @@ def test_no_secret_shows_while_no_server_answers():
         "REDIS_URL": f"redis://u:{secret}%40%3F@127.0.0.1:1/0",
         "DATABASE_URL": f"postgres://u:{secret}%3F%23%40@127.0.0.1:1/x",
         "CERBERUS_LOG_LEVEL": "DEBUG",
+        "CERBERUS_OPEN": "loopback",
     }
     with service(away) as running:
         for name in ("consumer", "producer", "materializer", "labels", "retention"):

@@ -132,12 +132,13 @@ def test_the_packed_window_answers_as_the_window_and_counts_the_one_in_hand_once
         packed = packed_windows.pack(user, fence, 3, windows.lower_ms, SPANS)
         recent = packed_windows.unpack(packed, SPANS)
         assert (recent.fence, recent.partition, recent.complete) == (fence, 3, True)
-    state = fences.PartitionState(1, len(log), "live", as_of_ms)
+    now_ms = max(as_of_ms, windows.frontier_ms)
+    state = fences.PartitionState(1, len(log), "live", now_ms)
     row = evaluation.as_of(
         evaluation.OnlineRow(user_id, recent, 700, 3, state),
         as_of_ms,
         in_hand,
-        now_ms=as_of_ms,
+        now_ms=now_ms,
         rules=evaluation.Rules(SPANS, 60_000),
     )
     if streamed:
