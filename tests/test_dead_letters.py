@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline import now_ms, payment, running, until, world
 from service import ROOT
 
-from cerberus import errors, kafka, labels, transactions
+from cerberus import errors, kafka, labels, publishing, transactions
 from cerberus.commands import dlq
 from cerberus.stream import dead_letters, label_topic, sink, upstream
 
@@ -236,7 +236,7 @@ def test_of_a_record_that_is_too_long_what_fits_is_kept(sizes, omitted):
 def test_a_letter_of_an_earlier_release_is_read():
     former = [("topic", b"transactions"), ("partition", b"3"), ("offset", b"12")]
     former += [("reason", b"value: is empty"), ("omitted", b"too long to be copied")]
-    letter = dead_letters.unpack(refused(kafka.Message("t.dlq", b"7", b"", former)))
+    letter = dead_letters.unpack(refused(publishing.Message("t.dlq", b"7", b"", former)))
     assert letter.source == ("transactions", "3", "12", "")
     assert (letter.reason, letter.round, letter.headers) == ("value: is empty", 1, [])
     assert not letter.whole

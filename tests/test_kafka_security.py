@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import serialization
 from pipeline import now_ms, payment, until
 from service import free_port
 
-from cerberus import errors, kafka, settings
+from cerberus import errors, kafka, publishing, settings
 from cerberus.stack import kafka as broker
 from cerberus.stack import process
 from cerberus.telemetry import logs
@@ -96,9 +96,9 @@ def with_password(ca, ports):
 async def test_topics_are_made_written_and_read_by_the_group(ca, ports, environ_of):
     config = settings.load(environ_of(ca, ports))
     assert len(await kafka.create_topics(config)) == 5
-    publisher = kafka.Publisher(config)
+    publisher = publishing.Publisher(config)
     topic = config.kafka.topic(kafka.TRANSACTIONS)
-    await publisher.publish([kafka.Message(topic, b"1005", payment(1, 1005, now_ms()))])
+    await publisher.publish([publishing.Message(topic, b"1005", payment(1, 1005, now_ms()))])
     await publisher.close()
     client = kafka.consumer(config)
     client.subscribe([topic])

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import AsyncGenerator
 
-from cerberus import kafka, printable, settings, transactions
+from cerberus import kafka, printable, publishing, settings, transactions
 from cerberus.api import parameters
 from cerberus.stream import dead_letters
 
@@ -91,8 +91,8 @@ async def _show(config: settings.Settings, arguments: argparse.Namespace) -> Non
 
 async def _replay(config: settings.Settings, arguments: argparse.Namespace) -> None:
     topic = config.kafka.topic(_TOPICS[arguments.topic][1])
-    publisher = kafka.Publisher(config)
-    batch: list[kafka.Message] = []
+    publisher = publishing.Publisher(config)
+    batch: list[publishing.Message] = []
     sent = omitted = 0
 
     async def flush() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import tqdm
 
-from cerberus import clock, errors, kafka, settings, transactions
+from cerberus import clock, errors, kafka, publishing, settings, transactions
 from cerberus.files import capacity, datafiles, layouts
 
 _ROWS, _BATCH = 5_000, 1_000
@@ -123,9 +123,9 @@ class Sender:
             InvalidInput: The topic refuses a transaction.
             StoreUnavailable: The brokers did not acknowledge all transactions.
         """
-        publisher = kafka.Publisher(self._config)
+        publisher = publishing.Publisher(self._config)
         begin_ms, begin_s, sent = clock.now_ms(), time.monotonic(), 0
-        batch: list[kafka.Message] = []
+        batch: list[publishing.Message] = []
         try:
             with tqdm.tqdm(total=found.count, unit=" transactions", disable=None) as bar:
 
@@ -164,7 +164,9 @@ class Sender:
                             f"{place}: {error.field}", error.reason
                         ) from error
 
-    def _message(self, paid: transactions.Transaction, due_ms: int) -> kafka.Message:
+    def _message(self, paid: transactions.Transaction, due_ms: int) -> publishing.Message:
         if self._pace.now:
             paid = dataclasses.replace(paid, event_ms=due_ms)
-        return kafka.Message(self._topic, transactions.key(paid.user_id), transactions.encode(paid))
+        return publishing.Message(
+            self._topic, transactions.key(paid.user_id), transactions.encode(paid)
+        )

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from cerberus import claims, errors, kafka, settings, supervision
+from cerberus import claims, errors, kafka, publishing, settings, supervision
 from cerberus.decisions import models, records
 from cerberus.postgres import apart, stores
 
@@ -123,7 +123,7 @@ class DecisionLog:
         self._model = model
         self._postgres = postgres
         self._claims = claimed
-        self._publisher = kafka.Publisher(config)
+        self._publisher = publishing.Publisher(config)
         self._buffers = {
             "postgres": _Buffer(
                 config.decisions.buffer, _ROWS, self._register, postgres.ledger.write
@@ -191,5 +191,5 @@ class DecisionLog:
         await kafka.create_topics(self._config)
 
     async def _publish(self, batch: Sequence[records.Record]) -> None:
-        messages = [kafka.decision_message(self._config, record) for record in batch]
+        messages = [publishing.decision_message(self._config, record) for record in batch]
         self._buffers["kafka"].dropped += len(await self._publisher.publish(messages))

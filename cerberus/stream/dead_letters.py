@@ -9,7 +9,7 @@ from typing import Any
 
 import aiokafka
 
-from cerberus import errors, kafka, settings
+from cerberus import errors, kafka, publishing, settings
 from cerberus.stream import header_names
 
 Headers = Sequence[tuple[str, bytes | None]]
@@ -61,10 +61,10 @@ class Letter:
         """Whether key and value are as they were."""
         return self.omitted in ("", "headers")
 
-    def again(self, topic: str) -> kafka.Message:
+    def again(self, topic: str) -> publishing.Message:
         """Lay the record out to be sent to its topic again, as it was; only its round is added."""
         mark = (_ROUND, b"%d" % self.round)
-        return kafka.Message(topic, self.key, self.value, [*self.headers, mark])
+        return publishing.Message(topic, self.key, self.value, [*self.headers, mark])
 
 
 def rounds(headers: Headers) -> int:
@@ -73,7 +73,7 @@ def rounds(headers: Headers) -> int:
     return int(told) if told.isdigit() and len(told) < 6 else 0
 
 
-def pack(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> kafka.Message:
+def pack(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> publishing.Message:
     """Lay a refused record out for a dead-letter topic; of one above 900 kB only what fits."""
     own = [header for header in record.headers if header[0] not in _OURS]
     sizes = {
@@ -93,7 +93,7 @@ def pack(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> kafka.Mess
     ]
     # What any topic takes; a compacted one wants a key.
     place = f"{record.topic}-{record.partition}-{record.offset}".encode()
-    instead = kafka.Message(topic, place, b"", [*ours, (_OMITTED, ",".join(_PARTS).encode())])
+    instead = publishing.Message(topic, place, b"", [*ours, (_OMITTED, ",".join(_PARTS).encode())])
     if omitted:
         ours.append((_OMITTED, ",".join(omitted).encode()))
     key = None if "key" in omitted else record.key
@@ -101,7 +101,7 @@ def pack(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> kafka.Mess
     if key is None and value is None:
         value = b""  # aiokafka refuses a record without both
     headers = ours if "headers" in omitted else ours + own
-    return kafka.Message(topic, key, value, headers, instead)
+    return publishing.Message(topic, key, value, headers, instead)
 
 
 def unpack(record: aiokafka.ConsumerRecord) -> Letter:

@@ -12,7 +12,7 @@ from typing import Any
 import aiokafka
 from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 
-from cerberus import clock, errors, kafka, labels, settings, supervision
+from cerberus import clock, errors, kafka, labels, publishing, settings, supervision
 from cerberus.postgres import stores
 from cerberus.stream import dead_letters, header_names, topic_settings
 from cerberus.telemetry import logs
@@ -47,7 +47,7 @@ class LabelConsumer:
         self._clock = clock
         self._topic = config.kafka.topic(kafka.LABELS)
         self._dead_letters = config.kafka.topic(kafka.LABEL_DEAD_LETTERS)
-        self._publisher = kafka.Publisher(config)
+        self._publisher = publishing.Publisher(config)
         self._said = logs.Repeated(log)
         self._settings = topic_settings.TopicSettings(config, kafka.LABELS)
         self.problem: str | None = None
@@ -131,7 +131,7 @@ class LabelConsumer:
         self, records: Sequence[aiokafka.ConsumerRecord], unread: Mapping[int, str]
     ) -> None:
         told: list[tuple[aiokafka.ConsumerRecord, labels.Label]] = []
-        dead: list[kafka.Message] = []
+        dead: list[publishing.Message] = []
         latest_ms = self._clock() + self._config.windows.max_future_skew_ms
         for at, record in enumerate(records):
             if at % _CHUNK_RECORDS == 0:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import aiokafka
 
-from cerberus import kafka, partition, window
+from cerberus import kafka, partition, publishing, window
 from cerberus.decisions import records
 from cerberus.features import evaluation
 from cerberus.online import user_rows
@@ -68,7 +68,7 @@ class Sink:
         self._topic = given.config.kafka.topic(kafka.TRANSACTIONS)
         self._claims = given.claims
         self._clock = given.clock
-        self._publisher = kafka.Publisher(given.config)
+        self._publisher = publishing.Publisher(given.config)
         self._kept = False
         self.otherwise = 0
         self.refused: tuple[int, str] = (0, "")
@@ -230,7 +230,7 @@ class Sink:
         rejected: Sequence[Refused],
         decided: Sequence[records.Record],
     ) -> None:
-        messages = [kafka.decision_message(self._config, record) for record in decided]
+        messages = [publishing.decision_message(self._config, record) for record in decided]
         topic = self._config.kafka.topic(kafka.DEAD_LETTERS)
         dead = [dead_letters.pack(topic, each.record, each.reason) for each in rejected]
         self.unpublished += len(await self._publisher.publish(messages + dead))
