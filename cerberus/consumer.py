@@ -8,7 +8,6 @@ effects are idempotent, so a crash or a rebalance at any point leads to the same
 import asyncio
 import collections
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,16 +22,16 @@ from cerberus.stream import (
     header_names,
     liveness,
     ownership,
+    problems,
     removals,
     sink,
     upstream,
 )
-from cerberus.telemetry import logs
 
 log = logging.getLogger(__name__)
 
 _POLL_MS, _POLL_RECORDS, _CHUNK_RECORDS = 200, 1000, 100
-_RETRY_MS, _PAUSE_S, _TOLD_S = 500, 1.0, 600.0
+_RETRY_MS, _PAUSE_S = 500, 1.0
 
 
 class Consumer:
@@ -64,9 +63,7 @@ class Consumer:
         self._parked: dict[aiokafka.TopicPartition, ownership.Owned] = {}
         self._committed: dict[aiokafka.TopicPartition, int] = {}
         self._upstream = upstream.Upstream(config.stream.max_rejected_share, spans.longest_ms)
-        self._said = logs.Repeated(log)
-        self._refused_s = 0.0
-        self.problems: dict[str, str] = {}
+        self.problems = problems.Problems(log)
         self.counts: collections.Counter[str] = collections.Counter()
 
     def states(self) -> Mapping[int, fences.PartitionState]:
@@ -86,7 +83,7 @@ class Consumer:
         for held in (self._parts, self._parked, self._fresh, self._committed):
             held.clear()
         self._upstream.forget()
-        self.problems.pop("schema", None)
+        self.problems.tell("schema", None)
         try:
             if not await self._connect(progress):
                 return
@@ -112,25 +109,18 @@ class Consumer:
                     await self._client.start()
                 await self._advise()
             except (TimeoutError, KafkaConnectionError, errors.StoreUnavailable) as error:
-                self._trouble("start", f"cannot start consuming: {error}")
+                self.problems.tell("start", f"cannot start consuming: {error}")
                 await kafka.stop(self._client)
                 await progress.wait(_PAUSE_S)
             else:
-                self.problems.pop("start", None)
+                self.problems.tell("start", None)
                 return True
         return False
 
     async def _advise(self) -> None:
         await self._removals.settings.ask()
-        self._say(self._removals.problems({}, {}))
-        self._say({"eviction": await self._online.advise_policy()})
-
-    def _say(self, problems: Mapping[str, str | None]) -> None:
-        for name, sentence in problems.items():
-            if sentence is None:
-                self.problems.pop(name, None)
-            else:
-                self._trouble(name, sentence)
+        self.problems.tell_all(self._removals.problems({}, {}))
+        self.problems.tell_all({"eviction": await self._online.advise_policy()})
 
     async def _turn(self, progress: supervision.Progress) -> None:
         generation = self._generation
@@ -149,7 +139,7 @@ class Consumer:
         if batch is None:
             return
         if broken := self._upstream.breaks_schema(batch):
-            self._trouble("schema", broken)
+            self.problems.tell("schema", broken)
             self._hold(self._client.assignment())
             return
         touched = [
@@ -162,9 +152,7 @@ class Consumer:
             await self._sink.store(batch, touched, progress.beat)
 
         if await self._insist(store, generation, progress):
-            if self._sink.otherwise:
-                self.counts["decided_otherwise"] = self._sink.otherwise
-            self._tell_refused()
+            self._sink.tell(self.counts, self.problems)
             await self._commit(generation)
             if polled:
                 progress.beat()
@@ -176,9 +164,9 @@ class Consumer:
         try:
             resumed = await self._postgres.lives.resumed(self._topic)
         except supervision.AWAY as error:
-            self._trouble("resume", f"cannot see whether consuming was resumed: {error}")
+            self.problems.tell("resume", f"cannot see whether consuming was resumed: {error}")
             return False
-        self.problems.pop("resume", None)
+        self.problems.tell("resume", None)
         if not self._upstream.goes_on(resumed):
             return False
         log.warning(
@@ -206,13 +194,13 @@ class Consumer:
             told = await self._online.states()
             resumed = await self._postgres.lives.resumed(self._topic)
         except (TimeoutError, KafkaError, *supervision.AWAY) as error:
-            self._trouble("resolve", f"cannot find where to start: {error!r}")
+            self.problems.tell("resolve", f"cannot find where to start: {error!r}")
             progress.beat()
             await progress.wait(_PAUSE_S)
             return
         if generation != self._generation:
             return
-        self.problems.pop("resolve", None)
+        self.problems.tell("resolve", None)
         self._liveness.succeed(resolved, told)
         self._upstream.excuse((owned.part for owned in resolved.owned.values()), resumed)
         for tp, owned in resolved.owned.items():
@@ -283,7 +271,7 @@ class Consumer:
             self.counts[seen.outcome.value] += 1
             if not part.at_home(seen.transaction.user_id):
                 self.counts["split_user"] += 1
-                self._trouble("split_user", self._upstream.split())
+                self.problems.tell("split_user", self._upstream.split())
 
     async def _seed(
         self,
@@ -320,9 +308,9 @@ class Consumer:
             try:
                 await call()
             except supervision.AWAY as error:
-                self._trouble("store", f"a store is down, retrying: {error}")
+                self.problems.tell("store", f"a store is down, retrying: {error}")
             else:
-                self.problems.pop("store", None)
+                self.problems.tell("store", None)
                 if generation == self._generation:
                     self._client.resume(*(paused - self._fresh))
                     return True
@@ -356,32 +344,17 @@ class Consumer:
         if not self._liveness.look(self._client, self._parts, progress, now=now):
             return
         if not self._upstream.splits():
-            self.problems.pop("split_user", None)
+            self.problems.tell("split_user", None)
         self._removals.settings.look()
-        self._say(self._removals.problems(self._parts, self._resolver.firsts))
+        self.problems.tell_all(self._removals.problems(self._parts, self._resolver.firsts))
         if generation != self._generation:
             return
         try:
             await self._liveness.tell(self._parts, progress.beat)
         except supervision.AWAY as error:
-            self._trouble("liveness", f"cannot say who is live: {error}")
+            self.problems.tell("liveness", f"cannot say who is live: {error}")
         else:
-            self.problems.pop("liveness", None)
-
-    def _tell_refused(self) -> None:
-        if self._sink.unpublished:
-            self.counts["unpublished"] = self._sink.unpublished
-        count, why = self._sink.refused
-        if count > self.counts["refused"]:
-            self.counts["refused"] = count
-            self._trouble(
-                "refused",
-                f"{count} records became dead letters because of their data, the last one because "
-                f"{why}; their decisions are not stored",
-            )
-            self._refused_s = time.monotonic()
-        elif time.monotonic() - self._refused_s > _TOLD_S:
-            self.problems.pop("refused", None)
+            self.problems.tell("liveness", None)
 
     def _hold(self, tps: Iterable[aiokafka.TopicPartition]) -> None:
         """Pause partitions until they are resolved again."""
@@ -390,10 +363,6 @@ class Consumer:
             self._client.seek(tp, 0)
             self._client.pause(tp)
             self._fresh.add(tp)
-
-    def _trouble(self, name: str, sentence: str) -> None:
-        self._said.warn(sentence, f"{name}_trouble")
-        self.problems[name] = sentence
 
     def assigned(self, tps: Iterable[aiokafka.TopicPartition]) -> None:
         """Pause new partitions until `run` has found where they start."""

@@ -5,6 +5,7 @@ or any part of it, changes nothing: facts have identities, rows have fences, rec
 """
 
 import asyncio
+import collections
 import dataclasses
 import itertools
 import time
@@ -19,9 +20,10 @@ from cerberus.decisions import records
 from cerberus.features import evaluation
 from cerberus.online import user_rows
 from cerberus.postgres import apart, facts
-from cerberus.stream import dead_letters, dependencies, ownership
+from cerberus.stream import dead_letters, dependencies, ownership, problems
 
 _ROWS = 500
+_TOLD_S = 600.0  # how long /health tells what a store refused
 
 
 class Refused(NamedTuple):
@@ -73,6 +75,27 @@ class Sink:
         self.otherwise = 0
         self.refused: tuple[int, str] = (0, "")
         self.unpublished = 0
+        self._refused_s = 0.0
+
+    def tell(self, counts: collections.Counter[str], found: problems.Problems) -> None:
+        """Report what was decided otherwise, and what stores and topics have refused."""
+        for name, count in (
+            ("decided_otherwise", self.otherwise),
+            ("unpublished", self.unpublished),
+        ):
+            if count:
+                counts[name] = count
+        count, why = self.refused
+        if count > counts["refused"]:
+            counts["refused"] = count
+            found.tell(
+                "refused",
+                f"{count} records became dead letters because of their data, the last one because "
+                f"{why}; their decisions are not stored",
+            )
+            self._refused_s = time.monotonic()
+        elif time.monotonic() - self._refused_s > _TOLD_S:
+            found.tell("refused", None)
 
     async def store(
         self, batch: Batch, owned: Iterable[ownership.Owned], beat: Callable[[], None]
