@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from records import paid, texts
 
 from cerberus import errors, transactions
-from cerberus.files import datafiles, importing, layouts, rows
+from cerberus.files import datafiles, layouts, rows
 
 LAYOUT = layouts.Layout("shop AS merchant_id, epoch_ms(timestamp::BIGINT) AS timestamp")
 FORMATS = ("csv", "jsonl", "parquet")
@@ -111,7 +111,7 @@ def test_a_quote_too_much_costs_its_own_line_only(tmp_path, stray, size):
 def test_a_label_that_is_no_word_is_refused_by_its_field(label):
     found = {"transaction_id": "a", "label": label, "labelled_at": "2026-01-01T00:00:00Z"}
     with pytest.raises(errors.InvalidInput, match="label"):
-        importing.read_label(rows.Row(1, found), 2**60)
+        layouts.label(rows.Row(1, found), 2**60)
 
 
 GOOD = {"transaction_id": "t", "user_id": 1, "amount": 1, "timestamp": "2026-11-24T11:00:00Z"}

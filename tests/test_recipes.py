@@ -352,7 +352,7 @@ def test_a_recipe_reads_its_set(tmp_path, monkeypatch, name):
     found = [layouts.transaction(row, "USD") for row in read(plan, "transactions")]
     assert found == wanted
     if labels is not None:
-        told = [importing.read_label(row, 2**60) for row in read(plan, "labels")]
+        told = [layouts.label(row, 2**60) for row in read(plan, "labels")]
         assert [label.label for label in told] == labels
         known = {(each.transaction_id, each.event_ms) for each in wanted}
         assert known.issuperset((label.transaction_id, label.labelled_ms) for label in told)

@@ -15,15 +15,15 @@ from typing import Any
 import orjson
 import tqdm
 
-from cerberus import errors, labels, settings, transactions
+from cerberus import errors, settings
 from cerberus.files import datafiles, layouts, rejected
 from cerberus.files.rows import START, Position, Row
 from cerberus.online import partition_states
 from cerberus.online import pool as redis_pool
-from cerberus.postgres import facts, imports, months, stores
+from cerberus.postgres import imports, months, stores
 
 _ROWS, _USERS = 5_000, 500
-_MAX_SCORE, _SHOWN = 100_000, 12
+_SHOWN = 12
 # By this the previous release knew a file that it read without options.
 _FORMERLY: dict[str, Any] = {
     "columns": {},
@@ -217,9 +217,9 @@ class Importer:
             paid = layouts.transaction(row, self._config.currency)
             return self._in_time(paid, paid.event_ms, "timestamp")
         if kind == "labels":
-            label = read_label(row, self._latest_ms)
+            label = layouts.label(row, self._latest_ms)
             return self._in_time(label, label.labelled_ms, "labelled_at")
-        score = read_score(row)
+        score = layouts.score(row)
         return self._in_time(score, score.event_ms, "timestamp")
 
     def _in_time(self, record: Any, ms: int, field: str) -> Any:
@@ -265,45 +265,6 @@ def _summary(kind: str, done: imports.Progress, rejects: pathlib.Path) -> str:
 
 def _date(moment: datetime.datetime | None) -> str:
     return f"{moment:%Y-%m-%d %H:%M} UTC" if moment else ""
-
-
-def read_label(row: Row, latest_ms: int) -> labels.Label:
-    """Read a row as a label.
-
-    Raises:
-        InvalidInput: naming the field.
-    """
-    found = layouts.values(row)
-    said = found.get("label")
-    word = str(said).lower() if isinstance(said, bool) else layouts.text(said, "label")
-    document = {
-        "transaction_id": layouts.text(found.get("transaction_id"), "transaction_id"),
-        "label": word,
-        "source": layouts.text(found.get("source"), "source") or facts.IMPORTED,
-        "labelled_at": layouts.moment(found.get("labelled_at"), "labelled_at"),
-        "user_id": layouts.whole(found.get("user_id"), "user_id"),
-    }
-    return labels.parse(document, latest_ms)
-
-
-def read_score(row: Row) -> imports.Score:
-    """Read a row as a credit score.
-
-    Raises:
-        InvalidInput: naming the field.
-    """
-    found = layouts.values(row)
-    score = layouts.whole(found.get("credit_score"), "credit_score")
-    if type(score) is not int or not 0 <= score <= _MAX_SCORE:
-        raise errors.InvalidInput("credit_score", f"must be a whole number from 0 to {_MAX_SCORE}")
-    moment = layouts.moment(found.get("timestamp"), "timestamp")
-    return imports.Score(
-        user_id=transactions.parse_user_id(
-            {"user_id": layouts.whole(found.get("user_id"), "user_id")}
-        ),
-        event_ms=transactions.parse_timestamp({"timestamp": moment}),
-        score=score,
-    )
 
 
 def _source(kind: str, file: datafiles.File, layout: layouts.Layout) -> imports.Source:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from cerberus import errors, transactions
+from cerberus import errors, labels, transactions
 from cerberus.files import datafiles
 from cerberus.files.rows import THROUGH_A_DOUBLE, Ms, Row, Single
+from cerberus.postgres import facts, imports
 
 REQUIRED = ("transaction_id", "user_id", "amount", "timestamp")
 OPTIONAL = ("currency", "merchant_id")
@@ -28,7 +29,7 @@ ENCODING_HELP = "the encoding of a text that is not UTF-8, such as cp1252 or lat
 # From here on, a whole number may have been another one before it became a floating-point number.
 _EXACT, _EXACT_SINGLE = 2**53, 2**24
 _CENTS_SINGLE = 2**17  # from here on, single precision does not tell one cent from the next
-_COLUMNS = 30
+_COLUMNS, _MAX_SCORE = 30, 100_000
 _DIGITS = 25  # fewer than Decimal computes with
 _WHOLE = re.compile(r"([+-]?\d{1,20})(\.0+)?", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?(\d{1,20}(\.\d{1,12})?|\.\d{1,12})", re.ASCII)
@@ -132,6 +133,43 @@ def transaction(row: Row, currency: str) -> transactions.Transaction:
         currency=transactions.parse_currency(document, currency),
         merchant_id=transactions.parse_text(document, "merchant_id", default=""),
         event_ms=transactions.parse_timestamp(document),
+    )
+
+
+def label(row: Row, latest_ms: int) -> labels.Label:
+    """Read a row as a label.
+
+    Raises:
+        InvalidInput: naming the field.
+    """
+    found = values(row)
+    said = found.get("label")
+    word = str(said).lower() if isinstance(said, bool) else text(said, "label")
+    document = {
+        "transaction_id": text(found.get("transaction_id"), "transaction_id"),
+        "label": word,
+        "source": text(found.get("source"), "source") or facts.IMPORTED,
+        "labelled_at": moment(found.get("labelled_at"), "labelled_at"),
+        "user_id": whole(found.get("user_id"), "user_id"),
+    }
+    return labels.parse(document, latest_ms)
+
+
+def score(row: Row) -> imports.Score:
+    """Read a row as a credit score.
+
+    Raises:
+        InvalidInput: naming the field.
+    """
+    found = values(row)
+    found_score = whole(found.get("credit_score"), "credit_score")
+    if type(found_score) is not int or not 0 <= found_score <= _MAX_SCORE:
+        raise errors.InvalidInput("credit_score", f"must be a whole number from 0 to {_MAX_SCORE}")
+    at = moment(found.get("timestamp"), "timestamp")
+    return imports.Score(
+        user_id=transactions.parse_user_id({"user_id": whole(found.get("user_id"), "user_id")}),
+        event_ms=transactions.parse_timestamp({"timestamp": at}),
+        score=found_score,
     )
 
 
