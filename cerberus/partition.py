@@ -330,13 +330,15 @@ class Partition:
     def _witness(self, record: Record) -> None:
         """Take the next record's word for how late the events may be that are gone before it.
 
-        They may be later by the slack, unless that record is an expired one: so some are asked.
+        They may be later by the slack, unless that record was itself too late: so some are asked.
         """
-        if self._floor_ms is not None:
-            self.known_from_ms, self._floor_ms = self._floor_ms, None
+        spans = self.windows.spans
+        gone_ms = record.timestamp + spans.slack_ms
         self._witnesses -= 1
-        gone_ms = record.timestamp + self.windows.spans.slack_ms
-        self.known_from_ms = max(self.known_from_ms, gone_ms)
+        if self._floor_ms is not None:
+            self.known_from_ms, self._floor_ms = max(self._floor_ms, gone_ms), None
+        elif gone_ms > self.known_from_ms + spans.allowed_lateness_ms:
+            self.known_from_ms = gone_ms
 
     def resume(self, commit: int, committed_ms: int | None = None) -> None:
         """Read on from the present prefix, all effects of which are stored, up to the commit."""

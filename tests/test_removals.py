@@ -12,6 +12,7 @@ from faults import (
     compacted,
     drained,
     set_topics,
+    stored,
 )
 from pipeline import now_ms, payment, running, until, world
 
@@ -95,6 +96,7 @@ async def test_what_was_deleted_up_to_the_middle_is_doubted_by_the_next_owner(he
             # The owner still has every event in memory.
             await here.publish([(u, payment((u, "new"), u, now_ms()), now_ms()) for u in USERS])
             await drained(here, one)
+            await stored(here)
             rows = [await here.certain(user, now_ms()) for user in USERS]
             assert {row.stats[0].count for row in rows} == {7}
     if stopped:
@@ -139,6 +141,7 @@ async def test_what_is_compacted_before_it_is_read_is_doubted(here, servers):
         finally:
             servers.redis.kill(signal.SIGCONT)
         await drained(here, one)
+        await stored(here)
         assert await below(here, 9) == []
         await until(lambda: "cleanup" in one.problems, "the policy is said", 30)
     await set_topics(here, topic_of(here), {"cleanup.policy": "delete"})
@@ -183,6 +186,7 @@ async def test_a_writer_s_transactions_cast_no_doubt(here):
     for _ in range(2):
         async with running(one := here.consumer()):
             await drained(here, one)
+            await stored(here)
             rows = [await here.certain(user, now_ms()) for user in USERS]
             assert {row.stats[0].count for row in rows} == {6}
             assert "removed" not in one.problems
