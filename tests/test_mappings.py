@@ -66,6 +66,26 @@ def test_a_row_that_the_sql_cannot_map_is_refused_by_its_field_and_others_are_no
     ]
 
 
+def test_each_of_many_rows_that_cannot_be_mapped_has_its_own_field(tmp_path):
+    rows = [dict(ROWS[i % 9], who=f"C{i}") for i in range(3_000)]
+    for i in range(0, 3_000, 2):
+        rows[i]["booked"] = "never"
+    for i in range(0, 3_000, 3):
+        rows[i]["who"] = "C" + "9" * 30
+    path = write(tmp_path / "rows.csv", rows)
+    select = GOOD.replace("substr(who, 2)", "substr(who, 2)::BIGINT")
+    found = read(path, select, 5_000)
+    assert [row.line for row in found] == list(range(2, 3_002))
+    assert [row.field for row in found] == [
+        "user_id" if i % 3 == 0 else "timestamp" if i % 2 == 0 else "value" for i in range(3_000)
+    ]
+    assert all(bool(row.broken) == (row.field != "value") for row in found)
+    found = read(
+        path, f"{select} WHERE 1 / (n::INT % 5) > 0 AND CAST(booked AS TIMESTAMP) > '2000-01-01'"
+    )
+    assert {row.field for row in found} == {"value", "user_id"}
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_a_row_s_number_is_the_same_wherever_reading_begins(tmp_path, kind):
     path = write(tmp_path / f"rows.{kind}", ROWS)
@@ -197,6 +217,23 @@ def test_types_of_parquet_become_what_they_mean(tmp_path):
         assert (paid.transaction_id, paid.merchant_id) == (name, name)
         assert (paid.user_id, paid.amount_minor) == (2**63 - 1, 497)
         assert paid.event_ms == 1_795_518_000_000
+
+
+@pytest.mark.parametrize("select", ["", "at AS timestamp", "user_id AS user_id"])
+def test_a_date_that_no_timestamp_holds_costs_its_row_only(tmp_path, select):
+    days = pyarrow.array([20_000, 2**31 - 2, 20_001, -(2**31) + 2], pyarrow.int32())
+    dates = days.cast(pyarrow.date32())
+    table = pyarrow.table(
+        {
+            "transaction_id": ["a", "b", "c", "d"],
+            "user_id": [1] * 4,
+            "amount": [1.0] * 4,
+            "at" if select.startswith("at") else "timestamp": dates,
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    found = judged(tmp_path / "rows.parquet", select.replace("at AS", '"at" AS'))
+    assert [isinstance(each, tuple) for each in found] == [False, True, False, True]
 
 
 def test_a_parquet_file_whose_name_is_a_pattern_is_that_file(tmp_path):

@@ -119,9 +119,9 @@ class File:
             )
         self._mapping: Any = None
         if select or self._kind == PARQUET:
-            from cerberus.files import engine  # takes 0.3 s, which a plain text does not need
+            from cerberus.files import mappings  # takes 0.3 s, which a plain text does not need
 
-            self._mapping = engine.Mapping(select, fields)
+            self._mapping = mappings.Mapping(select, fields)
         wanted = self._mapping.wanted if self._mapping else list(fields)
         self.total, self.unit = self._open(wanted, encoding)
         known = None if self.columns is None else [*self.columns, *self._told]
@@ -137,9 +137,9 @@ class File:
     def _open(self, wanted: Sequence[str], encoding: str) -> tuple[int | None, str]:
         self.columns: list[str] | None = None
         if self._kind == PARQUET:
-            from cerberus.files import engine
+            from cerberus.files import parquet
 
-            self._source = engine.Parquet(self.path)
+            self._source = parquet.Parquet(self.path)
             self.columns = list(self._source.columns)
             return self._source.rows, "rows"
         self._text = texts.Text(self.path, encoding)
@@ -219,14 +219,14 @@ class File:
     def _mapped(self, rows: list[Row], begin: Position) -> list[Row]:
         if not self._mapping:
             return rows
-        from cerberus.files import engine
+        from cerberus.files import mappings
 
         numbered = [(begin.rows + 1 + i, row) for i, row in enumerate(rows) if not row.broken]
         names = list(self._picked)
         columns = {name: [row.values.get(name) for _, row in numbered] for name in names}
-        table = engine.table([row.line for _, row in numbered], columns)
+        table = mappings.table([row.line for _, row in numbered], columns)
         numbers = [number for number, _ in numbered]
-        table = engine.complete(table, self._told, self.path.name, numbers)
+        table = mappings.complete(table, self._told, self.path.name, numbers)
         broken = [row for row in rows if row.broken]
         return sorted(broken + self._mapping.rows(table), key=lambda row: row.line)
 
@@ -297,12 +297,12 @@ class File:
         return Row(line, self._told | found if self._told else found)
 
     def _parquet_pieces(self, size: int, start: Position) -> Iterator[tuple[list[Row], Position]]:
-        from cerberus.files import engine
+        from cerberus.files import mappings, parquet
 
         at = start.rows
-        broken = f"has a cell of more than {engine.CELL_BYTES} bytes"
+        broken = f"has a cell of more than {parquet.CELL_BYTES} bytes"
         for table, long in self._source.batches(list(self._picked), at):
-            whole = engine.complete(table, self._told, self.path.name)
+            whole = mappings.complete(table, self._told, self.path.name)
             for begin in range(0, whole.num_rows, size):
                 some = whole.slice(begin, size)
                 first, at = at + 1, at + some.num_rows
