@@ -152,3 +152,27 @@ def test_a_decision_has_one_name_at_every_door(user_id, transaction_id, event_ms
     assert name == transactions.decision_id(user_id, transaction_id, event_ms)
     assert name != transactions.decision_id(user_id, transaction_id, event_ms + 1)
     assert (name.version, name.variant) == (8, uuid.RFC_4122)
+
+
+@pytest.mark.parametrize("field", ["transaction_id", "merchant_id"])
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("1.23457E+15", "lost digits"),
+        ("9e+15", "lost digits"),
+        ("-7,2e18", "lost digits"),
+        ("NULL", "no value"),
+        (r"\N", "no value"),
+        ("NaN", "no value"),
+        ("#N/A", "no value"),
+    ],
+)
+def test_what_is_written_where_an_id_is_missing_or_too_long_is_no_id(field, written, said):
+    with pytest.raises(errors.InvalidInput, match=f"{field}: .*{said}"):
+        transactions.decode(orjson.dumps(GOOD | {field: written}), "USD")
+
+
+@pytest.mark.parametrize("written", ["12e5", "4e3", "nullable", "325.0", "n", "Nan-7"])
+def test_an_id_that_only_looks_like_one_of_these_is_taken(written):
+    read = transactions.decode(orjson.dumps(GOOD | {"transaction_id": written}), "USD")
+    assert read.transaction_id == written

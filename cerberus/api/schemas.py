@@ -4,6 +4,7 @@ They keep to what generators of clients take: each object and each enum has a na
 numbers have formats (without, a generator picks 32 bits), and null is one of two types or schemas.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,10 +116,17 @@ _ENUMS: Mapping[str, Any] = {
 }
 
 
-def _text_or_number(least: int) -> dict[str, Any]:
+def _no_id() -> str:
+    """Return the pattern of texts that are no ids, in a form that every engine takes."""
+    spelled = "|".join(map(re.escape, transactions.NO_VALUE)).replace(r"\#", "#")
+    letters = re.sub("[A-Za-z]", lambda found: f"[{found[0].upper()}{found[0].lower()}]", spelled)
+    return f"^({transactions.ROUNDED.replace('(?:', '(')}|{letters})$"
+
+
+def _text_or_number(least: int, **more: Any) -> dict[str, Any]:
     number = {**INTEGER, "minimum": -(2**63), "maximum": 2**63 - 1}
     return {
-        "anyOf": [{**TRANSACTION_ID, "minLength": least}, number],
+        "anyOf": [{**TRANSACTION_ID, "minLength": least, **more}, number],
         "description": _AS_TEXT,
     }
 
@@ -140,8 +148,9 @@ def _requests(currency: str) -> dict[str, Any]:
     )
     return {
         "Currency": _enum("That of this deployment.", currency),
-        "TextId": _text_or_number(1),
-        "MerchantId": _text_or_number(0),
+        "TextId": _text_or_number(1, **{"not": {"pattern": _no_id()}}),
+        "MerchantId": _text_or_number(0, **{"not": {"pattern": _no_id()}}),
+        "Source": _text_or_number(1),
         "Request": request
         | {
             "description": "A user alone, or a transaction in hand: then `transaction_id` and "
@@ -259,7 +268,7 @@ def _labels() -> dict[str, Any]:
         {
             "transaction_id": ref("TextId"),
             "label": ref("Truth"),
-            "source": ref("TextId"),
+            "source": ref("Source"),
             "labelled_at": _says("when the truth became known; not in the future", _GIVEN_TIME),
         },
         user_id=_says("null: every transaction with this id", nullable(USER_ID)),

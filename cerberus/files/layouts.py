@@ -16,7 +16,7 @@ from typing import Any
 
 from cerberus import errors, labels, transactions
 from cerberus.files import datafiles
-from cerberus.files.rows import THROUGH_A_DOUBLE, Ms, Row, Single
+from cerberus.files.rows import Ms, Row, Single
 from cerberus.postgres import facts, imports
 
 REQUIRED = ("transaction_id", "user_id", "amount", "timestamp")
@@ -36,10 +36,10 @@ _DECIMAL = re.compile(r"[+-]?(\d{1,20}(\.\d{1,12})?|\.\d{1,12})", re.ASCII)
 _PLAIN = re.compile(r"\d{1,12}(\.\d\d?)?", re.ASCII)
 _SCIENTIFIC = re.compile(r"[+-]?\d+([.,]\d+)?[eE][+-]?\d+", re.ASCII)
 _GROUPED = re.compile(r"\d{1,3}(?:([,'’\u00a0\u202f ])\d{3})(?:\1\d{3})*")
-_NOTHING = ("\\n", "null", "none", "nan", "n/a", "#n/a", "<na>", "(null)")
+_NOTHING = {each.lower() for each in transactions.NO_VALUE}
 _SUSPECT = re.compile(  # all that `_judged` finds something in, and nothing common
     r"[+-]?\d[\d.,'’\u00a0\u202f ]*[eE.,'’\u00a0\u202f ][+-]?\d+|"
-    + "|".join(map(re.escape, _NOTHING)),
+    + "|".join(map(re.escape, transactions.NO_VALUE)),
     re.IGNORECASE,
 )
 _MOMENT = re.compile(
@@ -208,7 +208,7 @@ def whole(value: Any, field: str) -> Any:
         if not math.isfinite(value):
             return None
         if abs(value) >= (_EXACT_SINGLE if isinstance(value, Single) else _EXACT):
-            raise errors.InvalidInput(field, THROUGH_A_DOUBLE)
+            raise errors.InvalidInput(field, transactions.THROUGH_A_DOUBLE)
         return int(value) if value == int(value) else value
     number = _decimal(value) if isinstance(value, Decimal) else None
     return value if number is None or number % 1 else int(number)
@@ -220,13 +220,12 @@ def _judged(value: str, field: str) -> str:
         raise errors.InvalidInput(
             field, f"{value} stands for no value: NULLIF in --select says what is empty"
         )
-    if _SCIENTIFIC.fullmatch(value):
-        raise errors.InvalidInput(field, THROUGH_A_DOUBLE)
+    transactions.check_id(field, value)
     if _GROUPED.fullmatch(value):
         raise errors.InvalidInput(field, "has separators between its digits: export it without")
     if (found := _WHOLE.fullmatch(value)) and found[2]:
         if abs(int(found[1])) >= _EXACT:
-            raise errors.InvalidInput(field, THROUGH_A_DOUBLE)
+            raise errors.InvalidInput(field, transactions.THROUGH_A_DOUBLE)
         return found[1]
     return value
 

@@ -15,9 +15,9 @@ import duckdb
 import orjson
 import pyarrow
 
-from cerberus import errors
+from cerberus import errors, transactions
 from cerberus.files import engine
-from cerberus.files.rows import FILE_NAME, ROW_NUMBER, THROUGH_A_DOUBLE, Ms, Row, Single
+from cerberus.files.rows import FILE_NAME, ROW_NUMBER, Ms, Row, Single
 
 _PROBE = "TRY({'v': __item}) IS NULL"  # what fails is NULL, and what is NULL is within a struct
 _TIMES = ("DATE", "TIMESTAMP")
@@ -203,7 +203,7 @@ class Mapping:
             rows.append(Row(line, values))
             if first > 1 and any(cells[: first - 1]):
                 mark = self._guards[cells.index(True)].rpartition(_MARK)[2]
-                rows[-1] = Row(line, {}, THROUGH_A_DOUBLE, mark)
+                rows[-1] = Row(line, {}, transactions.THROUGH_A_DOUBLE, mark)
         return rows
 
     def _failed(self) -> dict[int, str]:

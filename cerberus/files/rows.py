@@ -15,10 +15,6 @@ class Position(NamedTuple):
 START = Position()
 KNOWN = ROW_NUMBER, FILE_NAME = "row_number", "file_name"
 """What a mapping knows of each row besides its columns."""
-THROUGH_A_DOUBLE = (
-    "may have lost digits, for it was a floating-point number: export it as text or as an integer"
-)
-"""Why an id is refused that is no longer what was written first."""
 
 
 class Row(NamedTuple):
