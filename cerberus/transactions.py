@@ -285,20 +285,31 @@ def parse_timestamp(document: Mapping[str, Any]) -> int:
     """Read `timestamp`, RFC 3339 with an offset, as ms since the Unix epoch (finer is cut off).
 
     Raises:
-        InvalidInput: naming the field.
+        InvalidInput: naming the field; also for 1970, where a wrong unit puts today's times.
     """
-    value = document.get("timestamp")
-    # What else `fromisoformat` accepts differs between versions of Python.
-    if not isinstance(value, str) or not _RFC_3339.fullmatch(value):
-        raise errors.InvalidInput("timestamp", "must be RFC 3339 such as 2026-01-31T12:00:00.000Z")
-    try:
-        moment = datetime.datetime.fromisoformat(value.upper())
-        event_ms = (moment - _EPOCH) // _MS
-    except (ValueError, OverflowError, TypeError) as error:
-        raise errors.InvalidInput("timestamp", "must be RFC 3339 with Z or an offset") from error
-    if not _YEAR_1971_MS <= event_ms < _YEAR_2200_MS:
+    event_ms = parse_moment("timestamp", document.get("timestamp"))
+    if event_ms < _YEAR_1971_MS:
         raise errors.InvalidInput("timestamp", f"must lie between 1971 and 2200{_likely(event_ms)}")
     return event_ms
+
+
+def parse_moment(field: str, value: Any) -> int:
+    """Read RFC 3339 with an offset, from 1970 on, as ms since the Unix epoch (finer is cut off).
+
+    Raises:
+        InvalidInput: naming the field.
+    """
+    # What else `fromisoformat` accepts differs between versions of Python.
+    if not isinstance(value, str) or not _RFC_3339.fullmatch(value):
+        raise errors.InvalidInput(field, "must be RFC 3339 such as 2026-01-31T12:00:00.000Z")
+    try:
+        moment = datetime.datetime.fromisoformat(value.upper())
+        moment_ms = (moment - _EPOCH) // _MS
+    except (ValueError, OverflowError, TypeError) as error:
+        raise errors.InvalidInput(field, "must be RFC 3339 with Z or an offset") from error
+    if not 0 <= moment_ms < _YEAR_2200_MS:
+        raise errors.InvalidInput(field, "must lie between 1971 and 2200")
+    return moment_ms
 
 
 def _likely(event_ms: int) -> str:

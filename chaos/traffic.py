@@ -206,7 +206,7 @@ class Publisher:
                 {"amount": 1.001},
                 {"amount": "1"},
                 {"user_id": None},
-                {"transaction_id": 7},
+                {"transaction_id": 7.5},
                 {"timestamp": "yesterday"},
                 {"timestamp": stamp(payment.at_ms + _SKEW_MS + 1_000)},
             )

@@ -321,7 +321,7 @@ async def test_a_credit_score_is_read_until_its_time_is_over(served):
         ({"user_id": 1, "transaction_id": "a", "amount": 1.001}, "amount"),
         ({"user_id": 1, "transaction_id": "a", "amount": -1}, "amount"),
         ({"user_id": 1, "transaction_id": "a", "amount": 1, "currency": "EUR"}, "currency"),
-        ({"user_id": 1, "transaction_id": "a", "amount": 1, "merchant_id": 5}, "merchant_id"),
+        ({"user_id": 1, "transaction_id": "a", "amount": 1, "merchant_id": 5.5}, "merchant_id"),
         ({"user_id": 1, "timestamp": NOW_MS}, "timestamp"),
         ({"user_id": 1, "timestamp": "2026-09-21"}, "timestamp"),
         ({"user_id": 1, "timestamp": transactions.format_ms(NOW_MS + 60_001)}, "timestamp"),

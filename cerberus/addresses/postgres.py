@@ -140,13 +140,13 @@ class Postgres:
     def url(self) -> str:
         """Return the address as a URL that libpq reads; with the password."""
         options = self.libpq()
-        login = urls.encoded(options.pop("user"))
+        login, database = (urls.encoded(options.pop(name)) for name in ("user", "dbname"))
         if password := options.pop("password", ""):
             login += f":{urls.encoded(password)}"
         host = options["host"] if self.on_socket else options.pop("host")
         place = "" if self.on_socket else f"{urls.shown(host)}:{options.pop('port')}"
         query = "&".join(f"{name}={urls.encoded(value)}" for name, value in options.items())
-        return f"postgresql://{login}@{place}/?{query}"
+        return f"postgresql://{login}@{place}/{database}?{query}"
 
     def tls(self) -> ssl.SSLContext | None:
         """Return how TLS is spoken where it is required; None where it is not.

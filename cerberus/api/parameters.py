@@ -95,7 +95,7 @@ def since_ms(text: str) -> int:
     """
     moment = f"{text}T00:00:00Z" if re.fullmatch(r"[\d-]*", text, re.ASCII) else text
     try:
-        return transactions.parse_timestamp({"timestamp": moment})
+        return transactions.parse_moment("since", moment)
     except errors.InvalidInput as error:
         raise errors.InvalidInput(
             "since", "must be a date such as 2026-01-31, or RFC 3339"
@@ -118,7 +118,7 @@ def _integer(name: str, text: str, low: int, high: int) -> int:
 def _position(cursor: str) -> ledger.Position:
     time, _, name = cursor.partition("_")
     try:
-        return transactions.parse_timestamp({"timestamp": time}), uuid.UUID(name or "0" * 32)
+        return transactions.parse_moment("before", time), uuid.UUID(name or "0" * 32)
     except (errors.InvalidInput, ValueError) as error:
         raise errors.InvalidInput(
             "before", "must be the `next` of the previous page, or an RFC 3339 time"

@@ -41,7 +41,7 @@ refused again becomes another letter, in the next round. Letters stay where they
     show.add_argument("offset", type=_count, help="as `list` shows it")
     for each in (listing, replay):
         each.add_argument("--reason", default="", help="only where the reason contains this text")
-        each.add_argument("--since", default="1971-01-01", help="only set aside since (RFC 3339)")
+        each.add_argument("--since", default="1970-01-01", help="only set aside since (RFC 3339)")
         each.add_argument("--round", type=_count, help="only refused so many times: 1 is the first")
         each.add_argument("--limit", type=_count, help="at most so many")
     replay.add_argument("--dry-run", action="store_true", help="only list what would be sent")

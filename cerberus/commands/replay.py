@@ -94,7 +94,7 @@ argument is wrong, {_UNKNOWN} if none differ but some cannot be made again becau
 policy is not stored, 75 if Postgres does not answer, 78 if a setting is wrong."""
     parser.add_argument("--verify", action="store_true", required=True, help="compare the results")
     parser.add_argument(
-        "--since", default="1971-01-01", help="only decisions since this date or RFC 3339 time"
+        "--since", default="1970-01-01", help="only decisions since this date or RFC 3339 time"
     )
 
 

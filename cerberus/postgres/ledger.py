@@ -105,10 +105,7 @@ class Ledger:
             return {}
         names = [decision_records.of_transaction(transaction) for transaction in wanted]
         times_ms = [transaction.event_ms for transaction in wanted]
-        async with postgres_pool.connection(self._pool) as connection:
-            await postgres_pool.prove(connection)
-            rows = await connection.fetch(_FIND, names, times_ms)
-        found = [_record(row) for row in rows]
+        found = await self._fetch(_FIND, names, times_ms, prove=True)
         return {record.decision_id: record for record in found}
 
     async def get(self, decision_id: uuid.UUID) -> decision_records.Record | None:
@@ -160,8 +157,12 @@ class Ledger:
         except (TypeError, ValueError):
             return None
 
-    async def _fetch(self, query: str, *arguments: Any) -> list[decision_records.Record]:
+    async def _fetch(
+        self, query: str, *arguments: Any, prove: bool = False
+    ) -> list[decision_records.Record]:
         async with postgres_pool.connection(self._pool) as connection:
+            if prove:
+                await postgres_pool.prove(connection)
             rows = await connection.fetch(query, *arguments)
         return [_record(row) for row in rows]
 
