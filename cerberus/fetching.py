@@ -23,11 +23,10 @@ FETCH_BYTES = 64 << 20
 partitions: each may have 1 MiB."""
 _LEAST_BYTES, _PIECE_BYTES = 1 << 20, 4 << 20
 _IDLE_S, _WAIT_S = 5.0, 0.05
-_HOLES = 1_000
 
 
 class Hole(NamedTuple):
-    """Records that a log has lost from its inside: offsets `begin` to `end`, exclusive."""
+    """Where a log has lost records from its inside: offsets from `begin` to before `end`."""
 
     topic: str
     partition: int
@@ -55,16 +54,16 @@ class Fetches:
 
     def __init__(self, client: Any, assigned: Callable[[], int]) -> None:
         self._described: dict[tuple[str, int, int], str] = {}
-        self._holes: list[Hole] = []
+        self._holes: dict[tuple[str, int], Hole] = {}
         self._assigned = assigned
         self._open: _Open | None = None
         self._send = client.send
         client.send = self._ask
 
     def holes(self) -> list[Hole]:
-        """Return the gaps that were met since the last call."""
-        found, self._holes = self._holes, []
-        return found
+        """Return the gaps that were met since the last call, those of a partition as one."""
+        found, self._holes = self._holes, {}
+        return list(found.values())
 
     def reasons(self, records: Sequence[Any]) -> list[tuple[int, str]]:
         """Return which records have a value that is not to be read, and why; ask once for each."""
@@ -81,7 +80,7 @@ class Fetches:
 
     def forget(self) -> None:
         """Forget what was fetched: other partitions are assigned."""
-        self._holes, self._open = [], None
+        self._holes, self._open = {}, None
         self._described.clear()
 
     async def peek(self, node_id: int, tp: TopicPartition, offset: int) -> bytes:
@@ -136,8 +135,10 @@ class Fetches:
         return fetched
 
     def _lost(self, hole: Hole) -> None:
-        if len(self._holes) < _HOLES:
-            self._holes.append(hole)
+        place = hole.topic, hole.partition
+        known = self._holes.get(place, hole)
+        begin, end = min(known.begin, hole.begin), max(known.end, hole.end)
+        self._holes[place] = Hole(*place, begin, end)
 
     async def _piece(
         self, place: tuple[str, int], batch: batches.Batch, offset: int, budget: int

@@ -155,6 +155,7 @@ class Partition:
         self._committed_ms = start.committed_ms
         self._floor_ms = start.floor_ms
         self._witnesses = 0 if start.floor_ms is None else _WITNESSES
+        self._gap_end = 0
         self._origin = fences.Fence(start.epoch, start.begin, start.seeded_until_ms or 0)
         self._strangers: set[int] = set()
         self._seeded: set[int] = set()
@@ -322,8 +323,9 @@ class Partition:
             self.known_from_ms = max(self.known_from_ms, self._committed_ms)
             return
         if self._floor_ms is None:
-            self._floor_ms = max(self.known_from_ms, self.windows.frontier_ms)
-        self._witnesses = _WITNESSES
+            self._floor_ms = self.known_from_ms
+        # A gap is known as soon as it is fetched, before the records that lie before it are read.
+        self._witnesses, self._gap_end = _WITNESSES, max(self._gap_end, end)
         gone_ms = now_ms + self.windows.spans.max_future_skew_ms
         self.known_from_ms = max(self.known_from_ms, gone_ms)
 
@@ -332,11 +334,14 @@ class Partition:
 
         They may be later by the slack, unless that record was itself too late: so some are asked.
         """
+        if record.offset < self._gap_end:
+            return
         spans = self.windows.spans
         gone_ms = record.timestamp + spans.slack_ms
         self._witnesses -= 1
         if self._floor_ms is not None:
-            self.known_from_ms, self._floor_ms = max(self._floor_ms, gone_ms), None
+            self.known_from_ms = max(self._floor_ms, self.windows.frontier_ms, gone_ms)
+            self._floor_ms = None
         elif gone_ms > self.known_from_ms + spans.allowed_lateness_ms:
             self.known_from_ms = gone_ms
 

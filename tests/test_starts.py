@@ -73,6 +73,17 @@ def situations(draw, back_ms=SPANS.allowed_lateness_ms):
     return log, told, commit, facts
 
 
+def assert_right_or_doubted(part, whole):
+    """Compare windows with those of the whole log, as of every time that is kept and later ones."""
+    lowest_ms = whole.windows.frontier_ms - SPANS.slack_ms
+    for as_of_ms in range(lowest_ms + 1, whole.windows.frontier_ms + SPANS.longest_ms, 97):
+        stats, wanted = part.windows.stats(1, as_of_ms), whole.windows.stats(1, as_of_ms)
+        for span_ms, found, right in zip(SPANS.spans_ms, stats, wanted, strict=True):
+            doubted = part.known_from_ms is None or as_of_ms - span_ms < part.known_from_ms
+            event(f"doubted: {doubted}")
+            assert doubted or found == right
+
+
 @given(situations(back_ms=5_000))
 def test_a_start_is_never_later_than_an_offset_that_can_matter(situation):
     log, told, commit, facts = situation
@@ -90,14 +101,20 @@ def test_what_is_replayed_equals_the_whole_log_wherever_it_is_not_doubted(situat
     log, told, commit, facts = situation
     start = starts.plan_start(told, commit, SPANS, facts)
     whole = played(partition.Start(1, 0, commit.offset), log)
-    part = played(start, log, facts.stored)
-    lowest_ms = whole.windows.frontier_ms - SPANS.slack_ms
-    for as_of_ms in range(lowest_ms + 1, whole.windows.frontier_ms + SPANS.longest_ms, 97):
-        stats, wanted = part.windows.stats(1, as_of_ms), whole.windows.stats(1, as_of_ms)
-        for span_ms, found, right in zip(SPANS.spans_ms, stats, wanted, strict=True):
-            doubted = part.known_from_ms is None or as_of_ms - span_ms < part.known_from_ms
-            event(f"doubted: {doubted}")
-            assert doubted or found == right
+    assert_right_or_doubted(played(start, log, facts.stored), whole)
+
+
+@given(logs(SPANS.allowed_lateness_ms), st.data())
+def test_a_gap_is_doubted_however_many_records_are_read_between_its_fetch_and_it(log, data):
+    begin = data.draw(st.integers(0, len(log)))
+    end = data.draw(st.integers(begin, len(log)))
+    known = data.draw(st.integers(0, begin))
+    now_ms = max((r.timestamp for r, _ in log), default=BEGIN_MS) + SPANS.allowed_lateness_ms
+    part = played(partition.Start(1, 0, 0), log[:known])
+    part.miss(end, now_ms)
+    for record, transaction in log[known:begin] + log[end:]:
+        part.take(record, transaction)
+    assert_right_or_doubted(part, played(partition.Start(1, 0, 0), log))
 
 
 @given(situations())
