@@ -57,7 +57,7 @@ class NeedsOperator(StoreUnavailable):
 
 
 class DataRefused(CerberusError):
-    """A store refuses the data of a row; the same row will be refused again."""
+    """A store refuses the data of a row; it will refuse the same row again."""
 
 
 class Overloaded(CerberusError):

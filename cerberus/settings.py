@@ -56,14 +56,14 @@ class Serving:
         "CERBERUS_API_KEY",
         "",
         words,
-        "keys of callers, comma separated; needed to serve, unless `CERBERUS_OPEN` is set",
+        "keys of callers, comma separated; required to serve, unless `CERBERUS_OPEN` is set",
         secret=True,
     )
     open_to: str = variable(
         "CERBERUS_OPEN",
         "",
         matching("(loopback)?", "loopback, or not set"),
-        "`loopback` serves direct callers on the same machine without a key; a key overrules it",
+        "`loopback`: direct callers on the same machine need no key; ignored if keys are set",
     )
     max_in_flight: int = variable(
         "CERBERUS_MAX_IN_FLIGHT", "512", integer(1, 100_000), "predictions at once; more get 503"
@@ -84,10 +84,10 @@ class Connections:
         "connections at once; fewer if the process may not open enough files",
     )
     head_bytes: int = variable(
-        "CERBERUS_MAX_HEAD_BYTES", "32768", integer(1_024, 2**20), "longest head of a request"
+        "CERBERUS_MAX_HEAD_BYTES", "32768", integer(1_024, 2**20), "largest request head, bytes"
     )
     target_bytes: int = variable(
-        "CERBERUS_MAX_TARGET_BYTES", "8192", integer(256, 2**20), "longest path and query"
+        "CERBERUS_MAX_TARGET_BYTES", "8192", integer(256, 2**20), "longest path and query, bytes"
     )
     head_s: float = variable(
         "CERBERUS_HEAD_TIMEOUT_S", "10", number(0.1, 3_600), "time for a head to arrive, s"
@@ -141,7 +141,7 @@ class Stream:
         "CERBERUS_MAX_REJECTED_SHARE",
         "0.05",
         number(0, 1),
-        "share of records that may be refused, 0 to 1; consuming stops soon at twice the share",
+        "share of records that may be refused, 0 to 1; consuming stops soon at twice this share",
     )
     resend_s: float = variable(
         "CERBERUS_RESEND_S", "300", number(1, 86_400), "time between full writes of live rows, s"
@@ -314,16 +314,18 @@ def load(environ: Mapping[str, str]) -> Settings:
     _check_sasl(config.kafka)
     _check_certificates(config.kafka)
     if config.redis.cluster and config.redis.address.database:
-        raise errors.ConfigError("REDIS_URL: a Redis Cluster has only database 0")
+        raise errors.ConfigError(
+            "REDIS_URL: a Redis Cluster has only database 0; remove the number"
+        )
     _check_retention(config)
     return config
 
 
 def check_serving(config: Settings) -> None:
-    """Hold that somebody has chosen who may call; a process that serves HTTP needs it.
+    """Check that somebody has chosen who may call; a process that serves HTTP needs that.
 
     Raises:
-        ConfigError: Nobody has.
+        ConfigError: Neither a key nor `CERBERUS_OPEN` is set.
     """
     if not config.serving.api_keys and not config.serving.open_to:
         raise errors.ConfigError(
@@ -352,7 +354,7 @@ def _check_certificates(kafka: endpoints.Kafka) -> None:
     }
     for name, value in given.items():
         if value and not kafka.tls:
-            raise errors.ConfigError(f"{name} is set: the brokers need kafka+ssl:// addresses")
+            raise errors.ConfigError(f"{name} is set: give the brokers kafka+ssl:// addresses")
     if bool(kafka.client_pem) != bool(kafka.client_key_pem):
         raise errors.ConfigError(
             "KAFKA_CLIENT_CERT and KAFKA_CLIENT_CERT_KEY go together: set both or neither"
