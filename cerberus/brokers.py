@@ -1,4 +1,4 @@
-"""Why a broker that answers does not take this process: aiokafka's clients only log it."""
+"""Find out why a broker refuses this process, which aiokafka's clients only log."""
 
 import asyncio
 import ssl
@@ -16,7 +16,7 @@ _OTHER_MECHANISM = (refusals.UnsupportedSaslMechanismError, refusals.IllegalSasl
 
 
 async def check(options: Mapping[str, Any]) -> None:
-    """Ask the first broker that answers whether it takes this process; see `refusal`.
+    """Ask the first broker that answers whether it accepts this process; see `refusal`.
 
     Raises:
         ConfigError: It does not.
@@ -51,7 +51,7 @@ async def refusal(options: Mapping[str, Any]) -> errors.ConfigError | None:
         except _OTHER_MECHANISM:
             mechanism = access["sasl_mechanism"]
             return errors.ConfigError(
-                f"KAFKA_SASL_MECHANISM: broker {address} does not take {mechanism}"
+                f"KAFKA_SASL_MECHANISM: broker {address} does not support {mechanism}"
             )
         except (TimeoutError, OSError, refusals.KafkaError):
             continue

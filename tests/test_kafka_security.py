@@ -155,7 +155,7 @@ async def test_the_password_is_not_logged_at_any_level(ca, ports):
             with_password,
             {"KAFKA_SASL_MECHANISM": "SCRAM-SHA-256"},
             errors.ConfigError,
-            "KAFKA_SASL_MECHANISM: broker .* does not take SCRAM-SHA-256",
+            "KAFKA_SASL_MECHANISM: broker .* does not support SCRAM-SHA-256",
         ),
     ],
 )

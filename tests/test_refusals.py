@@ -134,7 +134,7 @@ def test_a_database_or_a_role_that_is_not_there_is_named(environ, monkeypatch, c
         ("options=-cstatement_timeout%3Dsoon", "invalid value for parameter"),
         ("options=endpoint%3Dx", "options: invalid command-line argument"),
         ("options=-csearch_path%3Dnowhere", "GRANT USAGE, CREATE"),
-        ("sslmode=require", "speaks no TLS"),
+        ("sslmode=require", "does not support TLS"),
     ],
 )
 def test_an_option_that_postgres_does_not_take_is_named(environ, option, said, monkeypatch, capfd):
@@ -146,7 +146,7 @@ def test_an_option_that_postgres_does_not_take_is_named(environ, option, said, m
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"path": "/99"}, "no database of this number"),
+        ({"path": "/99"}, "no database with this number"),
         ({"login": "nobody:sesame@"}, "refuses the user or password"),
         ({"login": ":sesame@"}, "refuses the user or password"),
         ({"cluster": "1"}, "REDIS_CLUSTER is 1"),

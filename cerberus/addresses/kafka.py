@@ -28,7 +28,7 @@ class Broker:
 
 
 def read(name: str, told: str) -> tuple[str, ...]:
-    """Read addresses of brokers that have the same scheme; they stay as they are written.
+    """Read addresses of brokers that have the same scheme; they are returned as written.
 
     Raises:
         ConfigError: One is missing or wrong; the message shows no part of it.
@@ -43,7 +43,7 @@ def read(name: str, told: str) -> tuple[str, ...]:
 
 
 def parsed(address: str) -> Broker:
-    """Return what an address that was read means."""
+    """Parse one of the addresses that `read` returned."""
     return _broker("KAFKA_BROKER", address)
 
 

@@ -1,4 +1,4 @@
-"""The address of Postgres, read once, and written for each of its clients."""
+"""The address of Postgres: parsed once, and given to each client in its own form."""
 
 import getpass
 import os
@@ -14,7 +14,7 @@ SYSTEM = "system"
 _MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _VERIFY = ("verify-ca", "verify-full")
 _STRICT = ("require", *_VERIFY)
-_NO_BINDING = "asyncpg cannot bind; sslmode=verify-full also proves who the server is"
+_NO_BINDING = "asyncpg does not support it; use sslmode=verify-full, which also proves the identity"
 _WRITES = "the service writes"
 _LOGIN = "put the user name and the password before the host"
 _NOT_SET = "remove it"
@@ -34,7 +34,7 @@ _KNOWN: dict[str, urls.Option] = {
     "fallback_application_name": str,
     "options": str,
     "target_session_attrs": urls.one_of("any", "read-write", "primary", reason=_WRITES),
-    # What is done in any case.
+    # Accepted only with the values that hold in any case.
     "channel_binding": urls.one_of("prefer", "disable", reason=_NO_BINDING),
     "client_encoding": urls.one_of("UTF8", "utf8", "UTF-8", "utf-8"),
     "gssencmode": urls.one_of("prefer", "disable", reason="Kerberos is not supported"),
@@ -92,10 +92,10 @@ class Postgres:
 
     Attributes:
         host: A name, an IP address, or the directory of a socket.
-        connect_timeout_s: None where the client's own holds.
+        connect_timeout_s: None for the client's default.
         sslmode: One of libpq's.
         sslrootcert: A file; `system` for the certificates of the system; empty for none.
-        options: Of the session, as libpq takes them.
+        options: Of the session, in libpq's form.
     """
 
     host: str
@@ -118,7 +118,7 @@ class Postgres:
         return self.host.startswith("/")
 
     def libpq(self) -> dict[str, str]:
-        """Return libpq's parameters, only those that are not empty; with the password."""
+        """Return libpq's parameters that are not empty, the password included."""
         timeout_s = self.connect_timeout_s
         found = {
             "host": self.host,
@@ -149,7 +149,7 @@ class Postgres:
         return f"postgresql://{login}@{place}/{database}?{query}"
 
     def tls(self) -> ssl.SSLContext | None:
-        """Return how TLS is spoken where it is required; None where it is not.
+        """Return the TLS context if TLS is required; None otherwise.
 
         Raises:
             ConfigError: A file cannot be read.

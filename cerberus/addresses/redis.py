@@ -1,4 +1,4 @@
-"""The address of Redis, read once."""
+"""The address of Redis, parsed once."""
 
 import ssl
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ class Redis:
     Attributes:
         database: Its number.
         tls: Whether to speak TLS.
-        options: Arguments of redis-py's clients, besides.
+        options: Further arguments for redis-py's clients.
     """
 
     host: str
@@ -82,7 +82,7 @@ class Redis:
         return f"{scheme}://{urls.encoded(self.username)}{login}{place}/{self.database}"
 
     def check_files(self) -> None:
-        """Read the files of certificates that are named.
+        """Read the certificate files that the address names.
 
         Raises:
             ConfigError: One cannot be read.
@@ -110,7 +110,7 @@ def read(name: str, told: str) -> Redis:
     given: dict[str, Any] = urls.read_options(name, url.options, _KNOWN, _REFUSED)
     if url.path:
         if "db" in given:
-            raise errors.ConfigError(f"{name} gives the number of the database twice")
+            raise errors.ConfigError(f"{name} gives the database number twice: remove one")
         try:
             given["db"] = _KNOWN["db"](url.path)
         except ValueError as error:
@@ -119,9 +119,11 @@ def read(name: str, told: str) -> Redis:
             ) from None
     tls = url.scheme == "rediss"
     if not tls and (of_tls := [key for key in given if key.startswith("ssl_")]):
-        raise errors.ConfigError(f"{name}: {of_tls[0]} needs rediss://")
+        raise errors.ConfigError(f"{name}: {of_tls[0]} needs a rediss:// address")
     if ("ssl_certfile" in given) != ("ssl_keyfile" in given):
-        raise errors.ConfigError(f"{name}: ssl_certfile and ssl_keyfile go together")
+        raise errors.ConfigError(
+            f"{name}: ssl_certfile and ssl_keyfile go together: give both or neither"
+        )
     if given.get("ssl_cert_reqs") == ssl.CERT_NONE:
         given["ssl_check_hostname"] = False
     given.pop("protocol", None)

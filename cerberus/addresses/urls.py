@@ -1,7 +1,7 @@
-"""The parts of a server's URL, read strictly, so that no other parser gets to see its text.
+"""Parse the URL of a server strictly, so that no client parses its text differently.
 
-What is wrong is named without a value, because a character that is not encoded makes the rest of a
-password look like another part of the URL.
+Errors name the faulty part without its value: after a character that is not encoded, the rest of a
+password looks like another part of the URL.
 """
 
 import difflib
@@ -94,7 +94,7 @@ def decoded(name: str, part: str) -> str:
     if "\0" in text:
         # From None: the error holds the part.
         raise errors.ConfigError(
-            f"{name} is not an address: %00 and what is not UTF-8 cannot be sent"
+            f"{name} is not an address: it contains %00, or bytes that are not UTF-8"
         ) from None
     return text
 
@@ -111,7 +111,7 @@ def _options(name: str, query: str) -> dict[str, str]:
         if not re.fullmatch("[A-Za-z_]+", key) or not value:
             raise errors.ConfigError(f"{name}: option {number} is not NAME=VALUE")
         if key in found:
-            raise errors.ConfigError(f"{name}: option {number} is given a second time")
+            raise errors.ConfigError(f"{name}: option {number} repeats an earlier one: remove one")
         found[key] = decoded(name, value)
     return found
 
@@ -125,7 +125,7 @@ def read_options(
         name: Of the variable.
         given: As `Url.options`.
         known: How each is read.
-        refused: Those that are known elsewhere, with what to do instead.
+        refused: Options of other clients that are not supported, with what to do instead.
 
     Raises:
         ConfigError: One is unknown, refused or has a wrong value.
@@ -135,7 +135,7 @@ def read_options(
         if key in refused:
             raise errors.ConfigError(f"{name}: {key} is not supported: {refused[key]}")
         if key not in known:
-            # Not the name itself: it may be a piece of a password.
+            # Without the name, which may be part of a password.
             like = difflib.get_close_matches(key, known, n=1)
             raise errors.ConfigError(
                 f"{name}: option {number} is unknown; "
@@ -182,23 +182,23 @@ def seconds(low: float, high: float) -> Option:
 
 
 def place(name: str, told: str, default_port: int) -> tuple[str, int]:
-    """Read `host:port`; an IPv6 address is in brackets, and comes back without them.
+    """Read `host:port`; an IPv6 address is in brackets, which are removed.
 
     Raises:
         ConfigError: It names several hosts, or one that cannot exist.
     """
     if "," in told:
         raise errors.ConfigError(
-            f"{name} names several hosts: give one, the address that leads to the server "
-            "that takes writes"
+            f"{name} names several hosts: give one address that leads to the server that "
+            "takes writes"
         )
     host, colon, port = told.rpartition(":") if re.search(r":[^\]]*$", told) else (told, "", "")
     bracketed = host.startswith("[") and host.endswith("]")
     host = host.strip("[]") if bracketed else decoded(name, host)
     if not (_is_ipv6(host) if bracketed else _HOST.fullmatch(host)):
         raise errors.ConfigError(
-            f"{name} names no host: write a name of ASCII letters, an IPv4 address, or an IPv6 "
-            "address in brackets"
+            f"{name} names no host: write a name of ASCII letters, an IPv4 address, or an "
+            "IPv6 address in brackets"
         )
     if not colon:
         return host, default_port
@@ -220,7 +220,7 @@ def shown(host: str) -> str:
 
 
 def trust(context: ssl.SSLContext, said: str, file: str) -> None:
-    """Trust the certificates of a file.
+    """Trust the CA certificates in a file.
 
     Raises:
         ConfigError: It cannot be read; the message begins with `said`.
@@ -234,7 +234,7 @@ def trust(context: ssl.SSLContext, said: str, file: str) -> None:
 
 
 def certify(context: ssl.SSLContext, said: str, certificate: str, key: str) -> None:
-    """Show a client's certificate to servers.
+    """Load the client certificate that servers ask for.
 
     Raises:
         ConfigError: One of the files cannot be read; the message begins with `said`.
@@ -250,5 +250,5 @@ def certify(context: ssl.SSLContext, said: str, certificate: str, key: str) -> N
 
 def _why(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
-        return (error.reason or "it holds none").replace("_", " ").lower()
+        return (error.reason or "it contains none").replace("_", " ").lower()
     return getattr(error, "strerror", None) or "its path cannot be used"

@@ -1,4 +1,4 @@
-"""What Redis answers when a setting is wrong, as one sentence."""
+"""Turn an answer of Redis about a wrong setting into one sentence."""
 
 import ssl
 
@@ -8,7 +8,7 @@ from cerberus import errors
 
 
 def sentence(error: BaseException) -> errors.ConfigError | None:
-    """Say which setting Redis refuses; None if it is none."""
+    """Say which setting Redis refuses; None if the error has another cause."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, ssl.SSLCertVerificationError):
@@ -24,10 +24,10 @@ def sentence(error: BaseException) -> errors.ConfigError | None:
         ):
             return errors.ConfigError(f"REDIS_URL: Redis refuses the user or password: {said}")
         if isinstance(seen, redis.exceptions.ResponseError) and "DB index" in said:
-            return errors.ConfigError(f"REDIS_URL: Redis has no database of this number: {said}")
+            return errors.ConfigError(f"REDIS_URL: Redis has no database with this number: {said}")
         if "Cluster mode is not enabled" in said:
             return errors.ConfigError(
-                "REDIS_CLUSTER is 1, but REDIS_URL is no node of a Redis Cluster: set it to 0"
+                "REDIS_CLUSTER is 1, but REDIS_URL is not a node of a Redis Cluster: set it to 0"
             )
         seen = seen.__cause__ or seen.__context__
     return None

@@ -1,4 +1,4 @@
-"""What Postgres answers when a setting or a right is wrong: one sentence that says what to do."""
+"""Turn an answer of Postgres about a wrong setting or a missing permission into one sentence."""
 
 import contextlib
 import re
@@ -37,7 +37,7 @@ _CURES = (
 
 
 def denied(said: str) -> errors.ConfigError:
-    """Say which statement gives the right that Postgres misses."""
+    """Say what is denied, and which statement grants it."""
     for pattern, cure in _CURES:
         if found := re.match(pattern, said):
             return errors.ConfigError(
@@ -48,7 +48,7 @@ def denied(said: str) -> errors.ConfigError:
 
 
 def sentence(error: BaseException) -> errors.ConfigError:
-    """Say what Postgres refuses, and which statement cures it."""
+    """Say what Postgres refuses, and what to do."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return errors.ConfigError(
             f"DATABASE_URL: the certificate of Postgres is refused: {error.verify_message}; "
@@ -59,10 +59,10 @@ def sentence(error: BaseException) -> errors.ConfigError:
 
 @contextlib.contextmanager
 def connecting() -> Iterator[None]:
-    """Translate what the options of the address lead to while a connection is made.
+    """Translate errors that the address's options cause while a connection is opened.
 
     Raises:
-        ConfigError: Postgres takes none of them, or speaks no TLS.
+        ConfigError: Postgres refuses an option, or does not support TLS.
     """
     try:
         yield
@@ -72,12 +72,12 @@ def connecting() -> Iterator[None]:
         if "rejected SSL upgrade" not in str(error):
             raise
         raise errors.ConfigError(
-            "DATABASE_URL: Postgres speaks no TLS, which its sslmode requires"
+            "DATABASE_URL: Postgres does not support TLS, which sslmode requires: turn TLS on there"
         ) from error
 
 
 async def check_rights(connection: asyncpg.Connection) -> None:
-    """Check that tables can be made.
+    """Check that tables can be created.
 
     Raises:
         ConfigError: They cannot; the message has the statement that changes it.
