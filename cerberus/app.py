@@ -65,7 +65,7 @@ async def _open(stack: contextlib.AsyncExitStack, leaving: shutdown.Exit) -> ass
 
 
 def _blame(supervisor: supervision.Supervisor, leaving: shutdown.Exit) -> None:
-    """Let a wrong setting that shows only later end the process as one that shows at the start."""
+    """Exit with status 78 too when a wrong setting becomes known only after the start."""
     if supervisor.misconfigured is not None:
         leaving.status = _CONFIG_STATUS
         sys.stderr.write(f"cerberus: {supervisor.misconfigured}\n")

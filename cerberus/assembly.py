@@ -73,10 +73,10 @@ class Service:
         _ = self.tls, self.model, self.online
 
     async def ask(self) -> None:
-        """Ask the servers whether they take this process; one that does not answer is let be.
+        """Ask the servers whether they accept this process; a silent one is no error.
 
         Raises:
-            ConfigError: One answers, and refuses an address, a password or a right.
+            ConfigError: One answers and refuses an address, a password or a permission.
 
         Deadline: 5 s.
         """
@@ -237,7 +237,7 @@ class Service:
 
 
 def check_files(config: settings.Settings) -> None:
-    """Read the files of certificates that the addresses name; the pools do so when they open.
+    """Read the certificate files that the addresses name, before the pools do.
 
     Raises:
         ConfigError: One cannot be read.

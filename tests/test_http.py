@@ -322,7 +322,7 @@ async def test_with_a_key_every_route_but_live_wants_it(environ):
                 is_problem(refused, "unauthorized")
                 assert refused.headers["www-authenticate"] == "Bearer"
         refused = await http.get("/metrics?api_key=first-key&key=first-key")
-        assert "in the address is not read" in is_problem(refused, "unauthorized")["detail"]
+        assert "in the URL is ignored" in is_problem(refused, "unauthorized")["detail"]
         assert (await http.get("/health/live")).status_code == 200
     for accepted in (
         {"X-API-Key": "first-key"},

@@ -1,14 +1,14 @@
 """Who may call: the one check that every route but `/health/live` passes.
 
-If keys are set, every caller must send one, callers on the same machine included. A key in the
-address is none: addresses are kept in histories and logs.
+If keys are set, every caller must send one, callers on the same machine included. A key in the URL
+does not count, because URLs are kept in histories and logs.
 
 With `CERBERUS_OPEN=loopback` and no key, a *direct local* caller is served. A loopback address
 alone does not prove that: a reverse proxy on this machine has one too, and so has a local browser
 that runs a page from elsewhere. So such a caller must also show no trace of a proxy (forwarding
 headers, or HTTP/1.0), must ask for a loopback name (a rebound DNS name is not one), and must not be
-a page of another origin, another port of this machine included. A proxy that leaves no trace cannot
-be detected, so nobody is served without a key unless that was chosen.
+a page of another origin, other ports of this machine included. A proxy that leaves no trace cannot
+be detected, so callers without a key are served only if an operator has chosen it.
 """
 
 import functools
@@ -29,8 +29,8 @@ HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )
-"""Of every answer: no page of another origin may read it, whatever its browser says of the page."""
-# Not by `urlsplit`, which drops tabs and line ends, and takes what stands before an @ or after a ?.
+"""Headers of every answer: no page of another origin may read it, in old browsers too."""
+# `urlsplit` would drop tabs and line ends, and accept text before an @ or after a ?.
 _HOST = re.compile(rb"(localhost|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.IGNORECASE)
 
 
@@ -76,7 +76,7 @@ class Guard:
         if not known:
             raise errors.Unauthorized(
                 "Send the key in the X-API-Key header, or as Authorization: Bearer <key>; "
-                "a key in the address is not read."
+                "a key in the URL is ignored."
             )
 
 
@@ -87,7 +87,7 @@ def _digest(key: bytes) -> bytes:
 
 def _sent_keys(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[bytes]:
     for name, value in headers:
-        # Spaces and tabs around a value are none of it, and not every parser takes them away.
+        # Spaces and tabs around a value do not belong to it, and not every parser removes them.
         if name == b"x-api-key":
             yield value.strip(b" \t")
         elif name == b"authorization" and value[:7].lower() == b"bearer ":

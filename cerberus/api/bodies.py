@@ -18,11 +18,11 @@ async def document(request: Request, example: str, most_bytes: int = MAX_BYTES) 
 
     Args:
         request: Its body is read.
-        example: A right body, for the refusal of a wrong one.
+        example: A valid body, which the refusal of a wrong one shows.
         most_bytes: Refuses a longer body as soon as that many bytes have arrived.
 
     Raises:
-        Refusal: The body is too large, no JSON object, or takes longer than the setting says.
+        Refusal: The body is too large, is not a JSON object, or takes too long to arrive.
         InvalidInput: An object in it gives a name more than once; it names the field.
 
     Deadline: `CERBERUS_BODY_TIMEOUT_S`. Cost: a large body holds the loop for 5 ms, one at a time.
@@ -31,7 +31,7 @@ async def document(request: Request, example: str, most_bytes: int = MAX_BYTES) 
     try:
         if len(body) > MAX_BYTES:
             async with request.app.state.parts.parsing:
-                await asyncio.sleep(0)  # what else waits comes first
+                await asyncio.sleep(0)  # let other tasks run first
                 _check_values(body)
                 asked = documents.read(body)
         else:
@@ -50,7 +50,7 @@ def _check_values(body: bytes) -> None:
 
 async def _read(request: Request, most_bytes: int) -> bytes:
     too_large = problems.Refusal("too_large", f"The body has more than {most_bytes} bytes.")
-    # Known before a byte of it is read; only digits have passed the parser.
+    # Known before a byte is read; the parser lets only digits pass.
     if int(request.headers.get("content-length", 0)) > most_bytes:
         raise too_large
     body = bytearray()

@@ -1,7 +1,7 @@
 """The connections of a process: how many, how long each may take, and the bytes of their bodies.
 
 Every connection is in one phase at a time, and every phase has a deadline. When no more connections
-fit, the one that has waited longest for its client makes room. So callers that behave are served
+fit, the one that has waited longest for its client makes room. So well-behaved callers are served,
 however many others open connections and send nothing.
 """
 
@@ -19,9 +19,9 @@ from cerberus import settings
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75
-"""Load balancers keep an idle connection for 60 s: the side that closes first should be theirs."""
+"""Load balancers keep an idle connection for 60 s, and they should close it first."""
 RESERVED_FILES = 96
-"""What the pools of the stores, Kafka's clients, files and child processes may have open."""
+"""How many files the stores' pools, Kafka's clients and child processes may have open."""
 SMALL_BODY = 64 * 1024
 _ANSWER_S, _LEAVE_S, _BODY_GRACE_S, _SWEEP_S, _TOLD_S = 60.0, 2.0, 5.0, 1.0, 60.0
 _HELD_BYTES = {False: 32 * 2**20, True: 8 * 2**20}
@@ -37,14 +37,14 @@ class Phase(enum.Enum):
     IDLE = "the next request"
     LEAVING = "its end, after the last answer"
 
-    __hash__ = object.__hash__  # by identity: `Enum` hashes the name, in Python
+    __hash__ = object.__hash__  # by identity: `Enum` would hash the name in Python, which is slower
 
 
 _MAKE_ROOM = ((Phase.LEAVING,), (Phase.NEW, Phase.HEAD), (Phase.IDLE,), (Phase.BODY,))
 
 
 class Connection(Protocol):
-    """One connection, as its bounds see it."""
+    """One connection, as `Connections` sees it."""
 
     phase: Phase | None
     """What it waits for; None when it is gone. `Connections` sets it."""
@@ -56,11 +56,11 @@ class Connection(Protocol):
         """Close at once, without an answer."""
 
 
-_Since = dict[Connection, float]  # in the order in which they came
+_Since = dict[Connection, float]  # oldest first
 
 
 class Connections:
-    """Knows every connection and its phase, the longest first. Cost: 0.2 µs a change of phase.
+    """Keeps every connection by phase, oldest first. Cost: 0.2 µs for a change of phase.
 
     Args:
         limits: How many, and how long.
@@ -73,7 +73,8 @@ class Connections:
         self.seconds = {
             Phase.NEW: float(KEEP_ALIVE_S),
             Phase.HEAD: limits.head_s,
-            Phase.BODY: limits.body_s + _BODY_GRACE_S,  # the route that reads it answers first
+            Phase.BODY: limits.body_s
+            + _BODY_GRACE_S,  # the route that reads the body answers first
             Phase.ANSWER: _ANSWER_S,
             Phase.IDLE: float(KEEP_ALIVE_S),
             Phase.LEAVING: _LEAVE_S,
@@ -89,7 +90,7 @@ class Connections:
         return self._count
 
     def admit(self, connection: Connection) -> bool:
-        """Take a new connection, in the place of another if need be; False if all are busy."""
+        """Accept a new connection, if necessary in place of another; False if all are busy."""
         fits = self._count < self.most or self._make_room()
         if fits:
             self.enter(connection, Phase.NEW)
@@ -114,9 +115,9 @@ class Connections:
             self._count -= 1
 
     def hold(self, count: int, *, large: bool) -> bool:
-        """Take so many bytes of bodies into memory; False if no more fit.
+        """Reserve memory for bytes of bodies; False if there is none left.
 
-        Bodies above 64 KiB have a bound of their own: they must not displace predictions.
+        Bodies above 64 KiB have a separate limit, so that they do not displace predictions.
         """
         fits = self._held[large] + count <= _HELD_BYTES[large]
         if fits:
@@ -124,11 +125,11 @@ class Connections:
         return fits
 
     def let_go(self, count: int, *, large: bool) -> None:
-        """Give back bytes that `hold` took."""
+        """Release bytes that `hold` reserved."""
         self._held[large] -= count
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._timer.cancel()
 
     def _make_room(self) -> bool:

@@ -22,14 +22,14 @@ _ROUTES = frozenset((*OF_API, ALIVE, HEALTH, "/metrics"))
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What answers requests that have passed.
+    """The parts that answer requests after the gate.
 
     Attributes:
         service: The parts behind the HTTP side.
         guard: Checks who may call.
         health: Answers `GET /health`.
-        label_turns: Lets a few requests at a time write labels.
-        parsing: Held while a large body is parsed, so that the loop has other turns in between.
+        label_turns: Limits how many requests write labels at once.
+        parsing: Held while a large body is parsed, so that other tasks run in between.
     """
 
     service: assembly.Service

@@ -49,9 +49,9 @@ class Servers:
         return self._answers
 
     async def _ask(self) -> None:
-        """Ask each server, unless the last question to it is still being cut off.
+        """Ask each server, unless an earlier question to it is still being cancelled.
 
-        Not `asyncio.timeout`: it would wait until a frozen server has given back the connection.
+        Not `asyncio.timeout`: it would wait until a frozen server has released the connection.
         """
         for name in self._probes.keys() - self._asked.keys():
             self._asked[name] = asyncio.ensure_future(self._probes[name]())
@@ -69,7 +69,7 @@ class Servers:
 async def reach_kafka(kafka: endpoints.Kafka, tls: Any) -> None:
     """Ask any broker which requests it knows, which needs no login.
 
-    A connection alone proves nothing: the system accepts it for a broker that is frozen.
+    A connection alone proves nothing: the kernel accepts it for a frozen broker.
 
     Deadline: 1 s.
 
@@ -180,7 +180,7 @@ class Health:
             elif told["problem"]:
                 found.append(f"{told['waiting']} decisions wait for {store}: {told['problem']}")
         if self._consumer is not None:
-            # The states of partitions say who is split, also after a restart.
+            # Partition states record split users, also after a restart.
             problems = self._consumer.problems.items()
             found += [sentence for name, sentence in problems if name != "split_user"]
         if self._labels.problem is not None:
@@ -220,7 +220,7 @@ def _partition_doubts(
         if now_ms - state.caught_up_ms > evaluation.STALE_MS:
             doubted.setdefault("is stale: behind the end of its log", []).append(str(number))
         if state.caught_up_ms - now_ms > evaluation.AHEAD_MS:
-            ahead = "is reported by a clock ahead of this one: set both by NTP"
+            ahead = "is reported by a process whose clock is ahead of this one: run NTP on both"
             doubted.setdefault(ahead, []).append(str(number))
         if state.split_ms > now_ms - longest_ms:
             doubted.setdefault(_SPLIT, []).append(str(number))

@@ -169,8 +169,8 @@ def _page_of(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decisions_of_transaction() -> dict[str, Any]:
-    # OpenAPI cannot say that a query has one of two parameters. So one of them is declared here,
-    # and what the other asks has a path of its own.
+    # OpenAPI cannot express that one of two parameters is required. So one of them is declared
+    # here, and the other has a path of its own.
     schema = schemas.TRANSACTION_ID
     return _operation(
         "listDecisionsOfTransaction",
@@ -271,7 +271,7 @@ def _openapi() -> dict[str, Any]:
 
 
 def _docs() -> dict[str, Any]:
-    return _get("getDocs", "This document as a page, to read and to try", "text/html", schemas.TEXT)
+    return _get("getDocs", "This document as a page (Swagger UI)", "text/html", schemas.TEXT)
 
 
 def _docs_file() -> dict[str, Any]:

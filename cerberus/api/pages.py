@@ -1,8 +1,8 @@
 """The page at `/docs`: Swagger UI on the document, and the table of problems.
 
 It loads nothing from other hosts: the files of Swagger UI come from a Python package. A browser
-cannot send a key when it opens a page. So where a key is needed, it gets this page with status 401;
-the page holds nothing of the deployment, asks for the key, and sends it with all that it loads.
+cannot send a key when it opens a page. So where a key is needed, it gets this page with status 401.
+The page says nothing about the deployment; it asks for the key and sends it with every request.
 """
 
 import asyncio
@@ -24,7 +24,9 @@ from cerberus.api import codes
 PATH = "/docs"
 FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 """The files of the page, with their types."""
-_PACKAGE = "flask_swagger_ui"  # never imported, as that would import Flask: only its files are read
+_PACKAGE = (
+    "flask_swagger_ui"  # not imported, because that would import Flask; only its files are read
+)
 _SCRIPT = """"use strict";
 const at = id => document.getElementById(id);
 let key = "";
@@ -101,7 +103,7 @@ def docs() -> str:
 
 
 def page(status: int = 200) -> Response:
-    """Answer `GET /docs`; with status 401 too, as it asks for the key."""
+    """Answer `GET /docs`, also with status 401, because the page asks for the key."""
     headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-store"}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -126,7 +128,7 @@ async def file(name: str, scope: Scope) -> Response:
 
 @functools.cache
 def _files() -> StaticFiles:
-    mimetypes.init()  # Starlette asks it, though what this machine says of a type does not count
+    mimetypes.init()  # for Starlette; `file` overwrites the types that it finds
     found = importlib.util.find_spec(_PACKAGE)
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError(f"{_PACKAGE} is not installed: install the locked requirements")

@@ -111,7 +111,7 @@ def _integer(name: str, text: str, low: int, high: int) -> int:
     digits, dot, _ = text.partition(".")
     if not re.fullmatch(r"[0-9]{1,19}(\.0{1,9})?", text) or not low <= int(digits) <= high:
         raise errors.InvalidInput(name, f"must be a whole number from {low} to {high}")
-    # 325.0 is how a client that has doubles writes 325; a large one may have lost digits.
+    # A client with doubles writes 325 as 325.0; a large double may have lost digits.
     return transactions.whole(name, float(digits) if dot else int(digits), "an integer")
 
 

@@ -1,9 +1,10 @@
 """HTTP/1.1 as this service speaks it: uvicorn's own protocol, made strict and bounded.
 
 uvicorn's parser stops at a head with `Upgrade`: it drops the body, and reads what comes later as a
-request. Here an upgrade is ignored, as RFC 9110 (7.8) allows: the parser is given the same head
-again without it, so that other requests cost nothing. Whatever is refused before a route sees it
-is answered as a problem of RFC 9457, after the answers that are owed, and ends the connection.
+request. Here an upgrade is ignored, as RFC 9110 (7.8) allows: the parser gets the same head
+again without it, so that other requests pay nothing for it. A request that is refused before it
+reaches a route is answered with a problem of RFC 9457, after the pending answers, and ends the
+connection.
 """
 
 import functools
@@ -29,7 +30,7 @@ class _Stop(Exception):
 
 
 class Protocol(httptools_impl.HttpToolsProtocol):
-    """One connection. `app_state["connections"]` has its bounds."""
+    """One connection; `app_state["connections"]` limits it."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -53,7 +54,7 @@ class Protocol(httptools_impl.HttpToolsProtocol):
             self._refuse("overloaded", detail)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of all that the connection held."""
+        """Release everything that the connection held."""
         self._all.leave(self)
         self._let_go()
         super().connection_lost(exc)
@@ -85,7 +86,7 @@ class Protocol(httptools_impl.HttpToolsProtocol):
             self._all.enter(self, self._phase())
 
     def _feed(self, data: bytes) -> None:
-        """Parse in slices, and not beyond what may wait here to be answered."""
+        """Parse in slices, and stop when as many requests wait as may."""
         for start in range(0, len(data), _SLICE_BYTES):
             end = start + _SLICE_BYTES
             self._parse(data[start:end])
@@ -137,15 +138,15 @@ class Protocol(httptools_impl.HttpToolsProtocol):
             self._large = length > connections.SMALL_BODY
         self._drained = 0
         super().on_headers_complete()
-        self.headers = []  # of trailers, which must not pass as headers
+        self.headers = []  # the next ones are trailers, which must not pass as headers
         if not self.cycle.keep_alive:
             self.cycle.transport = _Closing(self)  # type: ignore[assignment]
 
     def _check_head(self) -> int:
-        """Refuse what may be read in two ways; return the length of the body that is declared."""
+        """Refuse a request that can be read in two ways; return the declared length of its body."""
         version, method = self.parser.get_http_version(), self.parser.get_method()
         if version not in ("1.1", "1.0"):
-            self._stop("bad_request", f"HTTP/{version} is not spoken here; use HTTP/1.1.")
+            self._stop("bad_request", f"HTTP/{version} is not supported; use HTTP/1.1.")
         if method == b"CONNECT":
             self._stop("bad_request", "CONNECT is for proxies, and this server is none.")
         if len(self.url) > self._limits.target_bytes:
@@ -173,7 +174,7 @@ class Protocol(httptools_impl.HttpToolsProtocol):
         return b"\r\n".join((*lines, b"", b""))
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of a body, within what all bodies together may hold."""
+        """Take a part of a body, within the limit of all bodies together."""
         if self.cycle.response_complete:
             self._drained += len(body)
             if self._drained > _DRAINED_BYTES:
@@ -185,7 +186,7 @@ class Protocol(httptools_impl.HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """End a request, unless it is the half of one that is parsed again."""
+        """End a request, unless its head is about to be parsed again."""
         if not self._again:
             self._reading = None
             if not self.cycle.response_complete:
@@ -193,9 +194,9 @@ class Protocol(httptools_impl.HttpToolsProtocol):
                 self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:
-        """Go on with the next request, or say the last words."""
+        """Continue with the next request, or send the final refusal."""
         more = bool(self.pipeline)
-        # A client that was not told to continue sends no body, or does: no parser can know.
+        # A client that got no 100 Continue may or may not send its body; a parser cannot know.
         unsure = self._unread() and self.expect_100_continue and not (self._held or more)
         if not more:
             self._let_go()
@@ -218,7 +219,7 @@ class Protocol(httptools_impl.HttpToolsProtocol):
         self._all.enter(self, self._phase())
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """Answer what has been asked: a client may close its writing side and wait."""
+        """Answer pending requests: a client may close its writing side and wait."""
         self._ended = True
         if self.scheme == "https" or self.transport.is_closing():
             return None
@@ -262,7 +263,7 @@ class Protocol(httptools_impl.HttpToolsProtocol):
         self._stop("head_too_large", f"The head has more than {self._limits.head_bytes} bytes.")
 
     def _refuse(self, code: str, detail: str) -> None:
-        """Answer a request that is refused here once those before it are answered, and close."""
+        """Refuse a request once those before it are answered, and close."""
         self._over = True
         self._all.refused[code] += 1
         words, owed = _bytes(code, detail, self.server_state.default_headers), False
@@ -291,8 +292,7 @@ class Protocol(httptools_impl.HttpToolsProtocol):
     def leave(self) -> None:
         """Close the connection, once the client has had time to read the last answer.
 
-        A close with bytes unread makes the kernel reset the connection, and the client may lose
-        the answer.
+        If bytes are unread, the kernel resets the connection, and the client may lose the answer.
         """
         self._over = True
         self.pipeline.clear()
@@ -346,9 +346,10 @@ def _bytes(code: str, detail: str, default: Iterable[tuple[bytes, bytes]]) -> by
 
 
 def _listen(server: uvicorn.Server, backlog: int) -> None:
-    """Let the kernel keep as many new connections waiting as uvicorn was told.
+    """Let the kernel queue as many new connections as uvicorn's backlog says.
 
-    asyncio accepts that many at once, before any of them can be refused, and so takes every file.
+    asyncio accepts a whole backlog at once, before any of it can be refused, and so would use up
+    all files.
     """
     for listening in (each for one in server.servers for each in one.sockets):
         with socket.fromfd(listening.fileno(), listening.family, listening.type) as same:
@@ -356,11 +357,11 @@ def _listen(server: uvicorn.Server, backlog: int) -> None:
 
 
 def install() -> None:
-    """Let uvicorn speak this protocol, whatever options it is started with.
+    """Make uvicorn use this protocol, whatever its options say, except `--lifespan off`.
 
-    uvicorn has chosen its protocol before it imports the application, and makes one for each
-    connection: so the choice is corrected when its server starts. Keep-alive becomes 75 s unless
-    `--timeout-keep-alive` says something else than uvicorn's 5 s.
+    uvicorn chooses its protocol before it imports the application, so the choice is replaced when
+    its server starts. Keep-alive becomes 75 s unless `--timeout-keep-alive` differs from uvicorn's
+    default of 5 s.
     """
     startup = uvicorn.Server.startup
     if getattr(startup, "__wrapped__", None):

@@ -64,7 +64,7 @@ async def predict(request: Request) -> Response:
     parts.service.predictor.check()
     asked = await bodies.document(request, '{"user_id": 1005}')
     traced = request.headers.getlist("traceparent")
-    # Of two traces neither is known to be the caller's.
+    # With two headers, nobody knows which is the caller's.
     parsed = parts.service.predictor.parse(asked, traced[0] if len(traced) == 1 else "")
     prediction = await parts.service.predictor.predict(parsed)
     total_ms = (time.perf_counter() - began_s) * 1000
@@ -126,7 +126,7 @@ async def take_labels(request: Request) -> Response:
 
 
 async def _parse(asked: Mapping[str, Any], latest_ms: int) -> list[labels.Parsed]:
-    """Parse labels in slices: a thousand at once would hold the loop for milliseconds."""
+    """Parse labels in slices: a thousand at once would block the loop for milliseconds."""
     items = asked.get("labels")
     if not isinstance(items, list) or not _SLICE < len(items) <= labels.MAX_ITEMS:
         return labels.parse_request(asked, latest_ms)

@@ -1,7 +1,8 @@
 """The JSON schemas of requests and answers.
 
-They keep to what generators of clients take: each object and each enum has a name of its own,
-numbers have formats (without, a generator picks 32 bits), and null is one of two types or schemas.
+They are written so that client generators understand them: each object and each enum has its own
+name, numbers have formats (otherwise a generator picks 32 bits), and null is one of two types or
+schemas.
 """
 
 import re
@@ -45,13 +46,13 @@ _CLOCK = (
     "T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 )
 _HEX = "[0-9a-f]"
-# Generated clients cannot send a union in a query: what may be written in two ways is a text.
+# Generated clients cannot send a union in a query, so a value with two forms is a text.
 SINCE: Mapping[str, Any] = {"type": "string", "pattern": f"^{_DAY}({_CLOCK})?$"}
 BEFORE: Mapping[str, Any] = {
     "type": "string",
     "pattern": f"^{_DAY}{_CLOCK}(_{_HEX}{{8}}(-{_HEX}{{4}}){{3}}-{_HEX}{{12}})?$",
 }
-_AS_TEXT = "A whole number is taken as its digits; it cannot say that an id has leading zeros."
+_AS_TEXT = "A whole number counts as its digits; write ids with leading zeros as strings."
 
 
 def every(spans: Sequence[str], currency: str) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def object_of(required: Mapping[str, Any], **optional: Any) -> dict[str, Any]:
 
 
 def nullable(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema that also takes null."""
+    """Return a schema that also allows null."""
     if "type" not in schema:
         return {"anyOf": [schema, {"type": "null"}]}
     return {**schema, "type": [schema["type"], "null"]}
@@ -105,8 +106,8 @@ _ENUMS: Mapping[str, Any] = {
     "Door": _enum("Where the transaction was first seen.", "http", "stream"),
     "Doubt": _enum("Why values may be wrong.", *evaluation.Doubt),
     "Truth": _enum("What a transaction turned out to be.", *labels.VOCABULARY),
-    "Taken": _enum("What became of a label that was taken.", "stored", "known"),
-    "Refused": _enum("What became of a label that was refused.", "invalid"),
+    "Taken": _enum("Whether an accepted label was new.", "stored", "known"),
+    "Refused": _enum("The result of a refused label.", "invalid"),
     "Status": _enum("The state of the service.", "ready", "degraded", "starting", "failed"),
     "PageFile": _enum("A file of the page at `/docs`.", *pages.FILES),
     "ProblemCode": _enum(
