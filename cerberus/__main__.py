@@ -55,8 +55,8 @@ _COMMANDS: Mapping[str, tuple[str, Command]] = {
     "train": ("train the model on simulated traffic", train),
     "import": ("load past transactions, labels and credit scores from files", load),
     "send": ("publish a file of transactions", send),
-    "dlq": ("list, show and send again the records that were refused", dlq),
-    "resume": ("let consumers go on that a schema break has stopped", resume),
+    "dlq": ("list, show and send again refused records", dlq),
+    "resume": ("let consumers continue after a schema break", resume),
     "forget": ("remove one person from every store", forget),
 }
 _READ_FILES = ("train", "import", "send", "forget")
@@ -64,7 +64,7 @@ _READ_FILES = ("train", "import", "send", "forget")
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that quotes a wrong argument escaped: the name of a file may be a stranger's."""
+    """A parser that escapes the wrong argument that it quotes, such as a file's name."""
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit."""
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _COMMANDS[chosen.command][1].run(chosen)
     except (errors.CerberusError, OSError) as error:
         told = f"cerberus {chosen.command}: {error}"
-        # Only what quotes the log of a local server has several lines.
+        # Only errors that quote the log of a local server have several lines.
         several = isinstance(error, errors.ServerUnavailable)
         printable.say(*(told.split("\n") if several else [told]), file=sys.stderr)
         return _status(chosen.command, error)

@@ -68,7 +68,7 @@ def test_after_three_new_starts_the_next_death_is_the_end_with_the_last_lines(
                     until(lambda n=number: again(said) == n, "it runs again")
             failure = until(lambda: watching.failure, "it is given up")
         assert f"({watch.TIMES} of {watch.TIMES})" in "\n".join(said)
-        assert "started 3 times again within 10 minutes" in str(failure)
+        assert "started again 3 times within 10 minutes" in str(failure)
         assert "was ended by SIGKILL" in str(failure)
         assert "Ready to accept connections" in str(failure)
 

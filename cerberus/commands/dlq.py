@@ -1,4 +1,4 @@
-"""`cerberus dlq`: list, show and send again the records that were refused."""
+"""`cerberus dlq`: list, show and send again refused records."""
 
 import argparse
 import asyncio
@@ -27,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser("show", help="everything about one letter")
     replay = actions.add_parser(
         "replay",
-        help="send records to their topic again, as they were",
+        help="send records to their topic again, unchanged",
         description="""Send records to their topic again, with the key, value and headers that they
-had. A transaction that was accepted meanwhile is a duplicate and changes nothing. A record that is
-refused again becomes another letter, in the next round. Letters stay where they are: select with
---since or --round what was not sent before.""",
+had. A transaction that has been accepted since is a duplicate and changes nothing. A record that is
+refused again becomes another letter, in the next round. Letters stay where they are: use --since or
+--round to select those that were not sent before.""",
     )
     for each in (listing, show, replay):
         each.add_argument(
@@ -40,25 +40,29 @@ refused again becomes another letter, in the next round. Letters stay where they
     show.add_argument("partition", type=_count, help="as `list` shows it")
     show.add_argument("offset", type=_count, help="as `list` shows it")
     for each in (listing, replay):
-        each.add_argument("--reason", default="", help="only where the reason contains this text")
-        each.add_argument("--since", default="1970-01-01", help="only set aside since (RFC 3339)")
-        each.add_argument("--round", type=_count, help="only refused so many times: 1 is the first")
-        each.add_argument("--limit", type=_count, help="at most so many")
+        each.add_argument(
+            "--reason", default="", help="only letters whose reason contains this text"
+        )
+        each.add_argument(
+            "--since", default="1970-01-01", help="only letters since this RFC 3339 time"
+        )
+        each.add_argument("--round", type=_count, help="only records refused so many times")
+        each.add_argument("--limit", type=_count, help="at most so many letters")
     replay.add_argument("--dry-run", action="store_true", help="only list what would be sent")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it; return 0.
+    """Perform the action; return 0.
 
     Raises:
-        InvalidInput: An option is wrong, or no letter lies at the place.
+        InvalidInput: An option is wrong, or there is no such letter.
         StoreUnavailable: The brokers did not answer.
     """
     actions = {"list": _list, "show": _show, "replay": _replay}
     try:
         asyncio.run(actions[arguments.action](settings.load(os.environ), arguments))
         sys.stdout.flush()
-    except BrokenPipeError:  # as of `| head`; Python would flush once more at its end
+    except BrokenPipeError:  # as with `| head`; Python would flush again at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -82,7 +86,7 @@ async def _show(config: settings.Settings, arguments: argparse.Namespace) -> Non
             printable.say(f"reason     {visible(letter.reason)}")
             printable.say(f"round      {letter.round}")
             if letter.omitted:
-                printable.say(f"left out   {visible(letter.omitted)}: too long to be copied")
+                printable.say(f"left out   {visible(letter.omitted)}: too large to copy")
             for name, value in letter.headers:
                 printable.say(f"header     {visible(name)}: {visible(value)}")
             printable.say(f"key        {visible(letter.key)}")
@@ -119,13 +123,15 @@ async def _replay(config: settings.Settings, arguments: argparse.Namespace) -> N
             f"{sent} records {'would be sent' if arguments.dry_run else 'sent'} to {topic}"
         )
     if omitted:
-        printable.say(f"{omitted} cannot be sent: they were too long to be copied", file=sys.stderr)
+        printable.say(
+            f"{omitted} cannot be sent: they were too large to be copied", file=sys.stderr
+        )
 
 
 async def _chosen(
     config: settings.Settings, arguments: argparse.Namespace
 ) -> AsyncGenerator[dead_letters.Letter, None]:
-    """Yield the letters that the options name."""
+    """Yield the letters that the options select."""
     since_ms, chosen = parameters.since_ms(arguments.since), 0
     told = dead_letters.read(config, _TOPICS[arguments.topic][0], since_ms)
     async with contextlib.aclosing(told) as letters:
@@ -156,7 +162,7 @@ def _moment(timestamp_ms: str) -> str:
 
 
 def visible(raw: bytes | str | None) -> str:
-    """Return a text that a terminal shows as it is: whatever else it would obey is escaped."""
+    """Return a text for a terminal, with control characters escaped."""
     if raw is None:
         return "(none)"
     return printable.escaped(

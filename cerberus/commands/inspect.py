@@ -46,7 +46,7 @@ def describe(told: Mapping[str, Any]) -> str:
     lines += [
         f"  {each['as_of']}  {each['decision']:<8}{each['probability']:>8.4f}  "
         f"{each['door']:<7}{each['decision_id']}  "
-        # It is the client's text, and may hold a line end.
+        # The client chose it, and it may contain a line end.
         f"{printable.escaped(each['transaction_id'] or '')}"
         for each in told["decisions"]
     ]

@@ -14,7 +14,7 @@ from cerberus.postgres import imports
 
 
 class _OfFile(argparse.Action):
-    """Keeps an option together with the file that was named before it."""
+    """Assigns an option to the file before it."""
 
     def __call__(
         self,
@@ -23,14 +23,14 @@ class _OfFile(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Keep it."""
+        """Assign the option, or begin a file."""
         if self.dest in importing.FIELDS:
             if self.dest in namespace.files:
                 parser.error(f"{option_string} is given twice")
             namespace.files = namespace.files | {self.dest: {"path": values}}
             return
         if not namespace.files:
-            parser.error(f"{option_string} must come behind the file that it is about")
+            parser.error(f"{option_string} must follow the file that it belongs to")
         kind = list(namespace.files)[-1]
         if self.dest in namespace.files[kind]:
             parser.error(f"{option_string} is given twice for one file")
@@ -41,8 +41,8 @@ class _OfFile(argparse.Action):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the files and the options."""
     parser.description = (
-        "Load past transactions, labels and credit scores: of each a file, or a folder or glob of "
-        "files. They are CSV, JSON or Parquet, as the suffix says."
+        "Load past transactions, labels and credit scores, each from a file, a folder or a glob. "
+        "The suffix says whether a file is CSV, JSON or Parquet."
     )
     parser.set_defaults(files={})
     for kind in importing.FIELDS:
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help=f"a file of {kind.replace('_', ' ')}",
         )
-    about = "; it is about the file before it"
+    about = "; it belongs to the file before it"
     for option, metavar, said in (
         ("--select", "SQL", layouts.SELECT_HELP),
         ("--encoding", "NAME", layouts.ENCODING_HELP),

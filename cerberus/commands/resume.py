@@ -1,4 +1,4 @@
-"""`cerberus resume`: let all consumers go on that a schema break has stopped."""
+"""`cerberus resume`: let all consumers continue after a schema break."""
 
 import argparse
 import asyncio
@@ -9,19 +9,19 @@ from cerberus import assembly, kafka, printable, settings
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command; it has no options."""
-    parser.epilog = """What topic `transactions` holds when this runs is no longer a reason to stop:
-what is refused of it goes to `transactions.dlq`. Later records are judged anew, from zero.
-Repeating the command is harmless."""
+    parser.epilog = """Refused records that topic `transactions` holds when this runs go to
+`transactions.dlq` and stop no consumer. For later records the test starts from zero. It is safe to
+repeat the command."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Tell the consumers, print what that means; return 0."""
+    """Store the resume, print what it means; return 0."""
     config = settings.load(os.environ)
     number, records = asyncio.run(_resume(config))
     topic, letters = (config.kafka.topic(n) for n in (kafka.TRANSACTIONS, kafka.DEAD_LETTERS))
     printable.say(
-        f"resume {number}: every consumer of {topic} goes on within seconds. What is refused of "
-        f"the {records} records that it has received so far stops nobody and goes to {letters}."
+        f"resume {number}: every consumer of {topic} continues within seconds. Refused "
+        f"records among the {records} received so far stop none of them and go to {letters}."
     )
     return 0
 

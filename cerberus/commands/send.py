@@ -15,8 +15,8 @@ _SLOWEST = 0.001
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the file and the options."""
     parser.description = (
-        "Publish transactions of a file, or of a folder or glob of files: CSV, JSON or Parquet, as "
-        "the suffix says."
+        "Publish transactions from a file, a folder or a glob. The suffix says whether a file is "
+        "CSV, JSON or Parquet."
     )
     parser.add_argument("file", type=pathlib.Path, help="the file, the folder or the glob")
     pace = parser.add_mutually_exclusive_group()
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--anyway",
         action="store_true",
-        help="send although the topic may delete records before they are consumed",
+        help="send even if the topic may delete records before they are consumed",
     )
     parser.add_argument("--select", default="", metavar="SQL", help=layouts.SELECT_HELP)
     parser.add_argument("--encoding", default="", help=layouts.ENCODING_HELP)

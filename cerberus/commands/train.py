@@ -27,9 +27,11 @@ def run(arguments: argparse.Namespace) -> int:
     spans = arguments.spans or environment.read(settings.Windows, os.environ).spans
     out = arguments.out or environment.read(settings.Model, os.environ).path
     if out.is_dir() or (out.parent.is_dir() and not os.access(out.parent, os.W_OK)):
-        # Said before the training, which takes minutes.
+        # Before the training, which takes minutes.
         if arguments.out is None:
-            raise errors.ConfigError(f"CERBERUS_MODEL: no file can be written to {out}")
+            raise errors.ConfigError(
+                f"CERBERUS_MODEL: cannot write {out}; name a file in a writable directory"
+            )
         printable.say(f"cannot write the model to {out}; give another --out", file=sys.stderr)
         return 1
     # A second of imports that no other command needs.

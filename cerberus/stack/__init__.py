@@ -40,7 +40,7 @@ class Stack:
     site: process.Site
 
     def watch(self) -> watch.Watch:
-        """Return what starts those again that were started here and die, while its block lasts."""
+        """Return a context that restarts the servers of this run if they die."""
         everyone = (self.kafka, self.redis, self.postgres)
         return watch.Watch([each for each in everyone if isinstance(each, Local)], self.site)
 

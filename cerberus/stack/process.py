@@ -50,12 +50,12 @@ class Site:
 
 
 class Failed(errors.ServerUnavailable):
-    """A child that had work to do ended with another status than 0.
+    """A child process with a task exited with a status other than 0.
 
     Args:
-        message: With the last lines of its log.
+        message: What happened, with the last lines of its log.
         status: Its exit status.
-        last_line: Of its log.
+        last_line: The last line of its log.
     """
 
     def __init__(self, message: str, status: int, last_line: str) -> None:
@@ -155,7 +155,7 @@ class Process:
         """Start it and wait until it has succeeded.
 
         Raises:
-            Failed: It ended with another status than 0.
+            Failed: It exited with a status other than 0.
             ServerUnavailable: It did not end in time.
         """
         self.start(command, cwd, environ, uid)
@@ -226,7 +226,7 @@ def ending(status: int | None) -> str:
 
 
 def end_all(owned: Callable[[Any], bool]) -> None:
-    """Kill the processes that are ours; they have lost the one that would have ended them."""
+    """Kill our processes that are left from a run that was killed."""
     for each in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if owned(each):

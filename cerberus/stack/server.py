@@ -95,7 +95,7 @@ class Local(Server):
 
     @property
     def status(self) -> int | None:
-        """How its process ended by itself; None while it runs, and after it was stopped."""
+        """How its process ended by itself; None while it runs, and after a stop."""
         return self._process.status
 
     def account(self, what: str) -> str:

@@ -1,4 +1,4 @@
-"""What a service that runs as a child process says: its health, and the warnings in its log."""
+"""Read the health and the logged warnings of the service in a child process."""
 
 import http.client
 import time
@@ -8,17 +8,17 @@ import orjson
 
 from cerberus.stack import process
 
-# How long a service that answers may take to become ready.
+# How long a service may take to become ready once it answers.
 _PATIENCE_S = 10.0
 _CALM = ("DEBUG", "INFO")
 
 
 class Health:
-    """What the service says about itself.
+    """The health that the service reports.
 
     Args:
         port: Its port on 127.0.0.1.
-        keys: Of callers; the first is used.
+        keys: Keys of callers; the first is used.
 
     Attributes:
         url: The address of the service.

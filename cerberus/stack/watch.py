@@ -1,4 +1,4 @@
-"""Starts servers of ours again when they have died."""
+"""Restart servers of this run that have died."""
 
 import collections
 import threading
@@ -14,17 +14,17 @@ _LOOK_S, _PAUSE_S = 0.2, 1.0
 
 
 class Watch:
-    """Looks after servers, in a thread, while the block lasts.
+    """Watches servers in a thread while the block lasts.
 
     A server that has died is started again on the same ports with the same data, three times in
     ten minutes at most.
 
     Args:
         servers: Those that were started here.
-        site: Where it is reported.
+        site: Where restarts are reported.
 
     Attributes:
-        failure: Why a server is not started again; None while all run.
+        failure: Why a server is not started again; None while all of them run.
     """
 
     def __init__(self, servers: Sequence[server.Local], site: process.Site) -> None:
@@ -48,7 +48,7 @@ class Watch:
         trace: types.TracebackType | None,
     ) -> None:
         self._ending.set()
-        # Else a server could be started after it was stopped.
+        # Otherwise a server could be started after it was stopped.
         self._site.cancelled.set()
         self._thread.join()
 
@@ -66,8 +66,8 @@ class Watch:
             recent = sum(now_s - died_s < WITHIN_S for died_s in deaths)
             if recent > TIMES:
                 self.failure = errors.ServerUnavailable(
-                    f"{dead.name} was started {TIMES} times again within {WITHIN_S / 60:g} "
-                    f"minutes, and no more: {ended}"
+                    f"{dead.name} was started again {TIMES} times within {WITHIN_S / 60:g} "
+                    f"minutes and has died again: {ended}"
                 )
                 return
             how = ended.partition(";")[0].removeprefix(f"{dead.name} ")
