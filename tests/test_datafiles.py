@@ -131,7 +131,7 @@ def test_money_is_exact_however_it_is_written(cents):
     if single < 2**17:
         assert judged(amount=shortest).amount_minor == cents
     else:
-        with pytest.raises(errors.InvalidInput, match="amount: is of single precision"):
+        with pytest.raises(errors.InvalidInput, match="amount: is in single precision"):
             judged(amount=shortest)
 
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from cerberus import errors, kafka, settings
 
 RECORD_BYTES = 16
-"""What the log adds to a record's key and value, about."""
+"""About what the log adds to a record's key and value."""
 _CONSUMED_A_S = 1_000
-"""Records that a consumer surely takes in a second: a fifth of what one process was measured at."""
+"""Records a second that any consumer manages: a fifth of what one process was measured at."""
 _PATIENCE_MS = 60_000  # a consumer may have to start first
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Topic:
-    """What a topic says of itself.
+    """The state of a topic.
 
     Attributes:
         name: With the prefix.
@@ -56,7 +56,7 @@ async def ask(config: settings.Settings) -> Topic:
 
 
 def check(topic: Topic, load: Load) -> None:
-    """Refuse a load of which the topic may delete records before they are consumed.
+    """Refuse a load if the topic may delete its records before they are consumed.
 
     Raises:
         InvalidInput: naming the topic's setting, and what to set.

@@ -1,8 +1,7 @@
-"""Rows of a data file: CSV, JSON or Parquet, piece by piece, from any row on.
+"""Read the rows of a CSV, JSON or Parquet file in pieces, from any row on.
 
-It does no I/O but reading the file, and holds one piece in memory, however long the file is. A row
-is identified by its line in a file of lines (the first line is 1), by its number in a JSON array or
-a Parquet file.
+One piece is in memory at a time, however long the file is. A row is identified by its line in a
+file of lines (the first line is 1), by its number in a JSON array or a Parquet file.
 """
 
 import csv
@@ -34,7 +33,7 @@ _PARTITION = re.compile(r"([^=/]+)=([^=/]*)")
 
 
 def kind_of(path: pathlib.Path) -> str:
-    """Return the format that a file's name says; empty if it says none."""
+    """Return the format by a file's name; empty if it is unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
@@ -42,7 +41,7 @@ def kind_of(path: pathlib.Path) -> str:
 
 
 def parts(path: pathlib.Path) -> list[pathlib.Path]:
-    """Return the files that a path means: itself, all data files below a folder, or of a glob.
+    """Return the data files that a path names: itself, all below a folder, or those of a glob.
 
     Raises:
         InvalidInput: There is none.
@@ -56,12 +55,12 @@ def parts(path: pathlib.Path) -> list[pathlib.Path]:
         found = [each for each in named if _is_part(pathlib.Path(each.name))]
     found = sorted(each for each in found if each.is_file())
     if not found:
-        raise errors.InvalidInput(str(path), "is not there, or holds no data file")
+        raise errors.InvalidInput(str(path), "does not exist, or holds no data file")
     return found
 
 
 def root_of(path: pathlib.Path) -> pathlib.Path | None:
-    """Return the folder of which `path` means the files; None if it means one file."""
+    """Return the folder that `path` searches; None if it names one file."""
     if path.is_dir():
         return path
     if path.exists() or not glob.has_magic(str(path)):
@@ -80,7 +79,7 @@ class File:
     Args:
         path: The file; its suffix gives the format.
         fields: The fields that are wanted of each row.
-        select: SQL that makes fields of columns; a field that it does not name has its own column.
+        select: SQL that maps columns to fields; a field that it does not name has its own column.
         encoding: The encoding of a text that is not UTF-8.
         root: The folder that was asked for; `name=value` below it are columns.
 
@@ -158,7 +157,7 @@ class File:
     def _pick(self, wanted: Sequence[str], known: Sequence[str] | None) -> dict[str, int]:
         """Return the columns to read, with their places in a row."""
         if known is None:
-            # Every object has its own columns: what a mapping knows of each row wins.
+            # Every object has its own columns; values that the reader knows take precedence.
             return dict.fromkeys((name for name in wanted if name not in KNOWN), 0)
         names = {name.lower() for name in wanted}
         found = [(name, i) for i, name in enumerate(known) if name.lower() in names]
@@ -191,7 +190,7 @@ class File:
         A piece has fewer rows where they are long, or where the SQL leaves some out.
 
         Raises:
-            InvalidInput: naming the row behind which the file cannot be read.
+            InvalidInput: naming the last row that could be read.
         """
         at = start
         try:

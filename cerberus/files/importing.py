@@ -24,7 +24,7 @@ from cerberus.postgres import imports, months, stores
 
 _ROWS, _USERS = 5_000, 500
 _SHOWN = 12
-# By this the previous release knew a file that it read without options.
+# The previous release identified a file that it read without options by this.
 _FORMERLY: dict[str, Any] = {
     "columns": {},
     "constants": {},
@@ -70,7 +70,7 @@ class Importer:
         config: The settings.
         plan: What to import.
         postgres: The stores, with up-to-date tables.
-        say: Called with each sentence for the person who waits.
+        say: Called with each sentence for the user.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Importer:
             return progress, progress
         began = progress = imports.Progress() if progress.finished else progress
         start = Position(*progress.position)
-        # What stands behind belongs to an attempt that was interrupted before it noted it.
+        # Later lines come from an attempt that was interrupted before it stored its progress.
         valid = progress.rejects_bytes if start != START else self._rejects_bytes.get(path, 0)
         rejects = rejected.Rejects(path, valid)
         with _bar(kind, file, start) as bar:
@@ -151,7 +151,7 @@ class Importer:
         progress: imports.Progress,
         earlier: imports.Earlier | None,
     ) -> str:
-        """Say what is known of a file that was imported before, or of one with its name."""
+        """Say what is known about an earlier import of this file, or of one with its name."""
         if progress.finished:
             rest = "reading it again" if self._plan.again else "--again reads it again"
             known = "is unchanged" if progress.recorded else "has the same size and first MiB"

@@ -1,8 +1,8 @@
-"""From a row of a data file to the fields of a record, by the rules of the topic.
+"""Turn a row of a data file into the fields of a record, by the rules of the topic.
 
-A file may write a field in more ways than the topic takes: a number as text, an id in a column of
-doubles, a time as Postgres or Java print it. Where two readings are possible, the row is refused
-and the reason says how to tell which is meant.
+A file may write a field in more ways than the topic accepts: a number as text, an id in a column of
+doubles, a time in the form of Postgres or Java. If two readings are possible, the row is refused,
+and the reason says how to choose one.
 """
 
 import math
@@ -22,13 +22,13 @@ from cerberus.postgres import facts, imports
 REQUIRED = ("transaction_id", "user_id", "amount", "timestamp")
 OPTIONAL = ("currency", "merchant_id")
 SELECT_HELP = (
-    "SQL (DuckDB's) that makes fields of columns: EXPRESSION AS FIELD, … [WHERE …]; a field that "
-    "it does not name has a column of its own name"
+    "DuckDB SQL that maps columns to fields: EXPRESSION AS FIELD, … [WHERE …]; a field that it "
+    "does not name is read from the column of the same name"
 )
-ENCODING_HELP = "the encoding of a text that is not UTF-8, such as cp1252 or latin-1"
-# From here on, a whole number may have been another one before it became a floating-point number.
+ENCODING_HELP = "the encoding of a text file that is not UTF-8, such as cp1252 or latin-1"
+# From here on, a whole number may have changed when it became a floating-point number.
 _EXACT, _EXACT_SINGLE = 2**53, 2**24
-_CENTS_SINGLE = 2**17  # from here on, single precision does not tell one cent from the next
+_CENTS_SINGLE = 2**17  # from here on, single precision does not distinguish cents
 _COLUMNS, _MAX_SCORE = 30, 100_000
 _DIGITS = 25  # fewer than Decimal computes with
 _WHOLE = re.compile(r"([+-]?\d{1,20})(\.0+)?", re.ASCII)
@@ -37,7 +37,7 @@ _PLAIN = re.compile(r"\d{1,12}(\.\d\d?)?", re.ASCII)
 _SCIENTIFIC = re.compile(r"[+-]?\d+([.,]\d+)?[eE][+-]?\d+", re.ASCII)
 _GROUPED = re.compile(r"\d{1,3}(?:([,'’\u00a0\u202f ])\d{3})(?:\1\d{3})*")
 _NOTHING = {each.lower() for each in transactions.NO_VALUE}
-_SUSPECT = re.compile(  # all that `_judged` finds something in, and nothing common
+_SUSPECT = re.compile(  # matches all that `_judged` may refuse, and nothing common
     r"[+-]?\d[\d.,'’\u00a0\u202f ]*[eE.,'’\u00a0\u202f ][+-]?\d+|"
     + "|".join(map(re.escape, transactions.NO_VALUE)),
     re.IGNORECASE,
@@ -54,7 +54,7 @@ _UNITS = (
     ("microseconds", 10**6, "make_timestamp({}::BIGINT)"),
     ("nanoseconds", 10**9, "make_timestamp_ns({}::BIGINT)"),
 )
-_SHORTEST = len("2026-11-24T11:00:0Z")  # with Z, what is longer is RFC 3339 or nothing
+_SHORTEST = len("2026-11-24T11:00:0Z")  # a longer text with Z is RFC 3339 or invalid
 _LIKELY_S = (946_684_800, 4_102_444_800)  # the years 2000 to 2100
 
 
@@ -63,9 +63,9 @@ class Layout:
     """How a file is read.
 
     Attributes:
-        select: SQL that makes fields of columns, such as "amt AS amount"; a field that it does not
-            name has a column of its own name.
-        encoding: The encoding of a text that is not UTF-8.
+        select: SQL that maps columns to fields, such as "amt AS amount"; a field that it does not
+            name is read from the column of the same name.
+        encoding: The encoding of a text file that is not UTF-8.
     """
 
     select: str = ""
@@ -95,7 +95,7 @@ class Layout:
 
 
 def _shown(columns: Sequence[str]) -> str:
-    """List columns for a terminal, which the file's author must not control."""
+    """List columns with escapes, because the file's author must not control the terminal."""
     more = f" and {len(columns) - _COLUMNS} more" if len(columns) > _COLUMNS else ""
     return ", ".join(c if c.isprintable() else ascii(c) for c in columns[:_COLUMNS]) + more
 
@@ -184,7 +184,7 @@ def text(value: Any, field: str) -> Any:
     """Return a name as text: a number as its digits, 16 bytes as the UUID that they are.
 
     Raises:
-        InvalidInput: It is a number that has lost digits, or a word for nothing.
+        InvalidInput: It is a number that has lost digits, or a word for a missing value.
     """
     if isinstance(value, str):
         return (_judged(value, field) if _SUSPECT.fullmatch(value) else value) or None
@@ -198,7 +198,7 @@ def whole(value: Any, field: str) -> Any:
     """Return a whole number as int, even if it is stored as text or as a double.
 
     Raises:
-        InvalidInput: It has lost digits, or is a word for nothing.
+        InvalidInput: It has lost digits, or is a word for a missing value.
     """
     if isinstance(value, str):
         if _SUSPECT.fullmatch(value):
@@ -215,7 +215,7 @@ def whole(value: Any, field: str) -> Any:
 
 
 def _judged(value: str, field: str) -> str:
-    """Return the text of an id; `325.0` is what pandas writes of a column with empty cells."""
+    """Return the text of an id; pandas writes `325.0` if the column has empty cells."""
     if value.lower() in _NOTHING:
         raise errors.InvalidInput(
             field, f"{value} stands for no value: NULLIF in --select says what is empty"
@@ -250,7 +250,7 @@ def amount(value: Any) -> Any:
         return float(value)
     if isinstance(value, Single) and abs(value) >= _CENTS_SINGLE:
         raise errors.InvalidInput(
-            "amount", f"is of single precision, which does not hold cents from {_CENTS_SINGLE} on"
+            "amount", f"is in single precision, which does not hold cents from {_CENTS_SINGLE} on"
         )
     number = _decimal(value)
     if number is None:
@@ -269,10 +269,10 @@ def amount(value: Any) -> Any:
 
 
 def moment(value: Any, field: str) -> Any:
-    """Return a moment as RFC 3339; what is none comes back as it is.
+    """Return a time as RFC 3339; anything else is returned unchanged.
 
     Raises:
-        InvalidInput: It is a number or a local time, which only --select can say how to read.
+        InvalidInput: It is a number or a local time, which only --select can interpret.
     """
     if isinstance(value, Ms):
         return _rfc_3339(value, field)
@@ -299,7 +299,7 @@ def moment(value: Any, field: str) -> Any:
                 f"is a number, probably of {unit}, as {_day(number / scale)}: "
                 f'--select "{how.format(field)} AS {field}"',
             )
-    raise errors.InvalidInput(field, "is a number: --select says of what")
+    raise errors.InvalidInput(field, "is a number: convert it to a time in --select")
 
 
 def _rfc_3339(ms: int, field: str) -> str:

@@ -1,4 +1,4 @@
-"""A Parquet file, read by DuckDB in batches, from any row on."""
+"""Read a Parquet file in batches with DuckDB, from any row on."""
 
 import pathlib
 import re
@@ -36,7 +36,7 @@ class Parquet:
             described = self._told("DESCRIBE FROM read_parquet($1, hive_partitioning = false)")
             self.columns: dict[str, str] = {name: kind for name, kind, *_ in described}
             [(self.rows,)] = self._told("SELECT num_rows FROM parquet_file_metadata($1)")
-            # 16 bytes of a fixed length are a UUID, whether or not the file says so.
+            # A fixed length of 16 bytes is a UUID, whether or not the file says so.
             fixed = self._told(
                 "SELECT name FROM parquet_schema($1) WHERE type = 'FIXED_LEN_BYTE_ARRAY' "
                 "AND type_length = '16' AND coalesce(logical_type, 'UUIDType()') = 'UUIDType()' "
@@ -52,14 +52,14 @@ class Parquet:
         return self._database.execute(query, [self._source]).fetchall()
 
     def batches(self, columns: Sequence[str], start: int) -> Iterator[tuple[Any, list[int]]]:
-        """Yield Arrow tables for `Mapping.rows`, and which of their rows have too long a cell.
+        """Yield Arrow tables for `Mapping.rows`, and the rows with too long a cell.
 
         Args:
             columns: The columns to read.
             start: How many rows to pass over.
 
         Raises:
-            InvalidInput: naming the row behind which the file cannot be read.
+            InvalidInput: naming the last row that could be read.
         """
         at = start
         sizes = [size for name in columns if (size := self._size(name))]
@@ -89,7 +89,7 @@ class Parquet:
             raise errors.InvalidInput(self._path.name, said) from error
 
     def _size(self, column: str) -> str:
-        """Return the SQL of a cell's bytes; empty where all cells have the same few."""
+        """Return SQL for a cell's size in bytes; empty for types of a small fixed size."""
         name, kind = engine.quoted(column), self.columns[column]
         if column in self._uuids:
             return ""

@@ -19,7 +19,7 @@ class Rejects:
         size: How many bytes of an existing file of rejects are valid; the rest is cut off.
 
     Raises:
-        InvalidInput: `path` holds something else.
+        InvalidInput: `path` is a file with other content.
     """
 
     def __init__(self, path: pathlib.Path, size: int) -> None:
@@ -28,7 +28,7 @@ class Rejects:
         if path.exists():
             if not _tells_of_rejects(path):
                 raise errors.InvalidInput(
-                    "--rejects", f"{path} holds something else: name another file, or remove it"
+                    "--rejects", f"{path} has other content: name another file, or remove it"
                 )
             os.truncate(path, min(size, path.stat().st_size))
 

@@ -14,7 +14,7 @@ class Position(NamedTuple):
 
 START = Position()
 KNOWN = ROW_NUMBER, FILE_NAME = "row_number", "file_name"
-"""What a mapping knows of each row besides its columns."""
+"""Values that a mapping can use beside the row's columns."""
 
 
 class Row(NamedTuple):
@@ -34,8 +34,8 @@ class Row(NamedTuple):
 
 
 class Ms(int):
-    """A moment as the file's own type tells it, in ms since the Unix epoch."""
+    """A time from a column of a time type, in ms since the Unix epoch."""
 
 
 class Single(float):
-    """A number of single precision, as the shortest decimal that is stored as it."""
+    """A single-precision number, as the shortest decimal that rounds to it."""

@@ -1,7 +1,8 @@
 """Publishing the transactions of a file to the log, at once, at a rate or at recorded speed.
 
-The file is read twice, so an invalid row is reported before any row is sent. Records carry the time
-of sending, not of the event: brokers delete by it, and old transactions would go unread.
+The file is read twice, so an invalid row is reported before any row is sent. Record
+timestamps are the time of sending: brokers delete records by them, and with event times they would
+delete old transactions unread.
 """
 
 import asyncio
@@ -55,7 +56,7 @@ class Found:
         count: How many transactions.
         first_ms: The time of the first.
         latest_ms: The latest time.
-        bytes_by_partition: What they take of the log, before compression.
+        bytes_by_partition: Their size in the log, before compression.
     """
 
     count: int
@@ -112,7 +113,7 @@ class Sender:
         return Found(count, first_ms, latest_ms, sizes)
 
     def load(self, found: Found) -> capacity.Load:
-        """Return what the file's records ask of the topic at this pace."""
+        """Return the load that the file puts on the topic at this pace."""
         duration_ms = self._pace.due_ms(found.count, found.latest_ms, found.first_ms)
         return capacity.Load(found.count, found.bytes_by_partition, duration_ms)
 

@@ -1,6 +1,6 @@
-"""The text of a file: unpacked, as UTF-8, line by line or element by element, from any place on.
+"""Read the text of a file, unpacked and as UTF-8, by lines or elements, from any place on.
 
-However much a file holds, and however little of that is on the disk, a reader holds one line.
+A reader holds one line, however large the file is or becomes when it is unpacked.
 """
 
 import codecs
@@ -21,7 +21,7 @@ _DELIMITERS = (",", ";", "\t", "|")
 _GZIP = b"\x1f\x8b"
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # it begins as UTF-16's does
+    (codecs.BOM_UTF32_LE, "utf-32"),  # first, because UTF-16's mark is a prefix of it
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
@@ -52,13 +52,13 @@ class Text:
             head = file.read(4)
         marked = (name for mark, name in _MARKS if head.startswith(mark))
         try:
-            "".encode(encoding or "utf-8")  # it refuses what is no encoding of texts
+            "".encode(encoding or "utf-8")  # it refuses codecs that are not text encodings
             self.encoding = codecs.lookup(next(marked, encoding or "utf-8")).name
         except LookupError as error:
             raise errors.InvalidInput("--encoding", str(error)) from error
 
     def open(self, skip_bytes: int = 0) -> Any:
-        """Open it as UTF-8, behind so many bytes; what its encoding does not know is not UTF-8."""
+        """Open it as UTF-8 after so many bytes; undecodable input yields invalid UTF-8."""
         file = self._unpacked()
         if self.encoding != "utf-8":
             file = io.BufferedReader(_Recoded(file, self.encoding), _CHUNK_BYTES)
@@ -87,7 +87,7 @@ class _Recoded(io.RawIOBase):
         while more and not self._left:
             read = self._file.read(_CHUNK_BYTES)
             more = bool(read)
-            # The mark of what could not be decoded becomes a byte that no UTF-8 has.
+            # The marker of undecodable input becomes a byte that UTF-8 never contains.
             said = self._decoder.decode(read, final=not more).encode("utf-8", "replace")
             self._left = said.replace(b"\xef\xbf\xbd", b"\xff")
         size = min(len(buffer), len(self._left))
@@ -123,7 +123,7 @@ class Lines:
         return self.at.lines + 1
 
     def put_back(self) -> None:
-        """Take the row's first line only: the others are read again."""
+        """Take the row's first line only; the others are read again."""
         for _, size in self._row[1:]:
             self.at = self.at._replace(lines=self.at.lines - 1, bytes=self.at.bytes - size)
         self._ahead += self._row[:0:-1]
@@ -171,7 +171,7 @@ class Header(NamedTuple):
 
 
 def header(text: Text, wanted: Sequence[str]) -> Header:
-    """Find a CSV file's header: of the first lines, the one that names most of what is wanted.
+    """Find a CSV file's header: the one of the first lines that names most wanted columns.
 
     Args:
         text: The file's text.
@@ -214,12 +214,12 @@ def header(text: Text, wanted: Sequence[str]) -> Header:
 class Elements:
     """Yields the elements of an open JSON array as bytes, with the position after each.
 
-    They are split where commas are, not parsed: one that is not JSON costs itself only. One of more
-    than `LINE_BYTES` comes as None, and so does an end that is not where it should be.
+    The array is split at commas without parsing, so an invalid element affects only itself. An
+    element of more than `LINE_BYTES` is yielded as None, and so is a missing end of the array.
 
     Args:
         file: The text, opened behind `at`.
-        at: Where to go on.
+        at: Where to continue.
     """
 
     def __init__(self, file: Any, at: Position) -> None:
@@ -278,7 +278,7 @@ class Elements:
 
 
 def _within(chunk: bytes, i: int) -> tuple[int, bool]:
-    """Return where a JSON string ends that `i` is in, and whether it goes on behind the chunk."""
+    """Return where the JSON string around `i` ends, and whether it continues after the chunk."""
     quote = chunk.find(b'"', i)
     while True:
         escape = chunk.find(b"\\", i, quote if quote >= 0 else len(chunk))
