@@ -102,7 +102,7 @@ def recognise(config: settings.Settings, clock: clock.Clock = clock.now_ms) -> r
         try:
             await connection.send_command("INFO", check_health=False)
             told = await connection.read_response()
-            if b"role:slave" in told and not clustered:  # a cluster's replica sends writes on
+            if b"role:slave" in told and not clustered:  # a replica in a cluster redirects writes
                 raise redis.exceptions.ReadOnlyError("a replica", status_code="READONLY")
             run = re.search(rb"run_id:(\w+)", told)
             if run is not None:
@@ -111,7 +111,7 @@ def recognise(config: settings.Settings, clock: clock.Clock = clock.now_ms) -> r
                 await connection.read_response()
         except redis.exceptions.ResponseError as error:
             if redis_pool.refusal(error) is not None:
-                raise  # it may be another run, and is recognised when it takes writes again
+                raise  # it may be another run; it is checked when it takes writes again
             log.debug("Redis does not say which run it is: %s", error)
 
     return connected
@@ -175,7 +175,7 @@ class Claims:
         Raises:
             StoreUnavailable: Postgres did not answer.
         """
-        # A mark from a clock that is ahead is waited for once, not until that time.
+        # A mark from a fast clock is waited for once, not until the time that it names.
         learned_ms = (time.monotonic() - self._learned_s) * 1000
         wait_ms = self._settling_ms - max(self._clock() - self._since_ms, learned_ms)
         if wanted and wait_ms > 0:

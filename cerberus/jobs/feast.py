@@ -37,7 +37,7 @@ _SERVED = (declared.STATS_VIEW, declared.WINDOW_VIEW, declared.CREDIT_VIEW)
 _TYPES = {"Int64", "Float64", "Bytes"}
 _BATCH_ROWS = 10_000
 # Feast offers no other way to set an option of its sessions: it sends "-c search_path=" followed by
-# this text and ",public", which a setting of no meaning takes at the end. Without nested loops,
+# this text and ",public", which a meaningless setting absorbs at the end. Without nested loops,
 # 10,000 rows of history take seconds instead of minutes.
 _SESSION = "public -c enable_nestloop=off {options} -c cerberus.client=feast"
 
@@ -117,7 +117,7 @@ def apply(
 
     Raises:
         StoreUnavailable: It failed or took longer than the deadline; the message says why.
-        ConfigError: Postgres refuses the address, the user or a right.
+        ConfigError: Postgres refuses the address, the user or a permission.
     """
     if directory := directory or place():
         return _apply(config, directory, deadline_s)
@@ -148,7 +148,7 @@ def _apply(config: settings.Settings, directory: pathlib.Path, deadline_s: float
             f"feast apply did not finish within {deadline_s:g} s: does Postgres answer?"
         ) from error
     if done.returncode:
-        # The exception's own line; the statement that failed may follow it.
+        # The line of the exception; the failed statement may follow it.
         said = re.findall(r"^[A-Za-z_][\w.]*: .+$", done.stdout + done.stderr, re.MULTILINE)
         reason = said[-1] if said else "silently"
         _raise_refusal(config, reason, applies=True)
@@ -321,13 +321,13 @@ def _postgres(address: addresses.Postgres) -> tuple[str, dict[str, Any]]:
 def _libpq(address: addresses.Postgres) -> dict[str, str]:
     parts = {"connect_timeout": "10"} | address.libpq()
     if address.sslrootcert == addresses.SYSTEM:
-        # The libpq of psycopg's wheel does not know where this system keeps them.
+        # The libpq in psycopg's wheel does not know where this system keeps them.
         parts["sslrootcert"] = ssl.get_default_verify_paths().cafile or addresses.SYSTEM
     return parts
 
 
 def _of_libpq(name: str) -> bool:
-    """Whether libpq would read a variable besides the address, which the service does not."""
+    """Return whether libpq would read a variable, which the service itself never does."""
     return name.startswith("PG") and name.replace("_", "").isalpha()
 
 
@@ -374,10 +374,10 @@ def _opened(config: settings.Settings) -> Iterator[Any]:
 
 
 def _raise_refusal(config: settings.Settings, reason: str, *, applies: bool = False) -> None:
-    """Raise why a store refuses us, if one does: Feast's errors look alike whatever the cause.
+    """Raise an error if a store refuses this process: Feast's errors hide the cause.
 
     Raises:
-        ConfigError: It refuses an address, a user or a right.
+        ConfigError: It refuses an address, a user or a permission.
     """
 
     async def ask() -> None:

@@ -54,8 +54,8 @@ class Retention:
     async def sweep(self, progress: supervision.Progress, still_held: locks.StillHeld) -> bool:
         """Remove what has expired; False when a month in use is left for later.
 
-        Idempotent: yes. Tables without expired rows are not read. Of this clock and that of
-        Postgres the earlier one counts, so a clock that is ahead removes nothing too early.
+        Idempotent: yes. Tables without expired rows are not read. The earlier of
+        this clock and that of Postgres counts, so a fast clock removes nothing too early.
 
         Raises:
             StoreUnavailable: Postgres did not answer.

@@ -105,7 +105,7 @@ class PartitionStates:
     Args:
         client: The shared pool.
         topic: Whose partitions are followed.
-        versions: Hears which version all owners read, at each reading.
+        versions: Learns at each read which version all owners read.
         clock: The wall clock in ms since the Unix epoch.
 
     Attributes:
@@ -225,9 +225,9 @@ class PartitionStates:
     def _aged(
         self, number: int, state: fences.PartitionState, now_ms: int
     ) -> fences.PartitionState:
-        """Judge a stamp from the future by how long it has not changed.
+        """Judge a time from the future by how long it has not changed.
 
-        Otherwise an owner whose clock was an hour ahead would not be stale for an hour after it
+        Otherwise an owner whose clock was an hour ahead would become stale only an hour after it
         ended.
         """
         now_s = time.monotonic()

@@ -38,11 +38,11 @@ REFUSALS = {
     "LOADING": "it is still loading its data",
     "CLUSTERDOWN": "its cluster is not complete",
     "TRYAGAIN": "its cluster is moving the keys",
-    "NOREPLICAS": "too few of its replicas are in reach",
+    "NOREPLICAS": "too few of its replicas are reachable",
     "OOM": "its memory is full",
     "MISCONF": "it cannot save its data to disk",
 }
-"""What a server says that cannot do what is asked now, and what that means."""
+"""The error codes of a server that cannot do its work now, and what each means."""
 _REFUSAL = re.compile(rf"\b({'|'.join(REFUSALS)})\b")
 _RENEW_S = 0.5
 _renewed_s: "weakref.WeakKeyDictionary[Any, float]" = weakref.WeakKeyDictionary()
@@ -54,7 +54,7 @@ Call = tuple[str, Sequence[bytes | str], Sequence[bytes | int | str]]
 
 
 def options(config: settings.Settings) -> dict[str, Any]:
-    """Return what a Redis client is built with; every command has a deadline of 2 s.
+    """Return the options of a Redis client; every command has a deadline of 2 s.
 
     Raises:
         ConfigError: A file of certificates that the address names cannot be read.
@@ -70,7 +70,7 @@ def options(config: settings.Settings) -> dict[str, Any]:
         "driver_info": None,  # else each connection reads files, then sends what 6.2 does not know
     }
     if not config.redis.cluster:
-        found["db"] = address.database  # Feast's client of a cluster refuses even 0
+        found["db"] = address.database  # Feast's cluster client refuses even 0
     login = {"username": address.username, "password": address.password}
     found |= {name: value for name, value in login.items() if value}
     if address.tls:
@@ -101,13 +101,13 @@ def connect(
 
 
 async def check(config: settings.Settings) -> None:
-    """Ask Redis once whether it takes this process.
+    """Ask Redis once whether it accepts this process.
 
     Raises:
         FeaturesUnavailable: It did not answer in time.
-        ConfigError: It refuses the address, or is a cluster and REDIS_CLUSTER does not say so.
+        ConfigError: It refuses the address, or is a cluster while REDIS_CLUSTER is 0.
     """
-    # The shared pool would repeat what is refused until the deadline hides why.
+    # The shared pool would retry until its deadline, which would hide the reason.
     once = {"retry": Retry(NoBackoff(), 0)}
     client = redis.asyncio.RedisCluster if config.redis.cluster else redis.asyncio.Redis
     asking: Any = client(**options(config) | once)
@@ -128,10 +128,10 @@ async def _refuse_cluster(client: Any) -> None:
 
 
 async def answers(client: Any, command: Awaitable[Any], timeout_s: float = CALL_S) -> Any:
-    """Await what Redis answers.
+    """Await the answer of Redis.
 
-    A server that refuses may have handed over to another one under the same address, so the
-    connections to it are given up, and the next attempt connects by name.
+    A server that refuses may have failed over to another one behind the same address, so its
+    connections are closed, and the next attempt resolves the address again.
 
     Args:
         client: The shared pool.
@@ -139,7 +139,7 @@ async def answers(client: Any, command: Awaitable[Any], timeout_s: float = CALL_
         timeout_s: To wait.
 
     Raises:
-        FeaturesUnavailable: It did not answer in time, or refuses; the message has its word.
+        FeaturesUnavailable: It did not answer in time, or refuses; the message has its error code.
         ConfigError: It refuses a setting.
     """
     try:
@@ -161,13 +161,13 @@ async def answers(client: Any, command: Awaitable[Any], timeout_s: float = CALL_
 
 
 def refusal(error: BaseException) -> str | None:
-    """Return the word of `REFUSALS` in an error, also if a script met it; None when there is none.
+    """Return the code of `REFUSALS` in an error, also inside a script's; None without one.
 
-    Redis 6.2 answers a failed script with a text that has the word somewhere inside.
+    Redis 6.2 answers a failed script with a text that contains the code somewhere.
     """
     if getattr(error, "status_code", None) in REFUSALS:
         return str(error.status_code)  # type: ignore[attr-defined]
-    # The client puts the command, whose arguments may be any text, before the answer.
+    # The client puts the command before the answer, and its arguments may be any text.
     found = _REFUSAL.search(str(error).rpartition("caused error: ")[2])
     return found and found[1]
 
@@ -177,7 +177,7 @@ def _silent(error: BaseException) -> bool:
 
 
 async def _renew(client: Any) -> None:
-    """Let a client's idle connections be replaced now, and those in use after their answer."""
+    """Replace a client's idle connections now, and those in use after their answer."""
     now_s = time.monotonic()
     if now_s - _renewed_s.get(client, -_RENEW_S) < _RENEW_S:
         return
@@ -185,7 +185,7 @@ async def _renew(client: Any) -> None:
     pool = getattr(client, "connection_pool", None)
     with contextlib.suppress(*REDIS_DOWN):
         if pool is None:
-            await client.aclose()  # a cluster's client: the next call finds the nodes again
+            await client.aclose()  # a cluster client: its next call discovers the nodes again
         else:
             await pool.update_active_connections_for_reconnect()
             await pool.disconnect(inuse_connections=False)

@@ -255,7 +255,7 @@ class OnlineStore:
         return await self._partitions.read()
 
     async def prove(self, *, clustered: bool) -> dict[int, fences.PartitionState]:
-        """Prove that Redis takes writes, and read all states; see `PartitionStates.prove`."""
+        """Check that Redis takes writes, and read all states; see `PartitionStates.prove`."""
         return await self._partitions.prove(clustered=clustered)
 
     async def materialized_ms(self) -> int | None:

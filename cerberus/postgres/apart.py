@@ -1,4 +1,4 @@
-"""Writes in which one row that Postgres refuses does not stop the others."""
+"""Store rows so that one that Postgres refuses does not stop the others."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -11,15 +11,15 @@ _Row = TypeVar("_Row")
 async def write(
     store: Callable[[Sequence[_Row]], Awaitable[object]], rows: Sequence[_Row]
 ) -> dict[int, str]:
-    """Store rows together or, where the data of some are refused, those and the others apart.
+    """Store rows together; if some are refused, separate those from the others.
 
     Args:
-        store: Stores some rows, all or nothing; it is called once if nothing is refused, else about
-            twice the logarithm of the number of rows for each that is.
+        store: Stores some rows, all or nothing; it is called once if none is refused, otherwise
+            about 2·log₂(rows) times for each refused row.
         rows: In any order.
 
     Returns:
-        Why rows were refused, by their place.
+        The reasons for refused rows, by their place in `rows`.
 
     Raises:
         StoreUnavailable: Postgres did not answer; some rows may be stored.

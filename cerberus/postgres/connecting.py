@@ -1,4 +1,4 @@
-"""What asyncpg is told of the address of Postgres: everything, so that it asks nobody else."""
+"""Give asyncpg the whole address of Postgres, so that it reads no other source."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ CONNECT_S, LONGEST_CONNECT_S = 5, 10
 def options(address: addresses.Postgres) -> dict[str, Any]:
     """Return the arguments of `asyncpg.connect` for an address.
 
-    None is left out that asyncpg would look up in a variable of its own, such as PGPASSWORD.
+    It sets every argument that asyncpg would otherwise read from variables, such as PGPASSWORD.
 
     Raises:
         ConfigError: A file of certificates cannot be read.

@@ -62,7 +62,7 @@ class Expiry:
         self._blocks = blocks
 
     async def now(self) -> datetime.datetime:
-        """Return the time of the clock of Postgres, in UTC."""
+        """Return the time by the clock of Postgres, in UTC."""
         async with postgres_pool.connection(self._pool) as connection:
             told: datetime.datetime = await connection.fetchval("SELECT clock_timestamp()")
         return told.astimezone(datetime.UTC)

@@ -20,7 +20,7 @@ from cerberus.postgres import pool as postgres_pool
 
 _STATEMENT_S = 600
 _LAST_RANK = 999
-# An import of the previous release goes on, or is known as finished, under its new name.
+# An import of the previous release continues, or stays finished, under its new fingerprint.
 _ADOPT = """
 UPDATE imports SET fingerprint = $1
 WHERE fingerprint = $2 AND NOT EXISTS (SELECT FROM imports WHERE fingerprint = $1)
@@ -148,7 +148,7 @@ class Source(NamedTuple):
 
     Attributes:
         fingerprint: Identifies both.
-        former: Its fingerprint in the previous release; empty if that could not have read it.
+        former: Its fingerprint in the previous release; empty if that release cannot read it.
         kind: "transactions", "labels" or "credit_scores".
         file: The file's name.
         size_bytes: Its size.
@@ -199,10 +199,10 @@ class Progress:
         rejected: How many rows were rejected.
         rejects_bytes: Length of the file of rejects that describes them.
         finished: Whether the whole file is imported.
-        differing: How many rows were there under the same identity with another content.
+        differing: How many rows were already there under the same identity with other content.
         left_out: How many rows the mapping left out.
         finished_at: When the whole file had been imported.
-        recorded: Whether its whole content was compared; else only its size and first MiB.
+        recorded: Whether its whole content is known; otherwise only its size and first MiB.
     """
 
     position: Position = (0, 0, 0)
@@ -230,9 +230,9 @@ class Imports:
         self._compute = _computing(window.Spans(tuple(spans)))
 
     async def begin(self, source: Source) -> tuple[Progress, Earlier | None]:
-        """Return how far a file is, and the last import of a file of its name that is another.
+        """Return the progress of a file, and the last import of another file with its name.
 
-        A new file is recorded; one that the previous release began goes on.
+        A new file is recorded; one that the previous release began is continued.
         """
         async with postgres_pool.connection(self._pool) as connection, connection.transaction():
             told = (source.content, source.reading)
@@ -288,7 +288,7 @@ class Imports:
         return progress
 
     async def refused(self, kind: str, records: Sequence[tuple[int, Any]]) -> dict[int, str]:
-        """Return why Postgres refuses records, by their place; nothing is stored."""
+        """Return why Postgres refuses records, by their place; store nothing."""
 
         async def attempt(some: Sequence[tuple[int, Any]]) -> None:
             async with postgres_pool.connection(self._pool) as connection:
@@ -355,7 +355,7 @@ def _computing(spans: window.Spans) -> str:
 async def _add(
     connection: asyncpg.Connection, kind: str, records: Sequence[tuple[int, Any]]
 ) -> tuple[int, int]:
-    """Store records; return how many were new, and how many are there with another content."""
+    """Store records; return how many were new, and how many were there with other content."""
     if kind == "transactions":
         rows: list[Any] = [_transaction(line, paid) for line, paid in records]
         query, differ, width = _ADD_TRANSACTIONS, _TRANSACTIONS_DIFFER, 7

@@ -56,12 +56,12 @@ class LabelRows:
     ) -> list[bool | errors.InvalidInput]:
         """Store labels, and say for each whether it is new. Idempotent: yes; `seen_ms` stays.
 
-        One that Postgres refuses gets the error as its answer, and the others are stored.
+        For a label that Postgres refuses, the answer is the error; the others are stored.
 
         Args:
             given: Labels in any order, repetitions included.
-            seen_ms: The time now: a label is known from the moment when it is first stored. If it
-                lies ahead of the clock of Postgres, that clock counts.
+            seen_ms: The time now: a label is known from the moment when it is first stored. If the
+                clock of Postgres is behind it, that clock counts.
         """
         if not given:
             return []

@@ -99,7 +99,7 @@ class Ledger:
     ) -> dict[uuid.UUID, decision_records.Record]:
         """Return the decisions that were made on transactions, by their ids.
 
-        Only of a server that takes writes: a standby may not have the latest decisions yet.
+        Asks only a server that takes writes: a standby may lack the latest decisions.
         """
         if not wanted:
             return {}

@@ -43,11 +43,11 @@ RETURNING number
 
 
 class Resumed(NamedTuple):
-    """The last time that an operator let consuming go on after a schema break.
+    """The last resume of consuming after a schema break.
 
     Attributes:
-        number: How many times before it and with it; 0 if never.
-        epoch: Of the topic then.
+        number: How many resumes there have been, this one included; 0 if none.
+        epoch: The topic's epoch then.
         ends: Where the log of each partition ended then.
     """
 
@@ -114,11 +114,11 @@ class Lives:
             return await connection.fetchval(_BEGIN, topic, epoch, partition, begin_ms) or 0
 
     async def resume(self, topic: str, ends: Sequence[int]) -> int:
-        """Let all consumers of a topic go on after a schema break; return the resume's number.
+        """Let all consumers of a topic continue after a schema break; return the resume's number.
 
         Args:
             topic: The log's topic.
-            ends: Where each partition's log ends now: what is refused below it stops nobody.
+            ends: Where each partition's log ends now; refused records below it stop nobody.
         """
         async with postgres_pool.connection(self._pool) as connection:
             return int(await connection.fetchval(_RESUME, topic, ends))

@@ -28,7 +28,7 @@ class Locks:
 
         Yields:
             None when another instance holds it; else a function to await every few seconds, which
-            raises `StoreUnavailable` when the lock was lost, or its server has become a standby:
+            raises `StoreUnavailable` when the lock is lost, or its server has become a standby:
             another instance may hold the lock on the server that took over.
 
         Raises:

@@ -39,7 +39,7 @@ _REFUSED_DATA = (
     UnicodeEncodeError,
 )
 _REASON_CHARACTERS = 300  # asyncpg quotes whole columns
-# Another server may be in its place by now.
+# After these, another server may have taken over.
 _LEFT = (
     OSError,
     TimeoutError,
@@ -71,7 +71,7 @@ async def _check_encoding(connection: asyncpg.Connection) -> None:
     if encoding != "UTF8":
         raise errors.ConfigError(
             f"DATABASE_URL: the encoding of the database is {encoding}, which cannot hold every "
-            "name: make another with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+            "name: create another with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
         )
 
 
@@ -92,8 +92,8 @@ async def connection(pool: asyncpg.Pool) -> AsyncIterator[asyncpg.Connection]:
         StoreUnavailable: Postgres did not answer within 10 s, or takes no writes.
         NeedsOperator: Tables of this version are missing; `migrate` makes them.
         DataRefused: Postgres refuses the data of a row.
-        ConfigError: Postgres refuses the credentials, the database or a right, or its encoding is
-            not UTF-8.
+        ConfigError: Postgres refuses the credentials, the database or a permission, or its
+            encoding is not UTF-8.
     """
     async with unavailable(pool):
         with refusals.connecting():
@@ -118,7 +118,7 @@ async def prove(connection: asyncpg.Connection) -> None:
     """Raise an error if the server takes no writes now, as a standby does.
 
     Raises:
-        ReadOnlySQLTransactionError: It takes none; `unavailable` translates it.
+        ReadOnlySQLTransactionError: It takes no writes; `unavailable` translates the error.
     """
     if await connection.fetchval(_READ_ONLY):
         raise asyncpg.ReadOnlySQLTransactionError("the server is a standby, or set to read-only")
@@ -128,14 +128,14 @@ async def prove(connection: asyncpg.Connection) -> None:
 async def unavailable(pool: asyncpg.Pool) -> AsyncIterator[None]:
     """Translate errors of Postgres into the service's own.
 
-    Where another server may have taken over, all connections are replaced at their next use, and
-    connect by name.
+    If another server may have taken over, all connections are replaced at their next use, and
+    resolve the address again.
 
     Raises:
         StoreUnavailable: Postgres did not answer, or takes no writes.
         NeedsOperator: Tables of this version are missing.
         DataRefused: It refuses the data of a row.
-        ConfigError: Postgres refuses the credentials, the database or a right.
+        ConfigError: Postgres refuses the credentials, the database or a permission.
     """
     try:
         yield
@@ -170,7 +170,7 @@ class Turns:
         self._left = waiting
 
     def check(self) -> None:
-        """Refuse work that would find no turn, before it costs anything.
+        """Refuse a call that would find no turn, before it costs anything.
 
         Raises:
             Overloaded: Too many calls wait already.

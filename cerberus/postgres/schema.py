@@ -90,11 +90,11 @@ class Schema:
         """Ask Postgres whether it takes writes.
 
         Args:
-            makes_tables: Whether tables must be allowed to be made, too.
+            makes_tables: Whether this process needs the permission to create tables.
 
         Raises:
             StoreUnavailable: Postgres does not answer, or takes no writes.
-            ConfigError: Postgres refuses the address, the user or the right.
+            ConfigError: Postgres refuses the address, the user or the permission.
         """
         async with postgres_pool.connection(self._pool) as connection:
             await postgres_pool.prove(connection)
