@@ -1,9 +1,9 @@
 """Record batches of a Kafka log as bytes: what their headers say, and one batch in pieces.
 
-aiokafka shows records, not batches, and decompresses a batch as a whole. Offsets of a log follow
-each other without a gap, and a header keeps its batch's range and count even after compaction, so
-headers tell exactly what was removed. They also bound what a batch will take in memory: 13 kB of
-zstd may hold 270 MB. The format is version 2 (Kafka 0.11 or later); older batches are not judged.
+aiokafka shows records, not batches, and decompresses a batch as a whole. The offsets of a log have
+no gaps, and a header keeps its batch's range and count even after compaction, so headers show
+exactly what was removed. They also limit what a batch takes in memory: 13 kB of zstd may unpack to
+270 MB. The format is version 2 (Kafka 0.11 or later); older batches are passed unchecked.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.record.util import calc_crc32c
 
 RECORD_BYTES = 1 << 20
-"""A record with a longer value, key or headers is described, never held in memory."""
+"""A record with a longer value, key or headers is described instead of held in memory."""
 _BATCH_BYTES = 1 << 30
 _HEADER = struct.Struct(">qiibIhiqqqhii")
 _LOG_OVERHEAD, _CRC_AT, _ATTRIBUTES_AT = 12, 17, 21
@@ -59,12 +59,12 @@ class Batch:
     count: int
 
     def whole(self, begin: int) -> bool:
-        """Return whether its first record is still there, at or after an offset."""
+        """Return whether its first record is still there and not before an offset."""
         return self.base >= begin and not self.lacks and not self.attributes & _DELETE_HORIZON
 
     @property
     def first(self) -> tuple[int, int]:
-        """Offset and timestamp of its first record, where it is whole."""
+        """Offset and timestamp of its first record, if none was removed."""
         return self.base, self.max_ms if self.attributes & _APPEND_TIME else self.first_ms
 
     @property
@@ -95,14 +95,14 @@ def split(fetched: bytes) -> Iterator[Batch]:
 def plain_bytes(batch: Batch) -> int:
     """Return at most how many bytes a batch has once it is decompressed.
 
-    It is read from the sizes of the blocks, to which decoders hold themselves. That says little of
-    a batch of few records, so a small one is measured. Cost: 2 µs, or those of decompressing 1 MiB.
+    The block sizes give it, and decoders do not exceed them. Where that is far above the compressed
+    size but below 1 MiB, the batch is decompressed instead. Cost: 2 µs, or that of 1 MiB.
     """
     codec, data = batch.attributes & _CODEC, batch.raw[_HEADER.size :]
     try:
         greatest = _greatest(codec, data)
     except (IndexError, struct.error, cramjam.DecompressionError):
-        return _BATCH_BYTES  # it is not what its header says
+        return _BATCH_BYTES  # the bytes are not what the header says
     if _LOOSE * len(data) < greatest <= _SMALL_BYTES and codec in _DECODE:
         with contextlib.suppress(OSError, EOFError, zlib.error, cramjam.DecompressionError):
             return len(_DECODE[codec](bytes(data)))
@@ -165,7 +165,7 @@ def _snappy(data: memoryview) -> Iterator[memoryview]:
 
 
 def _plain(batch: Batch) -> Iterator[bytes]:
-    """Decompress a batch a chunk at a time. zstd takes its window besides: 128 MiB at most."""
+    """Decompress a batch in chunks. zstd also needs its window, at most 128 MiB."""
     codec, data = batch.attributes & _CODEC, batch.raw[_HEADER.size :]
     if codec == _SNAPPY:
         for block in _snappy(data):
@@ -181,7 +181,7 @@ def _plain(batch: Batch) -> Iterator[bytes]:
                 rest = decoder.unconsumed_tail
             rest = decoder.unused_data
     elif codec in _ARROW:
-        import pyarrow as arrow  # 40 MB that only such a batch needs
+        import pyarrow as arrow  # imports 40 MB that only such a batch needs
 
         with arrow.CompressedInputStream(arrow.BufferReader(data), _ARROW[codec]) as stream:
             while chunk := stream.read(_CHUNK):
@@ -204,7 +204,7 @@ class Piece:
 
 
 class Pieces:
-    """Reads a batch a piece at a time; holds it compressed, a decoder and one record.
+    """Reads a batch in pieces; holds the compressed batch, a decoder and one record.
 
     Args:
         batch: The batch.
@@ -218,7 +218,7 @@ class Pieces:
     def __init__(self, batch: Batch, offset: int) -> None:
         self.offset = max(offset, batch.base)
         self.done = False
-        # Not a view, which would keep everything that was fetched with it.
+        # A view would keep everything that was fetched with it.
         self._batch = dataclasses.replace(batch, raw=memoryview(bytes(batch.raw)))
         self._chunks = _plain(self._batch)
         self._held, self._at = bytearray(), 0
@@ -226,7 +226,7 @@ class Pieces:
         self._turn = _TURN_BYTES
 
     def continues(self, batch: Batch, offset: int) -> bool:
-        """Return whether this is the batch, and the place in it."""
+        """Return whether `next` continues this batch at this offset."""
         return offset == self.offset and self._batch.raw == batch.raw
 
     @property
@@ -234,10 +234,10 @@ class Pieces:
         return self._read - len(self._held) + self._at
 
     async def next(self, budget_bytes: int) -> Piece:
-        """Return the records that follow, of about `budget_bytes`, or one.
+        """Return the next records, about `budget_bytes` of them, at least one.
 
-        The event loop gets a turn after each MiB. The rest of a batch of more than 1 GiB, and of
-        one that cannot be read, is one description under the batch's last offset.
+        The event loop gets a turn after each MiB. If a batch exceeds 1 GiB or cannot be read, one
+        description under its last offset stands for the rest.
         """
         body = bytearray(self._batch.raw[: _HEADER.size])
         described, count, last = dict[int, str](), 0, 0
@@ -269,7 +269,7 @@ class Pieces:
         return Piece(_finish(body, last, count, plain), described)
 
     async def _record(self) -> tuple[int, bytes, str | None]:
-        """Return the next record's place in the batch, its bytes, and why it lacks its value."""
+        """Return the next record's offset delta, its bytes, and why its value is missing."""
         length = await self._varint()
         if length <= RECORD_BYTES:
             await self._fill(length)
@@ -374,7 +374,7 @@ def _stub(stamp: int, delta: int, key: bytes | None, value: bytes | None = None)
 
 
 def _finish(raw: bytearray, last: int, count: int, attributes: int) -> bytes:
-    """Return a batch whose records are all there, with its header set right."""
+    """Return a complete batch with a corrected header."""
     struct.pack_into(">i", raw, 8, len(raw) - _LOG_OVERHEAD)
     struct.pack_into(">hi", raw, _ATTRIBUTES_AT, attributes, last)
     struct.pack_into(">i", raw, _HEADER.size - 4, count)

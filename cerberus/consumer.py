@@ -170,7 +170,7 @@ class Consumer:
         if not self._upstream.goes_on(resumed):
             return False
         log.warning(
-            "consuming goes on: resume %d was run", resumed.number, extra={"action": "resumed"}
+            "consuming continues: resume %d was run", resumed.number, extra={"action": "resumed"}
         )
         self._upstream.forget()
         del self.problems["schema"]

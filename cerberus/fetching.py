@@ -1,8 +1,8 @@
-"""What a consumer fetches, before aiokafka unpacks it: bounded, and with the gaps noted.
+"""Limit what a consumer fetches, before aiokafka unpacks it, and note gaps in the log.
 
-aiokafka has no place for either, so its client's `send` is wrapped: a fetch and its answer are
-Kafka's own protocol, which changes less than aiokafka's insides. `tests/test_fetching.py` fails if
-they look different.
+aiokafka has a hook for neither, so its client's `send` is wrapped: fetch requests and responses are
+Kafka's protocol, which changes less than aiokafka's internals. `tests/test_fetching.py` fails if
+they change.
 """
 
 import asyncio
@@ -19,14 +19,13 @@ from aiokafka.protocol.fetch import FetchRequest
 from cerberus import batches
 
 FETCH_BYTES = 64 << 20
-"""How much of a client's logs may be in memory decompressed, unless there are more than 64
-partitions: each may have 1 MiB."""
+"""How much decompressed data a client may hold; with more than 64 partitions, 1 MiB each."""
 _LEAST_BYTES, _PIECE_BYTES = 1 << 20, 4 << 20
 _IDLE_S, _WAIT_S = 5.0, 0.05
 
 
 class Hole(NamedTuple):
-    """Where a log has lost records from its inside: offsets from `begin` to before `end`."""
+    """A range of offsets with records missing inside a log: from `begin` to before `end`."""
 
     topic: str
     partition: int
@@ -44,12 +43,11 @@ class _Open:
 
 
 class Fetches:
-    """Bounds what one client fetches, and tells what was removed from the logs.
+    """Limits what one client fetches, and reports what was removed from the logs.
 
     Args:
         client: aiokafka's client of a consumer.
-        assigned: Returns how many partitions share the bound.
-
+        assigned: Returns how many partitions share the limit.
     """
 
     def __init__(self, client: Any, assigned: Callable[[], int]) -> None:
@@ -61,12 +59,12 @@ class Fetches:
         client.send = self._ask
 
     def holes(self) -> list[Hole]:
-        """Return the gaps that were met since the last call, those of a partition as one."""
+        """Return the gaps found since the last call, as one for each partition."""
         found, self._holes = self._holes, {}
         return list(found.values())
 
     def reasons(self, records: Sequence[Any]) -> list[tuple[int, str]]:
-        """Return which records have a value that is not to be read, and why; ask once for each."""
+        """Return which records' values must not be read, and why; call it once for each record."""
         found = [
             (at, batches.too_long(record.serialized_value_size))
             for at, record in enumerate(records)
@@ -84,7 +82,7 @@ class Fetches:
         self._described.clear()
 
     async def peek(self, node_id: int, tp: TopicPartition, offset: int) -> bytes:
-        """Fetch the batch at an offset as it is, without waiting for one; empty: there is none.
+        """Fetch the raw batch at an offset without waiting; empty if there is none.
 
         Raises:
             KafkaError: The broker did not answer, or refused.
@@ -119,7 +117,7 @@ class Fetches:
     async def _judge(
         self, place: tuple[str, int], offset: int, fetched: bytes, budget: int
     ) -> bytes:
-        """Return as much of a log as the budget allows, and note what the log lacks in it."""
+        """Return as much of a log as the budget allows, and note the gaps in it."""
         expected, size = offset, 0
         for batch in batches.split(fetched):
             size += batches.plain_bytes(batch)

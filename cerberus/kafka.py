@@ -31,7 +31,7 @@ METADATA_MS = 1_000
 """How long a new partition, or a topic that was created again, may go unnoticed."""
 _TOPIC_EXISTS = 36
 CALL_S = 15.0
-"""Deadline of a question to the brokers, and of a batch that is published."""
+"""Deadline of a request to the brokers, and of a batch that is published."""
 _COMMIT_S = 5.0
 _PAUSE_S = 0.1
 _BATCH_BYTES = "1048588"
@@ -73,7 +73,7 @@ def _ssl_context(kafka: endpoints.Kafka) -> ssl.SSLContext:
                 # A password, or OpenSSL would ask for one on the terminal.
                 context.load_cert_chain(file.name, password="")
     except (OSError, TypeError, ValueError) as error:
-        # From None: the error may hold the text of the key.
+        # From None, because the error may contain the key.
         raise errors.ConfigError(
             "KAFKA_TRUSTED_CERT, KAFKA_CLIENT_CERT or KAFKA_CLIENT_CERT_KEY is not PEM: "
             f"{getattr(error, 'reason', None) or 'it cannot be read'}"
@@ -83,7 +83,7 @@ def _ssl_context(kafka: endpoints.Kafka) -> ssl.SSLContext:
 
 @contextlib.asynccontextmanager
 async def admin(kafka: endpoints.Kafka) -> AsyncIterator[Any]:
-    """Open an admin client; start and close are bounded.
+    """Open an admin client; start and close have deadlines.
 
     Raises:
         StoreUnavailable: No broker answered within 15 s.
@@ -201,7 +201,7 @@ async def topic_config(client: Any, topic: str) -> Mapping[str, str]:
 def consumer(config: settings.Settings, group: str = GROUP) -> "aiokafka.AIOKafkaConsumer":
     """Build a group's consumer; nothing is committed automatically.
 
-    Its `fetches` bounds what it holds, and tells what the logs have lost.
+    Its `fetches` limits what it holds, and reports what the logs have lost.
 
     Args:
         config: Settings.
@@ -211,7 +211,7 @@ def consumer(config: settings.Settings, group: str = GROUP) -> "aiokafka.AIOKafk
         **client_options(config.kafka),
         group_id=config.kafka.topic(group),
         enable_auto_commit=False,
-        auto_offset_reset="none",  # whoever reads a log seeks to where it begins
+        auto_offset_reset="none",  # each reader seeks to its own start
         isolation_level="read_committed",
         partition_assignment_strategy=(StickyPartitionAssignor,),
         session_timeout_ms=config.stream.session_timeout_ms,
@@ -230,7 +230,7 @@ def consumer(config: settings.Settings, group: str = GROUP) -> "aiokafka.AIOKafk
 async def reader(
     config: settings.Settings, topic: str
 ) -> AsyncIterator[tuple[Any, list[aiokafka.TopicPartition]]]:
-    """Open a client without a group that reads a topic from its start, and name its partitions.
+    """Open a client without a group, at a topic's start; also yield the topic's partitions.
 
     Raises:
         StoreUnavailable: No broker answered within 15 s, or the topic is missing.

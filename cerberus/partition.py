@@ -92,7 +92,7 @@ class Start:
     Attributes:
         epoch: Which life of the topic.
         begin: The first offset to read.
-        commit: Effects of offsets below it are stored already; they are replayed in silence.
+        commit: Effects of offsets below it are stored already; they are replayed without effects.
         count: How many partitions the topic has, which says whose records belong here; None: all
             do.
         known_from_ms: Events at or before it may be missing.
@@ -104,8 +104,8 @@ class Start:
         imported_until_ms: Users may have events up to it that no log holds; None when there are
             none.
         committed_ms: The greatest event time below `commit`; None when it is not known.
-        floor_ms: What `known_from_ms` falls to, at most, as soon as records tell how late that may
-            be which is gone before them; None where they are not asked.
+        floor_ms: The lowest value that `known_from_ms` may fall to once records show how late the
+            lost ones before them may have been; None if records are not used for that.
     """
 
     epoch: int
@@ -311,11 +311,11 @@ class Partition:
         self.offset = max(self.offset, position)
 
     def miss(self, end: int, now_ms: int) -> None:
-        """Doubt the windows that reach behind what was removed from inside the log.
+        """Doubt the windows that need what was removed from inside the log.
 
         Args:
             end: The offset after what was removed.
-            now_ms: Wall clock: nothing that was removed is later, by more than the skew.
+            now_ms: Wall clock; no removed record is later than that by more than the skew.
         """
         if end <= self.offset:
             return
@@ -330,9 +330,9 @@ class Partition:
         self.known_from_ms = max(self.known_from_ms, gone_ms)
 
     def _witness(self, record: Record) -> None:
-        """Take the next record's word for how late the events may be that are gone before it.
+        """Use the next record as a bound on how late the lost events before it may be.
 
-        They may be later by the slack, unless that record was itself too late: so some are asked.
+        They may be later than it by the slack, unless it was itself too late: so several are used.
         """
         if record.offset < self._gap_end:
             return

@@ -1,4 +1,4 @@
-"""Publishing records to topics: what is acknowledged, and what a topic refuses."""
+"""Publish records to topics, and handle those that a topic refuses."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ from cerberus.decisions import records
 from cerberus.telemetry import logs
 
 _SENT_AT_ONCE = 10
-# aiokafka knows no name for what a compacted topic says of a record without a key.
+# aiokafka has no name for a compacted topic's refusal of a record without a key.
 _REFUSED = (
     MessageSizeTooLargeError,
     RecordListTooLargeError,
@@ -56,26 +56,26 @@ class Publisher:
     async def publish(self, messages: Iterable[Message]) -> list[tuple[Message, KafkaError]]:
         """Send messages in order and wait until all are acknowledged, at most 15 s.
 
-        They are taken one by one, and the event loop gets a turn after every ten. What a topic
-        refuses, such as a message larger than it takes, is sent again alone, then what is to be
-        sent instead. What is refused even so is left out.
+        The event loop gets a turn after every ten. A message that a topic refuses, for instance
+        because of its size, is sent again alone, and then its replacement is sent. A message
+        without a replacement that is refused again is left out.
 
         Returns:
-            What was left out, with the reasons. Of messages that have something instead, none is.
+            The messages that were left out, with the reasons.
 
         Raises:
             StoreUnavailable: Not all were acknowledged.
         """
         left_out = []
         for message, error in await self._deliver(messages):
-            # Others in its batch may have been at fault.
+            # Another message in its batch may have been at fault.
             if not await self._deliver([message]):
                 continue
             if message.instead is None:
                 left_out.append((message, error))
                 _said.warn(f"topic {message.topic} refuses a record: {error!r}", "record_refused")
             elif await self._deliver([message.instead]):
-                raise errors.StoreUnavailable(f"topic {message.topic} takes no dead letters")
+                raise errors.StoreUnavailable(f"topic {message.topic} refuses a dead letter")
         return left_out
 
     async def publish_all(self, messages: Iterable[Message]) -> None:
@@ -111,7 +111,7 @@ class Publisher:
                 except _REFUSED as error:
                     refused.append((message, error))
         except (TimeoutError, OSError, KafkaError) as error:
-            # Otherwise what it still holds would mix with the records of the next attempt.
+            # Otherwise its buffered records would mix with those of the next attempt.
             await self.close()
             raise errors.StoreUnavailable(f"Kafka took no records: {error!r}") from error
         return refused

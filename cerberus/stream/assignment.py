@@ -269,7 +269,7 @@ async def first_records(
 ) -> dict[TopicPartition, starts.First]:
     """Ask for offset and timestamp of each log's first record.
 
-    Not by a time: to answer that, a broker decompresses a whole batch, and ends if it swells.
+    Not by time: to answer that, a broker decompresses a whole batch, and a huge one crashes it.
 
     Raises:
         KafkaError: The brokers do not answer.

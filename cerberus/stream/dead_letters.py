@@ -1,4 +1,4 @@
-"""Dead letters: records that were refused, as they were, with headers of ours beside their own."""
+"""Dead letters: refused records, unchanged, with added headers that say where and why."""
 
 import asyncio
 import dataclasses
@@ -18,31 +18,31 @@ _TIMESTAMP, _REASON = "cerberus-timestamp", "cerberus-reason"
 _ROUND, _OMITTED = "cerberus-round", "cerberus-omitted"
 _OURS = {_TOPIC, _PARTITION, _OFFSET, _TIMESTAMP, _REASON, _ROUND, _OMITTED}
 _UNPREFIXED = {f"cerberus-{n}": n for n in ("topic", "partition", "offset", "reason", "omitted")}
-"""How earlier releases named them; they kept no header of the record."""
+"""Their names in earlier releases, which kept no header of the record."""
 _MOST_BYTES = 900_000
 _PARTS = ("headers", "value", "key")
 _LEFT_OUT = [some for count in range(4) for some in itertools.combinations(_PARTS, count)]
-"""What may be left out of a record that is too long: the first that suffices is."""
+"""What to leave out of a record that is too large, in this order: the first that suffices."""
 _REASON_CHARACTERS = 1_000
 _POLL_MS, _POLL_RECORDS, _SILENT_S = 500, 50, 15.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Letter:
-    """A dead letter, as it lies in its topic.
+    """A dead letter in its topic.
 
     Attributes:
-        partition: Of the dead-letter topic.
-        offset: There.
+        partition: Its partition in the dead-letter topic.
+        offset: Its offset there.
         set_aside_ms: When it was published there, ms since the Unix epoch.
         source: Topic, partition, offset and timestamp in ms of the record, as texts; empty where
             they are unknown.
         reason: Why the record was refused; it begins with the field and a colon.
         round: How many times the record was refused, from 1.
-        omitted: Which of key, value and headers were too long to be kept, a text.
-        key: As it was.
-        value: As it was.
-        headers: As they were.
+        omitted: Which of key, value and headers were too large to keep, as a text.
+        key: The record's key.
+        value: The record's value.
+        headers: The record's headers.
     """
 
     partition: int
@@ -58,11 +58,11 @@ class Letter:
 
     @property
     def whole(self) -> bool:
-        """Whether key and value are as they were."""
+        """Whether key and value are complete."""
         return self.omitted in ("", "headers")
 
     def again(self, topic: str) -> publishing.Message:
-        """Lay the record out to be sent to its topic again, as it was; only its round is added."""
+        """Return the record for its topic, unchanged except for its round."""
         mark = (_ROUND, b"%d" % self.round)
         return publishing.Message(topic, self.key, self.value, [*self.headers, mark])
 
@@ -74,7 +74,7 @@ def rounds(headers: Headers) -> int:
 
 
 def pack(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> publishing.Message:
-    """Lay a refused record out for a dead-letter topic; of one above 900 kB only what fits."""
+    """Return a refused record as a dead letter; of one above 900 kB only what fits."""
     own = [header for header in record.headers if header[0] not in _OURS]
     sizes = {
         "headers": sum(len(name) * 3 + len(value or b"") + 8 for name, value in own),
@@ -91,7 +91,7 @@ def pack(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> publishing
         (_REASON, reason[:_REASON_CHARACTERS].encode("utf-8", "backslashreplace")),
         (_ROUND, b"%d" % (rounds(record.headers) + 1)),
     ]
-    # What any topic takes; a compacted one wants a key.
+    # What any topic accepts; a compacted one needs a key.
     place = f"{record.topic}-{record.partition}-{record.offset}".encode()
     instead = publishing.Message(topic, place, b"", [*ours, (_OMITTED, ",".join(_PARTS).encode())])
     if omitted:
@@ -99,7 +99,7 @@ def pack(topic: str, record: aiokafka.ConsumerRecord, reason: str) -> publishing
     key = None if "key" in omitted else record.key
     value = None if "value" in omitted else record.value
     if key is None and value is None:
-        value = b""  # aiokafka refuses a record without both
+        value = b""  # aiokafka refuses a record with neither
     headers = ours if "headers" in omitted else ours + own
     return publishing.Message(topic, key, value, headers, instead)
 
@@ -135,13 +135,13 @@ async def read(
 ) -> AsyncGenerator[Letter, None]:
     """Yield what a dead-letter topic holds now, each partition in order. Close it after use.
 
-    What arrives while it reads is left out, so what is sent again and refused again does not come
-    back. At most 50 letters are in memory, besides what the client fetches ahead.
+    Letters that arrive meanwhile are left out, so a record that is sent and refused again does not
+    come back. At most 50 letters are in memory, and what the client fetches ahead.
 
     Args:
         config: Settings.
         name: Of the topic, without the prefix.
-        since_ms: Only letters that were set aside then or later.
+        since_ms: Only letters from this time on.
         place: Only the letter in this partition at this offset.
 
     Raises:
@@ -180,11 +180,13 @@ async def _seek(
         tps = [tp for tp in tps if tp.partition == number and begins[tp] <= offset < ends[tp]]
         if not tps:
             held = ", ".join(f"{tp.partition}: {begins[tp]} to {ends[tp] - 1}" for tp in begins)
-            raise errors.InvalidInput("offset", f"no letter lies there; partitions hold {held}")
+            raise errors.InvalidInput(
+                "offset", f"there is no such letter; the partitions hold {held}"
+            )
         begins, ends = dict.fromkeys(tps, offset), dict.fromkeys(tps, offset + 1)
     found = await client.offsets_for_times(dict.fromkeys(tps, since_ms))
     for tp in tps:
-        # Nothing of that time or later: at the end.
+        # There is nothing from that time on: start at the end.
         first = found[tp].offset if found[tp] else ends[tp]
         client.seek(tp, begins[tp] if place else max(begins[tp], first))
     return ends

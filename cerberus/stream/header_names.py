@@ -1,7 +1,7 @@
-"""Records with a header whose name is not UTF-8.
+"""Read records with a header whose name is not UTF-8.
 
-aiokafka 0.14 raises on such a record, at every reading anew, so one of them would end all
-consumers. `tolerate` makes it read what it fetched once more, in Python, with such names escaped.
+aiokafka 0.14 raises on such a record at every attempt, so one of them would stop all consumers.
+`tolerate` makes it read such a fetch again, in Python, with these names escaped.
 """
 
 import logging
@@ -20,14 +20,14 @@ _VERSION_AT = 16
 def tolerate() -> None:
     """Make all consumers of this process read such records. Idempotent: yes.
 
-    Others are read as before, at the same cost.
+    Other records are read as before, at the same cost.
     """
     fetcher.MemoryRecords = _Fetched
     fetcher.PartitionRecords = _Tolerant
 
 
 class _Fetched:
-    """A fetched part of a log that can be read twice."""
+    """A fetched part of a log, kept so that it can be read twice."""
 
     def __init__(self, raw: bytes) -> None:
         self.raw = raw
@@ -48,14 +48,14 @@ class _Slow(memory_records._MemoryRecordsPy):  # type: ignore[misc]
         batch = default_records._DefaultRecordBatchPy(raw)
         if not batch.validate_crc():
             raise CorruptRecordException("invalid CRC")
-        batch.validate_crc = lambda: True  # what follows it covers no longer
+        batch.validate_crc = lambda: True  # the following changes invalidate it
         batch._maybe_uncompress()
         batch._buffer = _Escaping(batch._buffer)
         return batch
 
 
 class _Escaping(bytearray):
-    """Bytes whose parts always become a text."""
+    """Bytes whose slices decode to text, whatever they contain."""
 
     def __getitem__(self, at: Any) -> Any:
         found = super().__getitem__(at)

@@ -100,7 +100,7 @@ class LabelConsumer:
     async def _poll(
         self, client: Any
     ) -> Mapping[aiokafka.TopicPartition, Sequence[aiokafka.ConsumerRecord]]:
-        """Return what comes next, and note what was removed before it could be read."""
+        """Return the next records, and note those that were removed before they were read."""
         polled: Mapping[Any, Sequence[aiokafka.ConsumerRecord]] = {}
         wanted: Mapping[aiokafka.TopicPartition, int | None] = {}
         try:
@@ -122,7 +122,7 @@ class LabelConsumer:
         if begin < end:
             self.lost = (
                 f"topic {self._topic} lost records of partition {number} between offsets {begin} "
-                f"and {end} before they were read: send the labels again that were there; set "
+                f"and {end} before they were read: send those labels again; set "
                 "cleanup.policy=delete and a longer retention.ms"
             )
             log.warning("%s", self.lost, extra={"action": "labels_lost"})

@@ -37,7 +37,7 @@ class Owned:
         Its trail does not show what it had not finished.
         """
         if last is not None:
-            # The former owner's clock may be ahead.
+            # The former owner's clock may be fast.
             self.caught_up_ms = max(self.caught_up_ms or 0, min(last.caught_up_ms, now_ms))
             if last.epoch >= self.part.since_epoch:  # a replay may not reach back so far
                 self.part.split_ms = max(self.part.split_ms, last.split_ms)

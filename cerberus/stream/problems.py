@@ -1,4 +1,4 @@
-"""What is wrong with consuming now."""
+"""The current problems of consuming."""
 
 import logging
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class Problems(dict[str, str]):
         self._said = logs.Repeated(log)
 
     def tell(self, name: str, sentence: str | None) -> None:
-        """Note a problem, or with None that it is over."""
+        """Note a problem; None means that it is over."""
         if sentence is None:
             self.pop(name, None)
         else:

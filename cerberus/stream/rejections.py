@@ -1,25 +1,25 @@
-"""Whether so many records are refused that their writer, not a record, is at fault.
+"""Detect that so many records are refused that their writer, not a record, is at fault.
 
 Page's test (CUSUM): each record adds the logarithm of how much likelier it is under the share that
-breaks the schema than under the one that is tolerated, and the sum never falls below zero. It
-counts records, not time, so two records a second are judged as ten thousand are.
+breaks the schema than under the tolerated one, and the sum never falls below zero. It counts
+records, not time, so two records a second are judged like ten thousand.
 """
 
 import math
 
 _TOLERATED, _BROKEN = 0.8, 2.0
 _ALARM_RECORDS = 10**6 * 60 * 10_000
-"""How many records with the tolerated share are read before a false alarm, in the mean: those of
-a million minutes at 10,000 a second."""
+"""How many records with the tolerated share are read on average before a false alarm: those of a
+million minutes at 10,000 a second."""
 _FEWEST_SEEN, _FEWEST_REFUSED = 200, 50
 
 
 class Rejections:
-    """Judges records one by one, as their process takes them.
+    """Judges records one by one, as their process reads them.
 
-    At 0.8 of `max_share` a false alarm comes once in 6e11 records or more rarely; at twice that
-    share (half the way to 1, where that is less) an alarm comes soon: with 0.05, within 2,000
-    records in 9,998 of 10,000 cases. The first 200 records, and fewer than 50 refused ones in a
+    At 0.8 of `max_share` a false alarm comes at most once in 6e11 records. At twice `max_share`
+    (or half the way to 1, if that is less) an alarm comes soon: with 0.05, within 2,000 records
+    in 9,998 of 10,000 cases. The first 200 records, and fewer than 50 refused ones in a
     row or close together, are no alarm: they may come from one caller.
 
     Args:
@@ -36,7 +36,7 @@ class Rejections:
         self.clear()
 
     def clear(self) -> None:
-        """Begin again, as if no record had been seen."""
+        """Start again, as if no record had been seen."""
         self._sum = 0.0
         self._seen = self._accepted = self.judged = self.refused = 0
 

@@ -1,4 +1,4 @@
-"""What a log loses that windows need: from its inside, and by what its topic's settings allow."""
+"""Find out what a log has lost that windows need, and what its topic's settings may lose."""
 
 from collections.abc import Iterable, Mapping
 
@@ -14,13 +14,13 @@ Parts = Mapping[aiokafka.TopicPartition, ownership.Owned]
 def advise(
     topic: str, found: Mapping[str, str], keep_ms: int, held_ms: int | None
 ) -> dict[str, str | None]:
-    """Return what is wrong with a topic's settings, a sentence each, by name; None: nothing is.
+    """Return a sentence for each problem of a topic's settings, by name; None for no problem.
 
     Args:
         topic: Its name.
         found: Its settings.
         keep_ms: How long windows need a record.
-        held_ms: Age of the oldest record, of the partition where it is youngest; None: not known.
+        held_ms: Age of the oldest record, in the partition where that is least; None: unknown.
     """
     wanted_ms = 3 * keep_ms
     told: dict[str, str | None] = dict.fromkeys(("retention", "retention_bytes", "batch_bytes"))
@@ -41,8 +41,8 @@ def advise(
     batch_bytes = int(found.get("max.message.bytes", 0))
     if batch_bytes > _BATCH_BYTES:
         told["batch_bytes"] = (
-            f"topic {topic} has max.message.bytes={batch_bytes}: each partition takes as much "
-            f"memory, whatever is in it; set max.message.bytes to at most {_BATCH_BYTES}"
+            f"topic {topic} has max.message.bytes={batch_bytes}: each partition may take as "
+            f"much memory; set max.message.bytes to at most {_BATCH_BYTES}"
         )
     return told
 
@@ -76,7 +76,7 @@ class Removals:
     def problems(
         self, parts: Parts, firsts: Mapping[aiokafka.TopicPartition, tuple[int, int] | None]
     ) -> dict[str, str | None]:
-        """Return what is wrong, a sentence each, by name; None: nothing is.
+        """Return a sentence for each problem, by name; None for no problem.
 
         Args:
             parts: The partitions that are owned.
@@ -96,6 +96,6 @@ class Removals:
             told["removed"] = (
                 f"topic {self._topic} has lost records from inside partition {', '.join(places)}: "
                 "windows that need them are in doubt; set cleanup.policy=delete, and let nothing "
-                "else delete from inside the log"
+                "else delete records from inside the log"
             )
         return told

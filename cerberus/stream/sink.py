@@ -36,7 +36,7 @@ class Refused(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class Batch:
-    """What one poll leaves to be stored; the numbers are partitions.
+    """What one poll has to store; the numbers are partitions.
 
     Attributes:
         observed: Valid transactions, in the log's order within a partition.
@@ -78,7 +78,7 @@ class Sink:
         self._refused_s = 0.0
 
     def tell(self, counts: collections.Counter[str], found: problems.Problems) -> None:
-        """Report what was decided otherwise, and what stores and topics have refused."""
+        """Report conflicting decisions, and what stores and topics have refused."""
         for name, count in (
             ("decided_otherwise", self.otherwise),
             ("unpublished", self.unpublished),
@@ -128,10 +128,10 @@ class Sink:
         decided: Sequence[records.Record],
         beat: Callable[[], None],
     ) -> None:
-        """Write Postgres first, so that it has what the topic shows, however old its claim.
+        """Write Postgres first, so that it has every decision that the topic shows.
 
         A record that Postgres refuses becomes a dead letter, without a fact or a stored decision.
-        The windows count it, at each replay too: they are a function of the log alone.
+        The windows still count it, in a replay too: they are a function of the log alone.
         """
         made = {id(seen): record for (_, seen), record in zip(accepted, decided, strict=True)}
         refused = await self._write_facts(batch, made, beat)

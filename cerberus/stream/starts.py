@@ -191,7 +191,7 @@ def plan_start(
         found = commit.offset if facts.found is None else facts.found
         begin = max(log.begin, min(commit.offset, found))
     late = begin == log.begin
-    # A gap right before it is seen only from where the log still has records.
+    # A gap right before it shows only if reading begins at a record that still exists.
     begin = max(log.begin, begin - _LOOK_BACK)
     seeds = frontier_ms is not None and spans.longest_ms > facts.replay_span_ms
     # A database that was lost has nothing to seed from.
@@ -200,7 +200,7 @@ def plan_start(
     gap = lost or (late and not (seeds and committed >= log.begin))
     # Remembered, because the store never had what was missing at the first reading.
     known_from_ms, floor_ms = commit.known_from_ms if commit else 0, None
-    # Until a record tells; what is gone may lie ahead of the clock by the skew.
+    # Until a record gives a bound; lost records may be ahead of the clock by the skew.
     emptied_ms = max(facts.now_ms + spans.max_future_skew_ms, known_from_ms or 0)
     if known_from_ms is None:
         known_from_ms = emptied_ms

@@ -1,4 +1,4 @@
-"""The settings of a topic, asked again and again: they change while it is read."""
+"""Ask for the settings of a topic repeatedly, because they may change while it is read."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ _ASK_S = 10.0
 
 
 def advise_policy(topic: str, found: Mapping[str, str]) -> str | None:
-    """Return what is wrong with a topic's cleanup policy; None: nothing is."""
+    """Return what is wrong with a topic's cleanup policy; None if nothing is."""
     policy = found.get("cleanup.policy", "delete")
     if "compact" not in policy:
         return None
@@ -29,7 +29,7 @@ class TopicSettings:
         name: Of the topic, without the prefix.
 
     Attributes:
-        found: What the brokers said last; empty before that.
+        found: The brokers' last answer; empty before that.
     """
 
     def __init__(self, config: settings.Settings, name: str) -> None:
@@ -54,7 +54,7 @@ class TopicSettings:
             self.found = await kafka.topic_config(client, self._topic)
 
     def look(self, *, now: bool = False) -> None:
-        """Ask in the background, if that was 10 s ago: settings change while a topic is read."""
+        """Ask in the background, at most every 10 s unless `now`."""
         if not now and time.monotonic() - self._asked_s < _ASK_S:
             return
         if self._asking is None or self._asking.done():
@@ -62,7 +62,7 @@ class TopicSettings:
             self._asking = asyncio.create_task(self._ask_again())
 
     async def _ask_again(self) -> None:
-        with contextlib.suppress(errors.StoreUnavailable):  # then what was found last stands
+        with contextlib.suppress(errors.StoreUnavailable):  # the last answer remains valid
             await self.ask()
 
     async def stop(self) -> None:

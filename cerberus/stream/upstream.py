@@ -16,7 +16,7 @@ _SPLIT = (
 
 
 class Upstream:
-    """Judges the topic's writers by the records that this process takes; a replay is not judged.
+    """Judges the topic's writers by the records that this process reads, except in a replay.
 
     Args:
         max_rejected_share: As in `rejections.Rejections`.
@@ -35,7 +35,7 @@ class Upstream:
         self._rejections.clear()
 
     def excuse(self, parts: Iterable[partition.Partition], resumed: lives.Resumed) -> None:
-        """Judge no refused record that was in the log when consuming was last resumed.
+        """Excuse refused records that were in the log when consuming was last resumed.
 
         Args:
             parts: Partitions that are about to be read.
@@ -44,12 +44,12 @@ class Upstream:
         self._resumed = resumed.number
         ends = dict(enumerate(resumed.ends))
         for part in parts:
-            # Offsets of a topic that was created again since then mean other records.
+            # If the topic was created again since, its offsets belong to other records.
             same = resumed.epoch >= part.since_epoch
             self._excused[part.number] = ends.get(part.number, 0) if same else 0
 
     def goes_on(self, resumed: lives.Resumed) -> bool:
-        """Return whether consuming was resumed since partitions were last about to be read."""
+        """Return whether consuming was resumed since `excuse` was last called."""
         return resumed.number != self._resumed
 
     def _excuses(self, record: aiokafka.ConsumerRecord) -> bool:
@@ -79,8 +79,8 @@ class Upstream:
                 return (
                     f"{judged.refused} of the last {judged.judged} records were refused, as in "
                     f"partition {record.partition} at offset {record.offset}: {reason}. Consuming "
-                    "has stopped: mend the topic's writer, look at `cerberus dlq list`, then run "
-                    "`cerberus resume`, which lets what is refused so far become dead letters"
+                    "has stopped: repair the topic's writer, look at `cerberus dlq list`, then run "
+                    "`cerberus resume`, which turns the records refused so far into dead letters"
                 )
         judged.accept(len(batch.observed) - before)
         return None
