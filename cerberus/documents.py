@@ -1,7 +1,7 @@
-"""Read JSON that others wrote: a name that an object gives twice is refused, whichever is meant.
+"""Read JSON from outside, and refuse an object that gives a name twice.
 
-JSON leaves open what a repeated name means, and readers differ. So `{"amount": 1, "amount": 9000}`
-could be approved as one payment and booked as the other.
+JSON does not define what a repeated name means, and parsers differ. So `{"amount": 1, "amount":
+9000}` could be approved as one payment and booked as the other.
 """
 
 import collections
@@ -30,19 +30,19 @@ def read(raw: bytes | str) -> Any:
         orjson.JSONDecodeError: It is not JSON, or nested more than 100 levels deep.
         Repeated: An object in it, at any depth, gives a name more than once.
 
-    Cost: 1 µs more than orjson's for a transaction. If there is a quote inside a text, it is read
-    by a second parser too: 2 µs more.
+    Cost: 1 µs more than orjson's for a transaction. If a text contains a quote, a second parser
+    reads the document too: 2 µs more.
     """
     value = orjson.loads(raw)
     quotes = raw.count(b'"') if isinstance(raw, bytes) else raw.count('"')
-    # All are around the names and texts of the value: then no name was dropped.
+    # If all of them enclose names and texts of the value, no name was dropped.
     if quotes != 2 * _names_and_texts(value):
         _SECOND.decode(raw.decode() if isinstance(raw, bytes) else raw)
     return value
 
 
 def _names_and_texts(value: Any) -> int:
-    # By levels, because recursion would end where the stack of the caller says, not the bytes.
+    # Level by level: the depth of a recursion would depend on the caller's stack.
     count, levels, level = 0, 0, [value]
     while level:
         if levels > _DEEPEST:
@@ -67,5 +67,5 @@ def _once(pairs: list[tuple[str, Any]]) -> None:
         raise Repeated(name)
 
 
-# Numbers are not needed, and one of a million digits would take minutes.
+# Numbers are not needed, and converting one of a million digits would take minutes.
 _SECOND = json.JSONDecoder(object_pairs_hook=_once, parse_int=bool, parse_float=bool)

@@ -18,7 +18,7 @@ _PREFIX = "CERBERUS_"
 _OF_PLATFORM = re.compile(
     r"CERBERUS_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|NAME|ENV_\w+)"
 )
-# `float` also takes digits of other scripts, and underscores.
+# `float` also accepts digits of other scripts, and underscores.
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BEGIN, _END = "<!-- settings: `make docs` writes them -->", "<!-- end of settings -->"
 _VARIABLES = "variables"

@@ -1,8 +1,8 @@
-r"""Text of outsiders on its way to a terminal or a log: what could command either is escaped.
+r"""Escape outside text for a terminal or a log.
 
-Names, paths, cells, keys and messages of others may hold terminal codes, line ends and marks that
-turn the direction of a line. Such a character, any that `str.isprintable` denies, is written as
-JSON writes it: `\u001b`. So a line stays one line, and JSON keeps its meaning.
+Names, paths, cells, keys and messages from outside may contain terminal codes, line ends and marks
+that reverse the direction of text. Each character that is not printable by `str.isprintable` is
+written as in JSON, `\u001b`. So a line stays one line, and JSON keeps its meaning.
 """
 
 import json
@@ -22,12 +22,12 @@ def _escaped(character: str) -> str:
 
 
 def lines(text: str) -> str:
-    """Return the text with each of its lines escaped; its line ends stay."""
+    """Return the text with each of its lines escaped and its line ends kept."""
     return "\n".join(map(escaped, text.split("\n")))
 
 
 def say(*each: str, file: TextIO | None = None) -> None:
-    """Print each argument as a line of its own, escaped; commands print by this and the next."""
+    """Print each argument escaped, as one line; commands print only by this and `say_columns`."""
     print(*map(escaped, each), sep="\n", file=file or sys.stdout)
 
 
@@ -40,7 +40,7 @@ def dumps(told: Any) -> bytes:
     """Write JSON in one line, without characters that are not printable.
 
     Raises:
-        TypeError: It holds what JSON cannot.
+        TypeError: It contains a value that JSON has no form for.
 
     Cost: 0.1 µs more than orjson's for ASCII.
     """

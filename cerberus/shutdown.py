@@ -38,7 +38,7 @@ class Exit:
     Attributes:
         asked: Set when the process has to end; set it to stop without a signal.
         reason: Why the process was given up; None otherwise.
-        status: Of a process that was given up.
+        status: The exit status of a process that was given up.
     """
 
     def __init__(self, deadline_s: float = 19.0) -> None:

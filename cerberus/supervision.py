@@ -161,7 +161,7 @@ class Supervisor:
 
     Attributes:
         gave_up: Which task was given up on and why; None while all are kept alive.
-        misconfigured: The sentence of a wrong setting, if it was given up for one.
+        misconfigured: The sentence about a wrong setting that made it give up; None otherwise.
     """
 
     def __init__(
@@ -369,7 +369,7 @@ def _group(error: BaseException) -> BaseExceptionGroup[BaseException]:
 
 
 def _log_fault(text: str, fault: _Fault) -> None:
-    # A wrong setting is a sentence, not a traceback.
+    # A wrong setting is logged as a sentence, without a traceback.
     trace = None if _wrong_setting(fault.error) else fault.error
     log.error(text, fault.reason, exc_info=trace, extra={"action": "task_failed"})
 

@@ -24,7 +24,7 @@ MAX_TEXT = 128
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MS = datetime.timedelta(milliseconds=1)
 _RFC_3339 = re.compile(
-    # Of 24:00:00, a second 60 and an offset +05:60 each version of Python thinks otherwise.
+    # Python versions differ about 24:00:00, a second 60 and an offset of +05:60.
     r"\d{4}-\d\d-\d\d[Tt ](?:[01]\d|2[0-3])(?::[0-5]\d){2}(\.\d{1,9})?"
     r"([Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
     re.ASCII,
@@ -167,7 +167,7 @@ def encode(transaction: Transaction) -> bytes:
 
 
 def parse_user_id(document: Mapping[str, Any]) -> int:
-    """Read `user_id`: an integer from 0 to 2**63 - 1, which JSON may also write as 325.0.
+    """Read `user_id`: an integer from 0 to 2**63 - 1, in JSON also in the form 325.0.
 
     Raises:
         InvalidInput: naming the field.
@@ -185,7 +185,7 @@ def parse_user_id(document: Mapping[str, Any]) -> int:
 def parse_text(document: Mapping[str, Any], field: str, default: str | None = None) -> str:
     """Read a text of 1 to 128 characters; `default` when the field is absent or null.
 
-    A whole number is taken as its digits: many systems write their ids as numbers.
+    A whole number counts as its digits, because many systems write ids as numbers.
 
     Raises:
         InvalidInput: naming the field.
@@ -226,11 +226,11 @@ def whole(field: str, value: Any, wanted: str) -> int:
 
     Args:
         field: Its name.
-        value: As a parser of JSON returned it: an integer that 64 bits do not hold may be a double.
+        value: As a JSON parser returned it; an integer that exceeds 64 bits may be a double.
         wanted: What the field should be, for the refusal.
 
     Raises:
-        InvalidInput: naming the field; the value is no whole number, or may have lost digits.
+        InvalidInput: naming the field; the value is not a whole number, or may have lost digits.
     """
     if type(value) is int and -(2**63) <= value < 2**63:
         return value
@@ -313,7 +313,7 @@ def parse_moment(field: str, value: Any) -> int:
 
 
 def _likely(event_ms: int) -> str:
-    """Say which unit was probably taken for another: today's times then lie in 1970."""
+    """Say which unit was probably mistaken for another: today's times then lie in 1970."""
     for factor, said in (
         (10**3, "seconds were read as milliseconds"),
         (10**6, "seconds were read as microseconds, or milliseconds as nanoseconds"),

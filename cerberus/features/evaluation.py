@@ -13,9 +13,9 @@ from cerberus.features import fences, packed
 
 STALE_MS = 5_000
 AHEAD_MS = 2_000
-"""How far the stamp of another process may lie ahead of one's own clock: what NTP leaves, and the
-time between a look at the clock and the answer of the store. More is a doubt, because an owner that
-dies with such a clock would pass as live until its last stamp is over."""
+"""How far ahead of its own clock a reader accepts another process's time: the error of NTP, and the
+time between reading the clock and the store's answer. Beyond that it doubts the row, because an
+owner that dies with a fast clock would pass as live until that time."""
 
 
 class Doubt(enum.StrEnum):
@@ -64,8 +64,8 @@ class OnlineRow:
     """What the online store holds of one user: either part may be missing, or `unreadable`.
 
     `unreadable` holds the doubts of parts that cannot be read.
-    `split_ms` is the newest of the user's events that came in another partition than `partition`.
-    `score_ms` is the time from which the credit score is valid; 0 when there is none.
+    `split_ms` is the newest event of the user that arrived in another partition than `partition`.
+    `score_ms` is the time from which the credit score is valid; 0 without a score.
     """
 
     user_id: int

@@ -123,7 +123,7 @@ class Predictor:
         self._timeout_s = config.serving.read_timeout_ms / 1000
         self._waiting: deque[_Waiting] = deque()
         self._drain: asyncio.Task[None] | None = None
-        # A bound of their own: while Postgres is away they wait, and the others must not.
+        # A separate limit: while Postgres is down these wait, and the others must not.
         self._turns = postgres_pool.Turns(_LOOKING_UP, _LOOK_UPS)
         self._said = logs.Repeated(log)
         self.in_flight = 0
@@ -179,8 +179,8 @@ class Predictor:
         """Decide one request together with those that wait.
 
         Deadline: `read_timeout_ms` for the wait, and for each of two round trips; 2 s more if an
-        old transaction is looked up. Idempotent: yes; a repeated transaction
-        gets its first decision. The answer does not depend on the others in its batch, to the bit.
+        old transaction is looked up. Idempotent: yes; a repeated transaction gets its first
+        decision. The answer does not depend on the others in its batch, to the bit.
 
         Raises:
             Overloaded: `max_in_flight` requests are being answered, 128 old transactions are being

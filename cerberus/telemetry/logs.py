@@ -55,7 +55,7 @@ class Lines(logging.Formatter):
 
 
 class Repeated:
-    """Logs a sentence when it is met, and not again while it is met at least once a minute.
+    """Logs a sentence, and not again while it recurs at least once a minute.
 
     Args:
         log: Where it is logged, as a warning.
@@ -66,7 +66,7 @@ class Repeated:
         self._met_s: dict[str, float] = {}
 
     def warn(self, sentence: str, action: str) -> None:
-        """Log a sentence, unless it was met less than a minute ago."""
+        """Log a sentence, unless it occurred less than a minute ago."""
         now_s = time.monotonic()
         met_s = self._met_s.pop(sentence, -math.inf)
         if now_s - met_s > _QUIET_S:
@@ -109,7 +109,7 @@ def configure(level: str) -> None:
     root.setLevel(level)
     logging.captureWarnings(True)
     logging.getLogger(_ACCESS).addFilter(_without_query)
-    # At DEBUG it logs every request, and the password is in one.
+    # At DEBUG it logs every request, and one contains the password.
     logging.getLogger("aiokafka.conn").setLevel(max(logging.INFO, root.level))
     for name in _UVICORN:
         logger = logging.getLogger(name)

@@ -1,4 +1,4 @@
-"""The same complaint of a library again and again: one line a minute, with a count.
+"""Reduce a library's repeated warning to one line a minute, with a count.
 
 While a broker is away, its client logs the same error several times a second.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 _EVERY_S = 60.0
 _MOST = 500
 _KEY_CHARS, _TEXT_CHARS = 300, 2_000
-# They log what has changed, and each request.
+# They log every change and every request.
 _OURS = ("cerberus", "uvicorn")
 _NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
 Key = tuple[str, str]
@@ -31,9 +31,8 @@ class Handler(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes the first of a library's warnings that look alike, then one a minute.
 
     Records look alike if they have the logger and the text in common, without arguments and
-    numbers. The line after a minute is the last that was withheld; its field `suppressed` says
-    how many more there were. It is written with the next record of any logger. At most 500 kinds
-    are remembered.
+    numbers. The line after a minute is the last that was withheld; its field `suppressed` counts
+    the others. It is written with the next record of any logger. At most 500 kinds are remembered.
 
     Args:
         clock: Monotonic seconds.
@@ -67,7 +66,7 @@ class Handler(logging.StreamHandler):  # type: ignore[type-arg]
             self._told[key] = _Complaint(now_s)
             return False
         known.withheld += 1
-        # Without the traceback, which would keep what its frames hold.
+        # Without the traceback, which would keep its frames' objects alive.
         known.last = logging.makeLogRecord(
             {"name": record.name, "levelno": record.levelno, "levelname": record.levelname}
             | {"msg": record.getMessage()[:_TEXT_CHARS], "created": record.created}
