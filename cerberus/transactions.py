@@ -33,14 +33,14 @@ _YEAR_2000_MS, _YEAR_2100_MS = 946_684_800_000, 4_102_444_800_000
 _YEAR_1971_MS, _YEAR_2200_MS = 31_536_000_000, 7_258_118_400_000
 _EXACT = 2**53
 THROUGH_A_DOUBLE = (
-    "may have lost digits, for it was a floating-point number: export it as text or as an integer"
+    "may have lost digits as a floating-point number: export it as text or as an integer"
 )
-"""Why an id is refused that is no longer what was written first."""
+"""Why an id is refused that may differ from the original."""
 NO_VALUE = ("\\N", "null", "none", "nan", "n/a", "#n/a", "<na>", "(null)")
-"""What programs write where an id is missing, in any case."""
+"""What programs write for a missing id, in upper or lower case."""
 # `12e5` may be hexadecimal; programs write 1.2E+6.
 ROUNDED = r"[+-]?\d+(?:[.,]\d+[eE][+-]?|[eE]\+)\d+"
-"""A number as programs write a long one."""
+"""The form in which programs write a long number."""
 _NO_ID = re.compile("|".join([ROUNDED, *map(re.escape, NO_VALUE)]), re.ASCII | re.IGNORECASE)
 
 
@@ -208,16 +208,16 @@ def parse_text(document: Mapping[str, Any], field: str, default: str | None = No
 
 
 def check_id(field: str, value: str) -> None:
-    """Refuse what is written where an id is missing, and a number that has lost digits.
+    """Refuse a word for a missing value, and a number that has lost digits.
 
-    Otherwise the payments of many would become those of one.
+    Otherwise different ids would become the same one.
 
     Raises:
         InvalidInput: naming the field.
     """
     if _NO_ID.fullmatch(value):
         lost = value[-1].isdecimal()
-        reason = THROUGH_A_DOUBLE if lost else f"{value} stands for no value: send null, or none"
+        reason = THROUGH_A_DOUBLE if lost else f"{value} stands for no value: send null instead"
         raise errors.InvalidInput(field, reason)
 
 

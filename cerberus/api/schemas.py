@@ -118,7 +118,7 @@ _ENUMS: Mapping[str, Any] = {
 
 
 def _no_id() -> str:
-    """Return the pattern of texts that are no ids, in a form that every engine takes."""
+    """Return a pattern of texts that are not ids, in a form that every engine accepts."""
     spelled = "|".join(map(re.escape, transactions.NO_VALUE)).replace(r"\#", "#")
     letters = re.sub("[A-Za-z]", lambda found: f"[{found[0].upper()}{found[0].lower()}]", spelled)
     return f"^({transactions.ROUNDED.replace('(?:', '(')}|{letters})$"
