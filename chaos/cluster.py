@@ -77,7 +77,7 @@ class Cluster:
         redis: A client of the same Redis.
         pool: Connections to Postgres.
         credit: Whether fixed credit scores are materialized.
-        pair: The Redis behind the address that instances know, and one to hand over to.
+        pair: The Redis behind the address that instances know, and one to fail over to.
         former: The greatest epoch of the topic's former lives.
         removed: The transactions' records that were deleted from the log, by partition.
     """
@@ -131,7 +131,7 @@ class Cluster:
         await kafka.create_topics(self.config)
 
     async def log(self, name: str) -> dict[int, list[Any]]:
-        """Read all records of a topic with a plain consumer, by partition, deleted ones too."""
+        """Read all records of a topic with a plain consumer, by partition; add the deleted ones."""
         topic = self.config.kafka.topic(name)
         reader = AIOKafkaConsumer(
             bootstrap_servers=self.servers.kafka.url, isolation_level="read_committed"

@@ -61,7 +61,7 @@ def _count(value: Any) -> int:
 
 
 async def read_log(target: cluster.Cluster) -> Log:
-    """Read the whole topic into one oracle for each partition, what was deleted included."""
+    """Read the whole topic, deleted records included, into one oracle for each partition."""
     found = {}
     for number, records in (await target.log(kafka.TRANSACTIONS)).items():
         told = [(r.offset, r.timestamp, r.value) for r in records]
@@ -137,9 +137,9 @@ def _add_short(
     decisions: dict[Any, set[Any]],
     history: dict[Any, set[Any]],
 ) -> None:
-    """Add what an owner knew that began after a deletion; a decision must say that it is in doubt.
+    """Add what an owner that began after a deletion knew; its decision must say `degraded`.
 
-    A history row has no place for a doubt.
+    A history row has no column for a doubt.
     """
     for short in (log.short for _, log in logs if log.short):
         for event, stats in short.decisions():

@@ -15,7 +15,7 @@ from chaos import cluster, service, traffic
 
 RECOVER_S = 180.0
 CUT_MS = 10_000
-"""Half of the window: what is older is deleted from the log."""
+"""Half of the window; older records are deleted from the log."""
 _SWELLING, _SWOLLEN, _SWOLLEN_BYTES = 3, 240, 250_000_000
 _FIRST_GUESS_S = 12.0
 _AHEAD_S = 3_600.0
@@ -165,7 +165,7 @@ class Schedule:
         await asyncio.to_thread(server.start)
 
     async def redis_handed_over(self) -> None:
-        """Let Redis hand over to another server and back; no connection ends."""
+        """Fail Redis over to another server and back, without ending a connection."""
         for back in (False, True):
             began_s = time.time()
             await self._target.pair.hand_over(back=back)
@@ -213,7 +213,7 @@ class Schedule:
         await self.kill(len(self._target.instances))
 
     async def swell(self) -> None:
-        """Send batches of 14 kB that hold 214 MB each; no instance may take as much for them."""
+        """Send batches of 14 kB that unpack to 214 MB; no instance may use that much memory."""
         before = [instance.greatest_bytes for instance in self._target.instances]
         await self._publisher.swell(_SWELLING, _SWOLLEN)
         await cluster.until(self._target.drained, "what swells is stored", RECOVER_S)

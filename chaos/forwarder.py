@@ -1,4 +1,4 @@
-"""An address in front of servers: connections that are open stay with the server they reached."""
+"""An address in front of servers; open connections stay with the server that they reached."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ class Forwarder:
     """Passes each new connection on to the server behind `port`, in a thread of its own.
 
     Args:
-        port: Of the server; another one may be set at any time.
+        port: The server's port; it may be changed at any time.
 
     Attributes:
         address: The port where it listens itself, once entered.

@@ -79,7 +79,7 @@ class Partition:
         records: (offset, timestamp in ms, value) in the log's order.
 
     Attributes:
-        short: The same log from where it began after a part of it was deleted; None: it has all.
+        short: The same log without the part that was deleted at its start; None if it is whole.
     """
 
     def __init__(self, rules: Rules, records: Iterable[tuple[int, int, bytes | None]]) -> None:

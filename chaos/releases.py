@@ -52,7 +52,7 @@ class Release:
         own = directory / self.name
         own.mkdir(exist_ok=True)
         (own / "release.py").write_text(_APP.format(changes=self.changes))
-        # Older versions are open to loopback unasked, and refuse a setting that they do not know.
+        # Older versions are open to loopback by default, and refuse an unknown setting.
         knows = "CERBERUS_OPEN" in (self.tree / "cerberus" / "settings.py").read_text()
         environ = {k: v for k, v in environ.items() if knows or k != "CERBERUS_OPEN"}
         site = process.Site(own, environ, lambda line: None)

@@ -1,4 +1,4 @@
-"""A second Redis, to which the first hands over while all connections stay open."""
+"""A second Redis, to which the first fails over while all connections stay open."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ class Pair:
         await asyncio.to_thread(self._hand_over, back)
 
     def stop(self) -> None:
-        """End the second server, and let the first one take writes again."""
+        """Stop the second server, and let the first one accept writes again."""
         with contextlib.suppress(redis.exceptions.RedisError), self._client(0) as first:
             first.execute_command("REPLICAOF", "NO", "ONE")
         self._second.stop()

@@ -55,7 +55,7 @@ class Instance:
 
     @property
     def greatest_bytes(self) -> int:
-        """The most memory that it has had since it was started."""
+        """The peak of its memory since it was started."""
         pid = int((self._directory / f"{self.name}.pid").read_text())
         told = pathlib.Path(f"/proc/{pid}/status").read_text()
         [found] = re.findall(r"VmHWM:\s+(\d+) kB", told)
@@ -67,7 +67,7 @@ class Instance:
         return self._process.log
 
     def start(self, app: str | None = None) -> None:
-        """Start it, with its own application unless another is given; it serves seconds later."""
+        """Start it, by default with its own application; it serves some seconds later."""
         command = [app if word == self._app and app else word for word in self._command]
         self._process.start(command, self.tree, self._environ)
         self.up = self._started = True

@@ -1,4 +1,4 @@
-"""Batches that take little room in the log and much in memory."""
+"""Batches that are small in the log and large in memory."""
 
 import asyncio
 import dataclasses
@@ -11,11 +11,11 @@ from aiokafka import AIOKafkaProducer
 Record = tuple[bytes, bytes, int]
 PAD_BYTES = 890_000
 TOO_LONG = 1 << 20
-"""A record whose value is longer is set aside, described."""
+"""A record with a longer value becomes a dead letter that describes it."""
 
 
 def padded(document: dict[str, Any], size: int = PAD_BYTES) -> bytes:
-    """Write a JSON object with a long field that nobody reads."""
+    """Pad a JSON object with a long field that nobody reads."""
     return json.dumps(document | {"pad": "x" * size}).encode()
 
 
@@ -42,14 +42,14 @@ def _closed(client: AIOKafkaProducer, records: Sequence[Record]) -> Any:
 async def publish(
     bootstrap: str, topic: str, partition: int, batches: Iterable[Sequence[Record]]
 ) -> None:
-    """Send each of some batches of (key, value, timestamp in ms) as one, all at the same time."""
+    """Send some batches of (key, value, timestamp in ms), all at the same time."""
     async with AIOKafkaProducer(
         bootstrap_servers=bootstrap,
         compression_type="zstd",
         max_batch_size=1 << 30,
         max_request_size=1 << 30,
     ) as client:
-        # In a thread: it takes seconds, and questions are asked meanwhile.
+        # In a thread: it takes seconds, and requests are sent meanwhile.
         closed = await asyncio.to_thread(lambda: [_closed(client, some) for some in batches])
         async with asyncio.timeout(60):
             sent = [await client.send_batch(batch, topic, partition=partition) for batch in closed]

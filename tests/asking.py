@@ -17,7 +17,7 @@ def client(app, *, peer="127.0.0.1", base_url=LOCAL, headers=None):
 
 
 def _multiple(validator, step, value, schema):
-    """Divide what was written: as doubles, 0.57 is no multiple of 0.01."""
+    """Divide the written decimals: as doubles, 0.57 is not a multiple of 0.01."""
     if validator.is_type(value, "number"):
         if decimal.Decimal(repr(value)) % decimal.Decimal(repr(step)):
             yield jsonschema.ValidationError(f"{value!r} is not a multiple of {step}")

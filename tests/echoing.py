@@ -1,6 +1,6 @@
-"""An application that says what it was asked, for tests of the HTTP protocol alone.
+"""An application that echoes its request, for tests of the HTTP protocol alone.
 
-With `ECHO_PROTOCOL=ours` uvicorn speaks the service's protocol, else its own.
+With `ECHO_PROTOCOL=ours` uvicorn uses the service's protocol, otherwise its own.
 """
 
 import asyncio

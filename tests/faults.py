@@ -112,7 +112,7 @@ async def assert_rows_equal_the_log(here):
 
 
 async def set_topics(here, topic, values):
-    """Set several settings of a topic: the brokers forget those that are not among them."""
+    """Set a topic's settings; the brokers reset those that are not given."""
     async with admin_of(here) as admin:
         changed = ConfigResource(ConfigResourceType.TOPIC, topic, configs=values)
         await admin.alter_configs([changed])
@@ -139,9 +139,9 @@ async def compacted(here, policy="compact", topic=kafka.TRANSACTIONS):
     await set_topics(here, name, COMPACTING | {"cleanup.policy": policy})
 
     async def fewer():
-        # The newest segment is not compacted, and only a record begins another one.
+        # The newest segment is not compacted, and only a new record begins another segment.
         for number in before:
-            key = b"last-%d" % time.time_ns()  # its own, or it would leave a gap, too
+            key = b"last-%d" % time.time_ns()  # its own key, or its removal would leave a gap, too
             await here.kafka.send_and_wait(name, b"{}", key=key, partition=number)
         log = await here.log(topic)
         kept = {n: [r for r in log[n] if not (r.key or b"").startswith(b"last")] for n in before}

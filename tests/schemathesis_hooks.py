@@ -1,11 +1,11 @@
-"""What schemathesis cannot read in the document."""
+"""Rules that the document cannot express, for schemathesis."""
 
 import datetime
 
 import schemathesis
 from hypothesis import strategies as st
 
-# `timestamp` and `labelled_at` must not lie in the future, and no schema can say that.
+# `timestamp` and `labelled_at` must not be in the future, which no schema can express.
 schemathesis.openapi.format(
     "date-time",
     st.datetimes(
@@ -18,7 +18,7 @@ schemathesis.openapi.format(
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    """Give a question about a transaction its required id.
+    """Give a query about a transaction its required id.
 
     Following a link, schemathesis may take it from a decision on a user alone, where it is null.
     """

@@ -1,4 +1,4 @@
-"""The addresses of the servers: what is taken, what is refused, and that no secret shows."""
+"""The addresses of the servers: what is accepted and refused, and that no secret shows."""
 
 import getpass
 import ssl

@@ -175,7 +175,7 @@ def test_a_burst_of_connections_leaves_files_for_others(loop):
 
 
 def test_bodies_together_have_a_bound(ours):
-    """Large ones have one of their own: small ones are taken meanwhile."""
+    """Large bodies have a separate limit: small ones are accepted meanwhile."""
     with contextlib.ExitStack() as stack:
         large = [stack.enter_context(Wire(ours.port)) for _ in range(30)]
         for wire in large:

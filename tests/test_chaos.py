@@ -114,7 +114,7 @@ async def test_a_minute_under_fire_loses_nothing_and_counts_nothing_twice(
 
 
 async def lives_through(target, *, reborn=False, cut=False):
-    """Let one instance work off a backlog, be killed, work off another; then compare.
+    """Let one instance process a backlog, kill it, let it process another; then compare.
 
     Before its second start the log may lose what is older than the middle of the windows.
     """
@@ -159,7 +159,7 @@ async def test_a_rule_that_is_removed_is_found(servers, environ, new_directory, 
 
 
 async def swells(target):
-    """Send batches that swell to one instance; return what was wrong."""
+    """Send batches that unpack to much to one instance; return what was wrong."""
     [one] = target.instances
     one.start()
     await cluster.until(target.live, "the instance owns all", 60)
@@ -257,7 +257,7 @@ async def test_a_zombie_without_a_fence_is_found(servers, environ, new_directory
     assert any("after" in line for line in wrong)
 
 
-# Each removes one rule of those that hold where a server or a clock is not what it seems.
+# Each removes one rule that holds where a server or a clock is not what it seems.
 LEFT = """
 from cerberus.online import pool
 async def stay(client):
@@ -273,7 +273,7 @@ partition_states.PartitionStates._aged = lambda self, number, state, now_ms: sta
 
 
 async def handed_over(target, within_s):
-    """Let Redis hand over under one instance; say whether all is well within some seconds."""
+    """Fail Redis over under one instance; return whether it recovers within some seconds."""
     target.instances[0].start()
     await cluster.until(target.live, "it owns all", 60)
     users = range(1_000, 1_040)
@@ -300,7 +300,7 @@ async def test_who_stays_with_a_replica_is_found(servers, environ, new_directory
 
 
 async def owned_by_a_clock_ahead(target):
-    """Ask a reader about what comes after an owner with a clock ahead has ended."""
+    """Ask a reader what it says after an owner with a fast clock has ended."""
     ahead, reader = target.instances
     reader._environ = {**reader._environ, "CERBERUS_TASKS": "api"}
     ahead.start(service.AHEAD)

@@ -1,4 +1,4 @@
-"""Clocks that are ahead: a stamp from the future is a doubt by itself, whoever wrote it."""
+"""Fast clocks: a time from the future casts doubt, whoever wrote it."""
 
 import asyncio
 import datetime

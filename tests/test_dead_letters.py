@@ -1,4 +1,4 @@
-"""A dead letter is the record as it was; an operator lists, reads and sends it again."""
+"""A dead letter is the unchanged record; an operator lists, shows and sends it again."""
 
 import asyncio
 import contextlib
@@ -56,7 +56,7 @@ class Here:
         )
 
     async def answers(self):
-        """Wait until a broker that was frozen has taken up its work again."""
+        """Wait until a broker that was frozen works again."""
         await self.opened.kafka.send_and_wait(self.opened.config.kafka.topic(kafka.DECISIONS), b"")
 
     async def listed(self, *arguments):
@@ -139,7 +139,7 @@ async def test_a_dead_letter_is_as_it_was_and_comes_back_in_the_next_round(here)
         dry = await here.dlq("replay", "--dry-run")
         assert f"3 records would be sent to {topic}" in dry.stdout
         await here.set_aside(3)
-        # What lay ahead of its record no longer does; the others are refused again.
+        # The event that was ahead of its record no longer is; the others are refused again.
         begun = at + 61_000 - opened.spans.max_future_skew_ms
         await until(lambda: now_ms() > begun, "the event is no longer ahead")
         done = await here.dlq("replay", "--round", 1)
@@ -149,7 +149,7 @@ async def test_a_dead_letter_is_as_it_was_and_comes_back_in_the_next_round(here)
         assert second.keys() == {b"\x1b]0;x\x07", b"9"}
         assert second[b"9"].headers == OWN
         assert await opened.pool.fetchval("SELECT transaction_id FROM transactions") == "tahead"
-        # Repeating changes nothing that counts.
+        # A repetition changes no window.
         await here.dlq("replay", "--reason", "timestamp")
         count = "SELECT count(*) FROM transactions"
         assert await opened.pool.fetchval(count) == 1

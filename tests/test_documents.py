@@ -1,4 +1,4 @@
-"""JSON of strangers: what gives a name twice is refused at every door, and nothing else is."""
+"""JSON from outside: a repeated name is refused at every door, and nothing else is."""
 
 import json
 import pathlib
@@ -37,7 +37,7 @@ documents_of = st.recursive(
 
 
 def text(value, written):
-    """Write a value as JSON; `written` writes a text in one of the ways there are."""
+    """Write a value as JSON; `written` chooses a form for each text."""
     if isinstance(value, Pairs):
         pairs = (f"{written(name)} : {text(inner, written)}" for name, inner in value)
         return f"{{{','.join(pairs)}}}"
@@ -119,7 +119,7 @@ def test_a_hostile_text_costs_no_more_than_its_length():
 
 
 def doubled(document, name, first='"x"'):
-    """Write a right document that gives a name twice, the second time by escapes."""
+    """Write a valid document that gives a name twice, the second time by escapes."""
     written = json.dumps(document)
     assert f'"{name}": ' in written
     twice = f'"{name}": {first}, {as_escapes(name)}: '

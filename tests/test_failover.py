@@ -1,4 +1,4 @@
-"""Servers that answer but are not the one to write to: replicas, standbys, full and moved ones."""
+"""Servers that answer but take no writes: replicas, standbys, full and moved ones."""
 
 import asyncio
 import contextlib
@@ -186,7 +186,7 @@ async def test_a_redis_that_takes_no_writes_is_not_called_sound(
 
 
 async def set_read_only(database, state):
-    """Let new sessions only read, or write again; end those that are open only for the former."""
+    """Make new sessions read-only, or writable again; end the open ones only for the former."""
     name = database.rpartition("/")[2]
     connection = await asyncpg.connect(database)
     await connection.execute("SET default_transaction_read_only = off")
@@ -247,7 +247,7 @@ async def test_a_standby_is_not_believed_about_earlier_decisions(environ, databa
         async def refused():
             try:
                 await here.postgres.ledger.find([asked.in_hand])
-            except errors.StoreUnavailable as error:  # the first meets the end of its connection
+            except errors.StoreUnavailable as error:  # the first call finds its connection closed
                 return "takes no writes" in str(error)
 
         await until(refused, "it is refused", LAW_S)

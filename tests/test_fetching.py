@@ -1,4 +1,4 @@
-"""What is fetched passes through our hands; the first record is the one that the broker knows."""
+"""All fetches pass through our wrapper; the first record is the one that the broker knows."""
 
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -31,7 +31,7 @@ async def reader(here):
 
 
 async def test_a_fetch_holds_no_more_than_its_bound(here, reader, monkeypatch):
-    """It fails if aiokafka no longer fetches through what is wrapped."""
+    """It fails if aiokafka no longer fetches through the wrapped method."""
     client, tp = reader
     for first in range(0, 60, 6):
         values = [padded({"at": first + i}, 50_000) for i in range(6)]

@@ -1,4 +1,4 @@
-"""The whole service while clients open too much or send too much: who behaves is served."""
+"""The whole service under clients that open or send too much: well-behaved ones are served."""
 
 import asyncio
 import contextlib
@@ -53,7 +53,7 @@ def resident_mib(pid):
 
 
 class Asking(threading.Thread):
-    """Asks for predictions on one connection, one after the other, until it is told to stop."""
+    """Asks for predictions on one connection, one after the other, until it is stopped."""
 
     def __init__(self, running):
         super().__init__()
@@ -106,7 +106,7 @@ def test_curl_may_ask_for_http2(environ):
 
 
 def flood(port, sent, callers, rounds):
-    """Send so many at once, so often, and return the answers; in a process of its own."""
+    """Send so many requests at once, so often, from another process; return the answers."""
 
     def post(_):
         found = []

@@ -1,4 +1,4 @@
-"""A header whose name is not UTF-8 stops nobody: its record is read like any other."""
+"""A header whose name is not UTF-8 stops no consumer: its record is read like any other."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from cerberus import kafka, labels
 from cerberus.stream import dead_letters, header_names, label_topic
 
 pytestmark = pytest.mark.anyio
-# aiokafka's producer writes what the name encodes itself as, in Python only.
+# aiokafka's producer calls `encode` on a name, but only in Python.
 SEND = """
 import asyncio, sys
 from aiokafka import AIOKafkaProducer

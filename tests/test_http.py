@@ -564,7 +564,7 @@ async def test_any_json_gets_an_answer_or_a_problem_of_the_caller(environ, datab
         await served.close()
 
 
-# What strangers write reaches no terminal and no log as it came.
+# Outside text reaches terminals and logs only escaped.
 
 
 def carries_no_codes(text):

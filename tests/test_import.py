@@ -283,7 +283,7 @@ async def test_what_the_previous_release_imported_is_known_and_goes_on(
     rows = [paid(i, at_ms=BEGIN_MS + i) for i in range(9)]
     path = write(tmp_path / "past.csv", rows)
     content = path.read_bytes()
-    # As it identified a file: by its size, its first MiB and how it was read.
+    # It identified a file by its size, its first MiB and how it was read.
     head = hashlib.sha256(b"%d\0%s" % (len(content), content[: 1 << 20])).hexdigest()
     how = {
         "columns": {},

@@ -132,7 +132,7 @@ async def test_events_outside_the_home_are_doubted_whichever_came_first(here):
 
 
 async def split_said(here):
-    """Say whether a process that consumes nothing tells of split users."""
+    """Return whether a process that consumes nothing reports split users."""
     async with client(here.app(here.decision_log())) as http:
         reasons = (await http.get("/health")).json()["reasons"]
     return any("users of another" in reason for reason in reasons)

@@ -186,7 +186,7 @@ def test_sql_does_not_hide_that_an_id_was_a_double(tmp_path, field, cast, kind):
 def test_types_of_parquet_become_what_they_mean(tmp_path):
     name = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
     raw = bytes.fromhex(name.replace("-", ""))
-    last_ns = 1_795_518_000_000_999_499  # DuckDB rounds to µs what has ns and a zone
+    last_ns = 1_795_518_000_000_999_499  # DuckDB rounds times with ns and a zone to µs
     moments = [
         pyarrow.array([last_ns // 1000], pyarrow.timestamp("us", "Europe/Berlin")),
         pyarrow.array([last_ns // 1000], pyarrow.timestamp("us")),

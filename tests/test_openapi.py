@@ -1,4 +1,4 @@
-"""What the document says: a generated client uses it, and generated requests hold us to it."""
+"""The OpenAPI document: a generated client uses it, and generated requests test it."""
 
 import datetime
 import importlib
@@ -88,7 +88,7 @@ def generated(running, tmp_path, monkeypatch):
     with keyed, package.Client(base_url=address) as keyless:
         yield ask, importlib.import_module("made.models"), keyless
     files = {path.stem for path in (tmp_path / "made" / "api").glob("*/*.py")} - {"__init__"}
-    assert asked == files  # else an operation was not tried
+    assert asked == files  # otherwise an operation was not tried
     for name in [name for name in sys.modules if name.split(".")[0] == "made"]:
         del sys.modules[name]
 

@@ -1,4 +1,4 @@
-"""What strangers wrote reaches a terminal or a log as text, never as a command."""
+"""Outside text reaches a terminal or a log as text, never as a command."""
 
 import json
 import logging
@@ -56,7 +56,7 @@ def test_a_log_line_is_one_line_whatever_is_logged(text):
 
 @pytest.fixture
 def nowhere(monkeypatch):
-    """Set addresses where no server is."""
+    """Set addresses without a server."""
     for name, value in BASE.items():
         monkeypatch.setenv(name, value)
 

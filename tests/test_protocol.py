@@ -1,4 +1,4 @@
-"""The HTTP protocol on real sockets: one answer a request, whatever the bytes and their packets."""
+"""The HTTP protocol on real sockets: one answer per request, however its bytes are split."""
 
 import itertools
 import random
@@ -193,7 +193,7 @@ def test_pipelined_requests_beyond_what_may_wait_are_answered_in_order(ours):
 
 
 def streams(rng):
-    """Yield byte streams in which every request is one, or is refused, without a doubt."""
+    """Yield byte streams in which each request is unambiguous, or is refused."""
     while True:
         made = []
         for n in range(rng.randrange(1, 5)):

@@ -1,4 +1,4 @@
-"""Each recipe of docs/history.md, run on ten rows in the shape of the set that it is for."""
+"""Each recipe of docs/history.md, run on ten rows in the shape of its data set."""
 
 import argparse
 import csv

@@ -26,7 +26,7 @@ def sql(url, *statements):
 
 @pytest.fixture
 def role(servers, database):
-    """Make a role of its own, and return its name and its address of the database."""
+    """Create a role, and return its name and the database's address for it."""
     name = f"r{secrets.token_hex(6)}"
     sql(servers.postgres.url, f"CREATE ROLE {name} LOGIN")
     parts = urllib.parse.urlsplit(database)

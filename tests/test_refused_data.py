@@ -1,4 +1,4 @@
-"""Data that a store refuses: a row is set aside, and all others go on."""
+"""Data that a store refuses: its row is set aside, and all others are stored."""
 
 import asyncio
 import random

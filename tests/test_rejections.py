@@ -1,4 +1,4 @@
-"""A schema break is told from a few bad records, at any rate and within a stated bound."""
+"""A schema break is distinguished from a few bad records, at any rate and within a bound."""
 
 import math
 
@@ -29,13 +29,13 @@ def alarm(gaps, max_share=MAX_SHARE):
 
 
 def drawn(share, count, seed):
-    """Draw about so many records, of which such a share is refused."""
+    """Draw about so many records with this share refused."""
     size = max(1, int(count * share))
     return numpy.random.default_rng(seed).geometric(share, size) - 1
 
 
 def steps(max_share):
-    """Return what a record adds and takes, and the bound, from the code's own sum."""
+    """Return what a record adds and subtracts, and the limit, as the code computes them."""
     one = rejections.Rejections(max_share)
     one.refuse()
     bad = one._sum

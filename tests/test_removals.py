@@ -1,4 +1,4 @@
-"""Whatever takes records out of a log, no answer without a doubt is below what was paid."""
+"""Whatever removes records from a log, no answer without a doubt is too low."""
 
 import signal
 
@@ -42,7 +42,7 @@ async def paid(here, times=6, ago_ms=300_000):
 
 
 async def below(here, wanted):
-    """Return what is answered without a doubt though it is below what was paid."""
+    """Return the answers without a doubt that are too low."""
     rows = [await here.read(user, now_ms()) for user in USERS]
     return [r for r in rows if r.degraded == () and r.stats[0].count < wanted]
 
@@ -66,7 +66,7 @@ async def test_what_compaction_removed_is_doubted_after_a_restart(here, policy):
             assert f"cleanup.policy={policy}" in one.problems["cleanup"]
             assert "set cleanup.policy=delete" in one.problems["cleanup"]
             assert "lost records from inside partition 0 (offsets 0 to" in one.problems["removed"]
-    # The policy is set back, so only the gaps tell.
+    # The policy is reset, so only the gaps reveal the loss.
     await set_topics(here, topic_of(here), {"cleanup.policy": "delete"})
     async with running(one := here.consumer()):
         await drained(here, one)
@@ -159,7 +159,7 @@ async def test_what_is_compacted_before_the_first_start_is_doubted(here):
 
 
 async def test_a_gap_right_before_the_reach_of_the_windows_is_seen(here):
-    """What is left of the log is contiguous from the reach on: the gap is right before that."""
+    """The remaining log is contiguous where the window begins: the gap is right before that."""
     at = now_ms() - 3_000_000
     others = range(5_000, 5_060)
     await here.publish([(u, payment(u, u, at), at) for u in others])

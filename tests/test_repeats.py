@@ -9,7 +9,7 @@ from cerberus.telemetry import logs, repeats
 
 
 class Log:
-    """A handler at a clock set by hand, and what it wrote."""
+    """A handler with a manual clock, and what it wrote."""
 
     def __init__(self):
         self.now_s = 0.0
@@ -85,7 +85,7 @@ def test_the_memory_is_bounded():
 
 @pytest.mark.anyio
 async def test_a_client_without_a_broker_is_one_line():
-    """Its client repeats its complaint for as long as a start takes."""
+    """The client repeats its warning for as long as a start takes."""
     handler = repeats.Handler()
     handler.setFormatter(logs.JsonLines())
     handler.setStream(io.StringIO())

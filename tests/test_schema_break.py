@@ -1,4 +1,4 @@
-"""Consuming stops at a schema break, and goes on when an operator says so."""
+"""Consuming stops at a schema break, and continues when an operator says so."""
 
 import asyncio
 import os
@@ -77,7 +77,7 @@ async def test_a_resume_lets_all_consumers_go_on_and_later_records_are_judged_an
         assert not one.problems
         assert not two.problems
         assert await letters(here) == 30 * len(USERS)
-        # The writer was not mended.
+        # The writer was not repaired.
         await publish(here, 1, 100)
         await until(lambda: "schema" in one.problems or "schema" in two.problems, "it stops again")
         assert "resume 2" in await resume(here)

@@ -176,7 +176,7 @@ async def test_more_requests_than_the_bound_are_refused_at_once(environ):
 
 
 async def test_old_transactions_that_wait_for_postgres_keep_no_young_one_waiting(environ):
-    """They are looked up first, and a server that says nothing takes all of their time."""
+    """They are looked up first, and a silent server uses up all of their time."""
     with socket.create_server(("127.0.0.1", 0), backlog=512) as silent:
         port = silent.getsockname()[1]
         away = {"DATABASE_URL": f"postgresql://x@127.0.0.1:{port}/x?sslmode=disable"}

@@ -1,4 +1,4 @@
-"""A batch that swells takes bounded memory, its records are told apart, and partitions go on."""
+"""A batch that unpacks to much takes bounded memory, and its records and others are read."""
 
 import asyncio
 import pathlib
@@ -36,7 +36,7 @@ async def swell(here, values, codec="zstd"):
 
 
 def greatest_bytes(pid):
-    """Return the most memory that a process has had."""
+    """Return the peak memory of a process."""
     [told] = re.findall(r"VmHWM:\s+(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text())
     return int(told) * 1024
 

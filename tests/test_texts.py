@@ -1,4 +1,4 @@
-"""Texts as the world writes them: any encoding, packed, arrays, lines before the header."""
+"""Texts as programs write them: any encoding, packed, arrays, lines before the header."""
 
 import gzip
 import io
@@ -174,7 +174,7 @@ try:
         told += [row.broken[:40] for row in rows]
 except errors.InvalidInput as error:
     told.append(str(error))
-# The peak that `getrusage` tells may be that of the process that started this one.
+# The peak of `getrusage` may be that of the process that started this one.
 peak_kib = re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]
 print(told.count(""), len(told), int(peak_kib) >> 10, max(told))
 """

@@ -73,7 +73,7 @@ def test_decode_reads_back_what_encode_wrote(transaction):
         ("timestamp", "2026-01-31T22+00:00:00"),
         ("timestamp", "2026-01-31T22:00:00,5Z"),
         ("timestamp", "1969-12-31T23:59:59Z"),
-        # Each of these has another fate on another version of Python.
+        # Versions of Python differ about each of these.
         ("timestamp", "2026-01-31T24:00:00Z"),
         ("timestamp", "2026-01-31T24:00:00.000+01:00"),
         ("timestamp", "2026-01-31T23:59:60Z"),

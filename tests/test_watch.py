@@ -1,4 +1,4 @@
-"""Servers that die under `make run` are named and started again."""
+"""`make run` names servers that die and starts them again."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def main_process(directory, name):
 
 
 def kill(directory, name):
-    """Kill a server as the system would when memory is short: its main process alone."""
+    """Kill a server's main process alone, as the system does when memory is short."""
     pid = main_process(directory, name)
     os.kill(pid, signal.SIGKILL)
     return pid
@@ -99,7 +99,7 @@ def test_the_end_of_the_watch_leaves_nothing_that_was_about_to_start(new_directo
 
 
 def again(said):
-    """Return how often it was said that a server runs again."""
+    """Return how many times a restarted server was reported."""
     return sum("ready in" in line for line in said) - 1
 
 

@@ -1,6 +1,6 @@
-"""Bytes sent to a server as they are, and the answers that come back.
+"""Send raw bytes to a server, and read the answers.
 
-The server is the service, or an application that says what it was asked (`echoing.py`).
+The server is the service, or an application that echoes its request (`echoing.py`).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ NEXT = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
 
 @dataclasses.dataclass
 class Answer:
-    """One answer as it came."""
+    """One answer, as received."""
 
     status: int
     headers: dict
@@ -59,7 +59,7 @@ class Wire:
         return self
 
     def reset(self):
-        """Vanish without a word."""
+        """Close the socket."""
         self._socket.close()
 
     def answer(self):
@@ -81,7 +81,7 @@ class Wire:
         return Answer(int(status.split()[1]), headers, body)
 
     def answers(self, quiet_s=None):
-        """Return all answers until the end, or until nothing has come for so long."""
+        """Return all answers until the end, or until none has come for so long."""
         found = []
         self._socket.settimeout(quiet_s or self._socket.gettimeout())
         with contextlib.suppress(TimeoutError):
@@ -110,7 +110,7 @@ def bytewise(data):
 
 
 def echo(*arguments, files=None, **environ):
-    """Serve the application that says what it was asked."""
+    """Serve the application that echoes its request."""
     return service(
         {"ECHO_PROTOCOL": "ours", **environ},
         "--app-dir",
@@ -144,7 +144,7 @@ def request(upgrade=b"", body=BODY, *, chunked=False, path=b"/p", more=b""):
 
 
 def assert_refused(port, parts, status=400):
-    """Hold that what is sent gets one problem, and the end of the connection."""
+    """Assert that the parts get one problem as answer, and that the connection ends."""
     with Wire(port) as wire:
         *_, answer = found = wire.send(*parts).answers()
         assert wire.closed
