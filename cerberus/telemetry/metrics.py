@@ -9,7 +9,8 @@
 - `cerberus_records_total{outcome}`: records of the log, by outcome.
 - `cerberus_partition_lag{partition}`: records from an owned partition's position to its end.
 - `cerberus_decisions_waiting{store}`: decisions on requests that a store has not acknowledged.
-- `cerberus_decisions_dropped_total{store}`: decisions that its full buffer did not take.
+- `cerberus_decisions_dropped_total{store}`: decisions that its full buffer did not take, or whose
+  data it refused.
 - `cerberus_labels_total{outcome}`: labels from requests and the topic, by outcome.
 - `cerberus_task_up{task}`: 1 while the task runs.
 - `cerberus_task_restarts_total{task}`: restarts since the process began.
@@ -131,7 +132,7 @@ class _Parts(registry.Collector):
         )
         dropped = core.CounterMetricFamily(
             "cerberus_decisions_dropped",
-            "Decisions that a full buffer did not take",
+            "Decisions that did not fit in the buffer or were refused",
             labels=("store",),
         )
         for store, (held, lost) in now.decisions.items():
