@@ -18,7 +18,22 @@ GOOD = {
     "merchant_id": "m1",
     "timestamp": "2026-01-31T12:00:00.123Z",
 }
-texts = st.text(min_size=1, max_size=128).filter(lambda s: "\0" not in s).filter(str.isprintable)
+
+
+def is_id(text):
+    try:
+        transactions.check_id("transaction_id", text)
+    except errors.InvalidInput:
+        return False
+    return True
+
+
+texts = (
+    st.text(min_size=1, max_size=128)
+    .filter(lambda s: "\0" not in s)
+    .filter(str.isprintable)
+    .filter(is_id)
+)
 
 
 @given(
