@@ -308,7 +308,7 @@ def parse_moment(field: str, value: Any) -> int:
     except (ValueError, OverflowError, TypeError) as error:
         raise errors.InvalidInput(field, "must be RFC 3339 with Z or an offset") from error
     if not 0 <= moment_ms < _YEAR_2200_MS:
-        raise errors.InvalidInput(field, "must lie between 1971 and 2200")
+        raise errors.InvalidInput(field, "must lie between 1970 and 2200")
     return moment_ms
 
 
