@@ -16,6 +16,7 @@ from service import service
 
 from cerberus import errors, kafka, labels, transactions
 from cerberus.postgres import apart
+from cerberus.postgres import pool as postgres_pool
 from cerberus.stream import label_topic
 
 pytestmark = pytest.mark.anyio
@@ -250,3 +251,39 @@ async def test_the_service_does_not_start_on_a_database_that_is_not_utf_8(latin)
     with service(latin) as started:
         assert await asyncio.to_thread(started.process.wait, 60) == 78
         assert "ENCODING 'UTF8' TEMPLATE template0" in started.written()
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["25P02", "25P03", "25P04", "40P01", "53100", "55P03", "57014", "57P05", "58030", "XX000"],
+)
+async def test_what_postgres_cannot_do_now_is_no_fault_of_the_data(here, code):
+    with pytest.raises(errors.StoreUnavailable):
+        async with postgres_pool.connection(here.pool) as connection:
+            await connection.execute(f"DO $$ BEGIN RAISE 'no' USING ERRCODE = '{code}'; END $$")
+
+
+async def test_a_postgres_that_has_no_transaction_ids_left_refuses_no_data(here):
+    """It stops all writes, under the code of a row that is too large."""
+    error = asyncpg.ProgramLimitExceededError("database is not accepting commands")
+    error.server_source_function = "GetNewTransactionId"
+    with pytest.raises(errors.StoreUnavailable, match="takes no writes"):
+        async with postgres_pool.unavailable(here.pool):
+            raise error
+
+
+async def test_a_lock_timeout_that_the_database_sets_delays_the_stream_and_ends_nothing(
+    here, database
+):
+    name = database.rpartition("/")[2]
+    await here.pool.execute(f"ALTER DATABASE {name} SET lock_timeout = '100ms'")
+    await here.pool.expire_connections()
+    at = now_ms() - 1_000
+    async with running(one := here.consumer()):
+        await drained(here, one, 1)
+        async with here.pool.acquire() as holder, holder.transaction():
+            await holder.execute("LOCK TABLE transactions IN ACCESS EXCLUSIVE MODE")
+            await here.publish([(u, payment(u, u, at), at) for u in USERS])
+            await until(lambda: "lock timeout" in one.problems.get("store", ""), "it waits")
+        await drained(here, one, 1)
+    assert await here.pool.fetchval("SELECT count(*) FROM transactions") == len(USERS)

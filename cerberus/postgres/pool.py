@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import asyncpg
+from asyncpg.exceptions import _base
 
 from cerberus import errors, settings
 from cerberus.postgres import connecting, refusals
@@ -27,17 +28,24 @@ _POSTGRES_DOWN = (
     asyncpg.InternalClientError,  # on a connection that the server has just ended
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
-    asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.InsufficientResourcesError,
+    asyncpg.InternalServerError,
+    asyncpg.InvalidCachedStatementError,  # a table changed within a transaction of ours
+    asyncpg.InvalidTransactionStateError,  # idle_in_transaction_session_timeout and others
+    asyncpg.ObjectNotInPrerequisiteStateError,  # lock_timeout
+    asyncpg.PostgresSystemError,
     asyncpg.TransactionRollbackError,
 )
 _REFUSED_DATA = (
     asyncpg.DataError,
+    _base.DataError,  # of the client, which cannot write the value
     asyncpg.IntegrityConstraintViolationError,
     asyncpg.ProgramLimitExceededError,
     asyncpg.RaiseError,  # by a trigger
     UnicodeEncodeError,
 )
+# They stop any write, under a code that stands for large rows besides.
+_NO_WRITES = ("GetNewTransactionId", "GetNewMultiXactId")
 _REASON_CHARACTERS = 300  # asyncpg quotes whole columns
 # After these, another server may have taken over.
 _LEFT = (
@@ -147,6 +155,8 @@ async def unavailable(pool: asyncpg.Pool) -> AsyncIterator[None]:
             f"({error})"
         ) from error
     except _REFUSED_DATA as error:
+        if getattr(error, "server_source_function", None) in _NO_WRITES:
+            raise errors.StoreUnavailable(f"Postgres takes no writes: {error}") from error
         raise errors.DataRefused(f"Postgres refuses it: {error}"[:_REASON_CHARACTERS]) from error
     except asyncpg.ReadOnlySQLTransactionError as error:
         await pool.expire_connections()
