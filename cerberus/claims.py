@@ -98,7 +98,14 @@ def recognise(config: settings.Settings, clock: clock.Clock = clock.now_ms) -> r
     prefix, clustered = _prefix(config), config.redis.cluster
 
     async def connected(connection: Any) -> None:
-        await connection.on_connect()
+        try:
+            await connection.on_connect()
+            await recognised(connection)
+        except redis.exceptions.AuthenticationError as error:
+            # The client would repeat what is refused until the deadline hides why.
+            raise redis.exceptions.ResponseError(str(error)) from error
+
+    async def recognised(connection: Any) -> None:
         try:
             await connection.send_command("INFO", check_health=False)
             told = await connection.read_response()

@@ -48,6 +48,10 @@ class FeaturesUnavailable(CerberusError):
     """The online store did not answer in time; try again when Redis is reachable."""
 
 
+class FeaturesRefused(ConfigError):
+    """The online store refuses this process; try again when its REDIS_URL has been corrected."""
+
+
 class StoreUnavailable(CerberusError):
     """A store did not acknowledge a write; it is retried until it does."""
 

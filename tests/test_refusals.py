@@ -7,6 +7,7 @@ import urllib.parse
 
 import asyncpg
 import pytest
+import redis
 from service import service
 
 from cerberus import __main__ as commands
@@ -218,3 +219,29 @@ def test_a_right_that_is_taken_away_ends_the_service_with_78(environ, role):
         lines = [x for x in running.written().splitlines() if x.startswith("cerberus: ")]
     assert len(lines) == 1
     assert "GRANT ALL ON" in lines[0]
+
+
+def test_a_redis_that_begins_to_refuse_is_named_in_answers_and_health(environ):
+    parts = urllib.parse.urlsplit(environ["REDIS_URL"])
+    later = parts._replace(netloc=f":sesame@127.0.0.1:{parts.port}").geturl()
+    with service(environ | {"CERBERUS_TASKS": "api"}) as running:
+        running.wait(running.health, "the service answers")
+        with redis.Redis.from_url(environ["REDIS_URL"]) as client:
+            client.config_set("requirepass", "sesame")
+            client.client_kill_filter(_type="normal", skipme=True)
+        try:
+            answer = running.wait(
+                lambda: (
+                    (told := running.predict(1).json()) and "REDIS_URL" in told["detail"] and told
+                ),
+                "the answer names the setting",
+            )
+            assert answer["code"] == "features_unavailable"
+            running.wait(
+                lambda: "Redis refuses the user or password" in running.http.get("/health").text,
+                "the state names it",
+            )
+        finally:
+            with redis.Redis.from_url(later) as client:
+                client.config_set("requirepass", "")
+        running.wait(lambda: running.predict(1).status_code == 200, "it answers again")

@@ -21,6 +21,7 @@ _CODES: Mapping[type[Exception], str] = {
     access.Forbidden: "forbidden",
     errors.Overloaded: "overloaded",
     errors.FeaturesUnavailable: "features_unavailable",
+    errors.FeaturesRefused: "features_unavailable",
     errors.DecisionsUnavailable: "decisions_unavailable",
     errors.StoreUnavailable: "decisions_unavailable",
     errors.NeedsOperator: "decisions_unavailable",
@@ -34,6 +35,7 @@ _POSTGRES_AWAY = errors.DecisionsUnavailable(
 _HIDDEN: Mapping[type[Exception], Exception] = {
     # What the servers answered belongs in the log and in /health.
     errors.FeaturesUnavailable: errors.FeaturesUnavailable(),
+    errors.FeaturesRefused: errors.FeaturesRefused(),
     errors.StoreUnavailable: _POSTGRES_AWAY,
     errors.NeedsOperator: _POSTGRES_AWAY,
     errors.ConfigError: errors.DecisionsUnavailable(
