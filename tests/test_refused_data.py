@@ -200,7 +200,10 @@ async def latin(environ, servers):
         await connection.close()
 
 
-@pytest.mark.parametrize("command", ["migrate", "accuracy", "inspect 1"])
+@pytest.mark.parametrize(
+    "command",
+    ["migrate", "accuracy", "inspect 1", "materialize", "features apply", "features compile"],
+)
 async def test_a_database_that_is_not_utf_8_is_refused(latin, command):
     done = await asyncio.to_thread(
         subprocess.run,

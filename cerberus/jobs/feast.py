@@ -131,6 +131,7 @@ def apply(
 
 
 def _apply(config: settings.Settings, directory: pathlib.Path, deadline_s: float) -> str:
+    _check_postgres(config, applies=True)
     render(config, directory)
     command = [sys.executable, "-c", "from feast.cli.cli import cli; cli()", "apply"]
     try:
@@ -362,6 +363,7 @@ def _opened(config: settings.Settings) -> Iterator[Any]:
     )
     for name in filter(_of_libpq, list(os.environ)):
         del os.environ[name]
+    _check_postgres(config)
     try:
         store: Any = feast.FeatureStore(config=feast.RepoConfig(**repo_config(config)))
         with contextlib.ExitStack() as stack:
@@ -379,14 +381,24 @@ def _raise_refusal(config: settings.Settings, reason: str, *, applies: bool = Fa
     Raises:
         ConfigError: It refuses an address, a user or a permission.
     """
+    if denied := re.search(r"InsufficientPrivilege\) (.+)", reason):
+        raise refusals.denied(denied[1])
+    _check_postgres(config, applies=applies)
+    with contextlib.suppress(errors.FeaturesUnavailable):
+        asyncio.run(redis_pool.check(config))
+
+
+def _check_postgres(config: settings.Settings, *, applies: bool = False) -> None:
+    """Ask Postgres whether it takes this process: Feast would use a database of any encoding.
+
+    Raises:
+        ConfigError: It refuses the address, the user or a permission, or is not UTF-8.
+    """
 
     async def ask() -> None:
         async with postgres_pool.connect(config) as pool:
             schema = postgres_schema.Schema(pool, config.windows.spans)
             await schema.check(makes_tables=applies)
-        await redis_pool.check(config)
 
-    if denied := re.search(r"InsufficientPrivilege\) (.+)", reason):
-        raise refusals.denied(denied[1])
-    with contextlib.suppress(errors.StoreUnavailable, errors.FeaturesUnavailable):
+    with contextlib.suppress(errors.StoreUnavailable):
         asyncio.run(ask())
