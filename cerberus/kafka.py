@@ -118,15 +118,16 @@ async def create_topics(config: settings.Settings) -> list[str]:
     """
     kafka = config.kafka
     wanted: dict[str, dict[str, str]] = {
-        name: {} for name in (DEAD_LETTERS, DECISIONS, LABELS, LABEL_DEAD_LETTERS)
+        name: {"cleanup.policy": "delete"}
+        for name in (DEAD_LETTERS, DECISIONS, LABELS, LABEL_DEAD_LETTERS, TRANSACTIONS)
     }
     # The broker refuses what a consumer would have to refuse at every replay.
-    wanted[TRANSACTIONS] = {
-        "message.timestamp.after.max.ms": str(config.windows.max_future_skew_ms),
-        "cleanup.policy": "delete",
+    skew_ms = str(config.windows.max_future_skew_ms)
+    wanted[TRANSACTIONS] |= {
+        "message.timestamp.after.max.ms": skew_ms,
         "max.message.bytes": _BATCH_BYTES,
     }
-    wanted[LABELS] = {"cleanup.policy": "delete", "max.message.bytes": _BATCH_BYTES}
+    wanted[LABELS] |= {"max.message.bytes": _BATCH_BYTES}
     topics = [
         NewTopic(
             kafka.topic(name),

@@ -17,7 +17,7 @@ from faults import (
 from pipeline import now_ms, payment, running, until, world
 
 from cerberus import kafka, transactions
-from cerberus.stream import removals, topic_settings
+from cerberus.stream import label_topic, removals, topic_settings
 
 pytestmark = pytest.mark.anyio
 KEEP_MS = 720_000
@@ -218,6 +218,21 @@ async def test_settings_that_change_while_a_topic_is_read_are_said(here, monkeyp
         await set_topics(here, topic_of(here), {"cleanup.policy": "delete"})
         for name in ("cleanup", "retention", "retention_bytes"):
             await until(lambda name=name: name not in one.problems, f"{name} is over")
+
+
+async def test_dead_letters_that_are_compacted_are_said(here, monkeypatch):
+    """Two refused records of one user have one key, so one letter would replace the other."""
+    monkeypatch.setattr(topic_settings, "_ASK_S", 0.5)
+    topics = [here.config.kafka.topic(n) for n in (kafka.DEAD_LETTERS, kafka.LABEL_DEAD_LETTERS)]
+    labels = label_topic.LabelConsumer(here.config, here.postgres)
+    async with running(one := here.consumer()), running(labels):
+        await drained(here, one)
+        assert "dead_letters" not in one.problems
+        assert labels.advice is None
+        for topic in topics:
+            await set_topics(here, topic, {"cleanup.policy": "compact"})
+        await until(lambda: topics[0] in one.problems.get("dead_letters", ""), "it is said")
+        await until(lambda: topics[1] in (labels.advice or ""), "it is said of labels")
 
 
 @pytest.mark.parametrize(

@@ -49,14 +49,16 @@ class LabelConsumer:
         self._dead_letters = config.kafka.topic(kafka.LABEL_DEAD_LETTERS)
         self._publisher = publishing.Publisher(config)
         self._said = logs.Repeated(log)
-        self._settings = topic_settings.TopicSettings(config, kafka.LABELS)
+        self._settings = topic_settings.TopicSettings(
+            config, kafka.LABELS, kafka.LABEL_DEAD_LETTERS
+        )
         self.problem: str | None = None
         self.lost: str | None = None
 
     @property
     def advice(self) -> str | None:
         """What is wrong with the topic's settings."""
-        return self._settings.advice
+        return self._settings.advice or self._settings.advice_on_letters
 
     async def run(self, progress: supervision.Progress) -> None:
         """Store labels until asked to stop; after a fault, continue from the last commit."""

@@ -61,7 +61,9 @@ class Removals:
         self._spans = given.spans
         self._clock = given.clock
         self._topic = given.config.kafka.topic(kafka.TRANSACTIONS)
-        self.settings = topic_settings.TopicSettings(given.config, kafka.TRANSACTIONS)
+        self.settings = topic_settings.TopicSettings(
+            given.config, kafka.TRANSACTIONS, kafka.DEAD_LETTERS
+        )
         self._lost: dict[int, tuple[int, int]] = {}
 
     def miss(self, holes: Iterable[fetching.Hole], parts: Parts) -> None:
@@ -90,6 +92,7 @@ class Removals:
         needed_ms = now_ms - self._spans.longest_ms
         if not any(owned.part.known_from_ms > needed_ms for owned in parts.values()):
             self._lost.clear()
+        told["dead_letters"] = self.settings.advice_on_letters
         told["removed"] = None
         if self._lost:
             places = (f"{n} (offsets {a} to {b - 1})" for n, (a, b) in sorted(self._lost.items()))

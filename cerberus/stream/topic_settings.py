@@ -22,27 +22,35 @@ def advise_policy(topic: str, found: Mapping[str, str]) -> str | None:
 
 
 class TopicSettings:
-    """Asks for the settings of one topic.
+    """Asks for the settings of a topic and of its dead letters.
 
     Args:
         config: Settings.
         name: Of the topic, without the prefix.
+        dead_letters: Of theirs, without the prefix.
 
     Attributes:
-        found: The brokers' last answer; empty before that.
+        found: The brokers' last answer about the topic; empty before that.
     """
 
-    def __init__(self, config: settings.Settings, name: str) -> None:
+    def __init__(self, config: settings.Settings, name: str, dead_letters: str) -> None:
         self._config = config
         self._topic = config.kafka.topic(name)
+        self._dead_letters = config.kafka.topic(dead_letters)
         self.found: Mapping[str, str] = {}
+        self._of_letters: Mapping[str, str] = {}
         self._asked_s = 0.0
         self._asking: asyncio.Task[None] | None = None
 
     @property
     def advice(self) -> str | None:
-        """What is wrong with the cleanup policy."""
+        """What is wrong with the topic's cleanup policy."""
         return advise_policy(self._topic, self.found)
+
+    @property
+    def advice_on_letters(self) -> str | None:
+        """What is wrong with the cleanup policy of the dead letters."""
+        return advise_policy(self._dead_letters, self._of_letters)
 
     async def ask(self) -> None:
         """Ask the brokers for the topic's settings. Deadline: 15 s a call.
@@ -52,6 +60,7 @@ class TopicSettings:
         """
         async with kafka.admin(self._config.kafka) as client:
             self.found = await kafka.topic_config(client, self._topic)
+            self._of_letters = await kafka.topic_config(client, self._dead_letters)
 
     def look(self, *, now: bool = False) -> None:
         """Ask in the background, at most every 10 s unless `now`."""
