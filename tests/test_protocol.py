@@ -56,7 +56,16 @@ STRANGE = (
     b"POST /p HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     b"GET /p HTTP/1.1\nHost: a\n\n",
     b"FOO /p HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET http://b/p HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET http://a@b/p HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET http://b?a/p HTTP/1.0\r\nHost: a\r\n\r\n",
 )
+ENDLESS = {
+    "trailers": b"3\r\nabc\r\n0\r\n" + b"a: b\r\n" * 100_000,
+    "a trailer": b"3\r\nabc\r\n0\r\nX: " + b"a" * 600_000,
+    "an extension": b"3;" + b"a" * 600_000,
+    "extensions": b"1;a=b;c=d;e=f;g=h\r\na\r\n" * 30_000,
+}
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +171,27 @@ def test_trailers_are_no_headers(ours):
     whole = request(chunked=True)[:-2] + b"X-API-Key: k\r\n\r\n"
     [answer] = ask(ours.port, whole, quiet_s=0.3)
     assert (answer.status, answer.told["key"]) == (200, None)
+
+
+@pytest.mark.parametrize("endless", ENDLESS.values(), ids=ENDLESS)
+def test_what_frames_a_body_has_an_end(ours, endless):
+    head = request(b"", b"", chunked=True)[:-5]
+    assert_refused(ours.port, [head, endless], 431)
+    with Wire(ours.port) as wire:
+        assert wire.send(head.replace(b"/p", b"/unread")).answer().status == 200
+        assert wire.send(endless).answers() == []
+        assert wire.closed
+
+
+def test_a_body_in_chunks_of_a_byte_is_taken(ours):
+    parts = b"".join(b"1\r\na\r\n" for _ in range(60_000)) + b"0\r\n\r\n"
+    [answer] = ask(ours.port, request(b"", b"", chunked=True)[:-5] + parts, quiet_s=1)
+    assert (answer.status, len(answer.told["body"])) == (200, 60_000)
+
+
+def test_a_target_that_names_the_server_is_taken(ours):
+    [answer] = ask(ours.port, b"GET http://A/p?q HTTP/1.1\r\nHost: a\r\n\r\n", quiet_s=0.3)
+    assert (answer.status, answer.told["path"], answer.told["query"]) == (200, "/p", "q")
 
 
 @pytest.mark.parametrize("path", [b"/p", b"/slow"])

@@ -10,23 +10,20 @@ connection.
 import functools
 import socket
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import httptools
 import uvicorn
 from uvicorn.protocols.http import h11_impl, httptools_impl
 
-from cerberus.api import connections, problems
+from cerberus.api import connections, heads, problems
 from cerberus.api.connections import Phase
 
 _UVICORNS_KEEP_ALIVE_S = 5
 _ACCEPTED_AT_ONCE = 8
 _PIPELINED, _SLICE_BYTES = 32, 8 * 1024
 _DRAINED_BYTES = 2 * 2**20
-
-
-class _Stop(Exception):
-    """Ends the parsing of a connection, from inside a callback."""
+_FRAME_BYTES = 16  # for each byte of a body: a chunk of one byte takes 6
 
 
 class Protocol(httptools_impl.HttpToolsProtocol):
@@ -38,9 +35,9 @@ class Protocol(httptools_impl.HttpToolsProtocol):
         self._limits = self._all.limits
         self.phase: Phase | None = None
         self._reading: Phase | None = None
-        self._head_bytes = 0
+        self._head_bytes = self._beside = 0
+        self._answering: httptools_impl.RequestResponseCycle | None = None
         self._again = self._unparsed = b""
-        self._refusal = ("bad_request", "")
         self._last_words: bytes | None = None
         self._over = self._ended = False
         self._held = self._drained = 0
@@ -56,8 +53,19 @@ class Protocol(httptools_impl.HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Release everything that the connection held."""
         self._all.leave(self)
+        self._abandon()
         self._let_go()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: httptools_impl.RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _abandon(self) -> None:
+        """Keep the request being answered from writing; uvicorn does so for the last one only."""
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Parse what has arrived."""
@@ -78,10 +86,15 @@ class Protocol(httptools_impl.HttpToolsProtocol):
             if self._reading is Phase.HEAD and reading is not Phase.BODY and cycle is self.cycle:
                 self._head_bytes += len(data)
                 if self._head_bytes > self._limits.head_bytes:
-                    self._too_large()
-        except (httptools.HttpParserError, _Stop) as error:
-            code, detail = self._refusal
-            self._refuse(code, detail or f"This is no valid HTTP/1.1 request: {error}.")
+                    raise heads.too_large(self._limits)
+        except (httptools.HttpParserError, heads.Refused) as error:
+            # What a callback raises is the context of the parser's own error.
+            for each in (error, error.__context__):
+                if isinstance(each, heads.Refused):
+                    self._refuse(each.code, each.detail)
+                    break
+            else:
+                self._refuse("bad_request", f"This is no valid HTTP/1.1 request: {error}.")
         else:
             self._all.enter(self, self._phase())
 
@@ -95,9 +108,13 @@ class Protocol(httptools_impl.HttpToolsProtocol):
                 return
 
     def _parse(self, data: bytes) -> None:
+        self._beside += len(data)
         while True:
             try:
                 self.parser.feed_data(data)
+                if self._beside > 2 * self._limits.head_bytes and self._unread():
+                    detail = "The trailers or the chunks' extensions of a body are too long."
+                    raise heads.Refused("head_too_large", detail)
                 return
             except httptools.HttpParserUpgrade as stopped:
                 head, self._again = self._again, b""
@@ -125,11 +142,11 @@ class Protocol(httptools_impl.HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a head."""
         super().on_message_begin()
-        self._reading, self._head_bytes = Phase.HEAD, 0
+        self._reading, self._head_bytes, self._beside = Phase.HEAD, 0, 0
 
     def on_headers_complete(self) -> None:
         """Check a head, and start to answer it."""
-        length = self._check_head()
+        length = heads.check(self.parser, self.url, self.headers, self._limits)
         if self.parser.should_upgrade():
             self._again = self._head_without_upgrade()
             return
@@ -142,31 +159,6 @@ class Protocol(httptools_impl.HttpToolsProtocol):
         if not self.cycle.keep_alive:
             self.cycle.transport = _Closing(self)  # type: ignore[assignment]
 
-    def _check_head(self) -> int:
-        """Refuse a request that can be read in two ways; return the declared length of its body."""
-        version, method = self.parser.get_http_version(), self.parser.get_method()
-        if version not in ("1.1", "1.0"):
-            self._stop("bad_request", f"HTTP/{version} is not supported; use HTTP/1.1.")
-        if method == b"CONNECT":
-            self._stop("bad_request", "CONNECT is for proxies, and this server is none.")
-        if len(self.url) > self._limits.target_bytes:
-            detail = f"The request target has more than {self._limits.target_bytes} bytes."
-            self._stop("target_too_long", detail)
-        size, hosts, length = len(self.url), 0, 0
-        for name, value in self.headers:
-            size += len(name) + len(value) + 4
-            if name == b"host":
-                hosts += 1
-            elif name == b"content-length":
-                length = int(value)
-            elif name == b"transfer-encoding" and (value.lower(), version) != (b"chunked", "1.1"):
-                self._stop("bad_request", "Transfer-Encoding can only be chunked, in HTTP/1.1.")
-        if size > self._limits.head_bytes:
-            self._too_large()
-        if hosts != 1 and (hosts or version == "1.1"):
-            self._stop("bad_request", "A request must have one Host header.")
-        return length
-
     def _head_without_upgrade(self) -> bytes:
         version = self.parser.get_http_version().encode()
         lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
@@ -175,14 +167,15 @@ class Protocol(httptools_impl.HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Take a part of a body, within the limit of all bodies together."""
+        self._beside -= _FRAME_BYTES * len(body)
         if self.cycle.response_complete:
             self._drained += len(body)
             if self._drained > _DRAINED_BYTES:
-                raise _Stop
+                raise heads.Refused("overloaded", "")
             return
         if not self._hold(len(body)):
             detail = "Too many bodies are being read; send it again in a second."
-            self._stop("overloaded", detail)
+            raise heads.Refused("overloaded", detail)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -253,14 +246,8 @@ class Protocol(httptools_impl.HttpToolsProtocol):
     def drop(self) -> None:
         """Close at once, without an answer."""
         self._over = True
+        self._abandon()
         self.transport.abort()
-
-    def _stop(self, code: str, detail: str) -> NoReturn:
-        self._refusal = (code, detail)
-        raise _Stop
-
-    def _too_large(self) -> NoReturn:
-        self._stop("head_too_large", f"The head has more than {self._limits.head_bytes} bytes.")
 
     def _refuse(self, code: str, detail: str) -> None:
         """Refuse a request once those before it are answered, and close."""
