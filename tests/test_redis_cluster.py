@@ -120,7 +120,7 @@ async def test_rows_and_credit_scores_are_right_and_come_back_after_a_flush(envi
     rng = random.Random(1)
     async with world(environ | cluster.settings | SMALL) as here:
         await materializer.seed_credit_scores(here.config, here.postgres)
-        feast_store.apply(here.config)
+        await asyncio.to_thread(feast_store.apply, here.config)
         assert (await load(here)).full
         for i in range(300):
             user, at = rng.choice(USERS), now_ms() - rng.randrange(60_000)
@@ -187,7 +187,7 @@ async def wrong_and_certain(here, count):
 async def test_what_one_node_has_lost_is_doubted_and_comes_back(environ, cluster, loss, owners):
     async with world(environ | cluster.settings | SMALL) as here, contextlib.AsyncExitStack() as on:
         await materializer.seed_credit_scores(here.config, here.postgres)
-        feast_store.apply(here.config)
+        await asyncio.to_thread(feast_store.apply, here.config)
         await load(here)
         consumers = [here.consumer() for _ in range(owners)]
         for one in consumers:
