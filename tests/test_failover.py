@@ -7,6 +7,7 @@ import subprocess
 import time
 
 import asyncpg
+import orjson
 import pytest
 import redis
 import redis.exceptions
@@ -139,6 +140,38 @@ async def test_after_a_planned_failover_all_is_well_though_old_connections_stay(
             front.port = pair.ports[new]
             pair.hand_over(old, new)
             await all_well(here, one, http, 2 + old)
+
+
+async def test_a_replica_that_takes_writes_is_left_too(environ, pair):
+    """It refuses nothing, and its primary overwrites what it was told."""
+    for one in pair.clients:
+        one.config_set("replica-read-only", "no")
+    async with serving(environ, pair) as (front, here, one, http):
+        await all_well(here, one, http, 1)
+        front.port = pair.ports[1]
+        pair.hand_over(0, 1)
+        handed_ms = now_ms()
+
+        def told_to_the_primary():
+            state = pair.clients[1].hget(here.online._partitions.key, "0")
+            return state and orjson.loads(state)["caught_up_ms"] > handed_ms + 500
+
+        await until(told_to_the_primary, "the owner writes to the primary", LAW_S)
+        await all_well(here, one, http, 2)
+
+
+async def test_where_info_is_forbidden_the_states_are_read_all_the_same(environ, servers):
+    with redis.Redis.from_url(servers.redis.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "blind", "on", ">x", "~*", "+@all", "-info")
+    url = environ["REDIS_URL"].replace("redis://", "redis://blind:x@")
+    try:
+        async with world(environ | SMALL | {"REDIS_URL": url}) as here:
+            async with running(one := here.consumer()):
+                await drained(here, one, 1)
+            assert await here.online._partitions.prove(clustered=False)
+    finally:
+        with redis.Redis.from_url(servers.redis.url) as admin:
+            admin.execute_command("ACL", "DELUSER", "blind")
 
 
 async def test_while_the_address_leads_to_a_replica_health_says_so_and_the_log_once(

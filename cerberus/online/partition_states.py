@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import redis.asyncio
+import redis.exceptions
+
 from cerberus import clock
 from cerberus.features import evaluation, fences
 from cerberus.online import pool as redis_pool
@@ -181,9 +184,7 @@ class PartitionStates:
         Raises:
             FeaturesUnavailable: Redis did not answer within 2 s.
         """
-        return self.unpack(await redis_pool.answers(self._client, self._client.hgetall(self.key)))[
-            1
-        ]
+        return await self._ask(self._client.pipeline(transaction=False))
 
     async def prove(self, *, clustered: bool) -> dict[int, fences.PartitionState]:
         """Write a mark that expires, on a cluster one for each node, and read all states.
@@ -194,10 +195,28 @@ class PartitionStates:
             FeaturesUnavailable: Redis does not answer, or takes no writes.
         """
         pipe = self._client.pipeline(transaction=False)
-        pipe.hgetall(self.key)
         for part in range(_NODES if clustered else 1):
             pipe.set(_PROVED.format(part), 1, px=_PROVED_MS)
-        return self.unpack((await redis_pool.answers(self._client, pipe.execute()))[0])[1]
+        return await self._ask(pipe)
+
+    async def _ask(self, pipe: Any) -> dict[int, fences.PartitionState]:
+        """Read all states, after what the pipeline holds, from a server that is no replica."""
+        pipe.hgetall(self.key)
+        clustered = isinstance(self._client, redis.asyncio.RedisCluster)
+        if not clustered:
+            pipe.info("replication")
+
+        async def asked() -> Any:
+            found = await pipe.execute(raise_on_error=clustered)
+            role = None if clustered else found.pop()
+            for refused in (each for each in found if isinstance(each, Exception)):
+                raise refused
+            # It may be set to take writes, which it loses. Where INFO is forbidden, nobody knows.
+            if isinstance(role, Mapping) and role.get("role") == "slave":
+                raise redis.exceptions.ReadOnlyError("a replica", status_code="READONLY")
+            return found[-1]
+
+        return self.unpack(await redis_pool.answers(self._client, asked()))[1]
 
     async def materialized_ms(self) -> int | None:
         """Return when the batch views were last loaded; None when Redis has lost them."""
