@@ -128,9 +128,18 @@ def test_where_leaves_rows_out(tmp_path):
         ("row_number() OVER () AS user_id", "maps each row by itself"),
         ("uuid() AS transaction_id", "maps each row by itself"),
         ("random() AS amount", "maps each row by itself"),
-        ("(SELECT content FROM read_text('/etc/hostname')) AS merchant_id", "disabled"),
-        ("(SELECT 1 FROM 'https://example.org/a.csv') AS merchant_id", "disabled|not exist"),
-        ("(SELECT 1 FROM glob('*')) AS merchant_id", "disabled"),
+        (
+            "(SELECT content FROM read_text('/etc/hostname')) AS merchant_id",
+            "maps each row by itself",
+        ),
+        ("(SELECT 1 FROM 'https://example.org/a.csv') AS merchant_id", "maps each row by itself"),
+        ("(SELECT 1 FROM glob('*')) AS merchant_id", "maps each row by itself"),
+        ("(SELECT max(who) FROM data) AS user_id", "maps each row by itself"),
+        ("id AS user_id WHERE EXISTS (SELECT 1)", "maps each row by itself"),
+        ("unnest([1, 2]) AS user_id", "maps each row by itself"),
+        ("now() AS timestamp", "always alike"),
+        ("CURRENT_TIMESTAMP AS timestamp", "always alike"),
+        ("current_date::TIMESTAMP AS timestamp", "always alike"),
         ("getenv('HOME') AS merchant_id", "getenv"),
     ],
 )
@@ -246,3 +255,15 @@ def test_a_parquet_file_whose_name_is_a_pattern_is_that_file(tmp_path):
         }
         path = write(pathlib.Path(tmp_path / name), [row])
         assert [each.transaction_id for each in judged(path, "")] == [name]
+
+
+@pytest.mark.parametrize(
+    "written", [" 1.23457E+15", "1,23457E+15 ", "9007199254740993.0", "9007199254740993,00"]
+)
+def test_sql_does_not_hide_digits_that_a_text_has_lost(tmp_path, written):
+    path = write(tmp_path / "rows.jsonl", [row | {"big": written} for row in ROWS[:1]])
+    [refused] = judged(path, f"'x' || big AS transaction_id, 1 AS user_id, {AT}")
+    assert refused[1] == "transaction_id"
+    exact = write(path, [row | {"big": f"{2**53 - 1}.0"} for row in ROWS[:1]])
+    [taken] = judged(exact, f"'x' || big AS transaction_id, 1 AS user_id, {AT}")
+    assert taken.transaction_id == f"x{2**53 - 1}.0"

@@ -231,3 +231,33 @@ def test_a_small_file_that_unpacks_to_much_is_read_in_bounded_memory(tmp_path, k
         assert "rows.plain.parquet: cannot be read behind row 0" in told
     else:
         assert (int(good), int(seen)) == (MANY // 2, MANY)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x08\x00", b"\x07" + bytes(20), b"\x08\x08name"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])
+def test_a_file_that_is_damaged_where_it_begins_is_named(tmp_path, kind, raw):
+    path = tmp_path / f"rows.{kind}.gz"
+    path.write_bytes(b"\x1f\x8b" + raw)
+    with pytest.raises(errors.InvalidInput, match=path.name):
+        shops(path)
+
+
+def test_json_lines_that_end_too_early_are_named_with_their_row(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"merchant_id": 1}\n' * 9)[:-9])
+    with pytest.raises(errors.InvalidInput, match=r"rows\.jsonl\.gz: cannot be read behind row"):
+        [*layouts.Layout().open(path, (), FIELDS[1]).pieces(2)]
+
+
+def test_a_folder_s_name_is_read_as_spark_writes_it(tmp_path):
+    for part in ("merchant_id=a%2Fb", "merchant_id=__HIVE_DEFAULT_PARTITION__"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "x.csv").write_text("user_id\n7\n")
+        pyarrow.parquet.write_table(pyarrow.table({"user_id": [7]}), tmp_path / part / "y.pq")
+    found = [
+        row.values["merchant_id"]
+        for path in datafiles.parts(tmp_path)
+        for rows, _ in layouts.Layout().open(path, (), FIELDS[1], tmp_path).pieces(2)
+        for row in rows
+    ]
+    assert found == [None, None, "a/b", "a/b"]

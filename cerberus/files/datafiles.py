@@ -9,7 +9,7 @@ import glob
 import hashlib
 import pathlib
 import re
-import zlib
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,7 +28,6 @@ SUFFIXES = (
 REJECTS = ".rejects.jsonl"
 """How the name of a file of rejected rows ends."""
 _PIECE_BYTES, _HEAD_BYTES = 8 << 20, 1 << 20
-_BROKEN_FILE = (EOFError, OSError, zlib.error)
 _PARTITION = re.compile(r"([^=/]+)=([^=/]*)")
 
 
@@ -73,6 +72,11 @@ def _is_part(path: pathlib.Path) -> bool:
     return bool(kind_of(path)) and not hidden and not path.name.endswith(REJECTS)
 
 
+def _partition_value(written: str) -> str | None:
+    # As Hive and Spark write it.
+    return None if written == "__HIVE_DEFAULT_PARTITION__" else urllib.parse.unquote(written)
+
+
 class File:
     """One file, opened again for each reading.
 
@@ -110,7 +114,8 @@ class File:
         self.size = path.stat().st_size
         self._kind = kind_of(path)
         below = path.relative_to(root).parts[:-1] if root else ()
-        self._told = {m[1]: m[2] for part in below if (m := _PARTITION.fullmatch(part))}
+        named = [m for part in below if (m := _PARTITION.fullmatch(part))]
+        self._told = {urllib.parse.unquote(m[1]): _partition_value(m[2]) for m in named}
         if not self._kind:
             raise errors.InvalidInput(
                 path.name,
@@ -145,12 +150,15 @@ class File:
         if self._kind == CSV:
             try:
                 self._header = texts.header(self._text, wanted)
-            except (ValueError, *_BROKEN_FILE) as error:
+            except (ValueError, *texts.BROKEN) as error:
                 raise errors.InvalidInput(self.path.name, f"its header {error}") from error
             self.columns = self._header.cells
         elif self._kind == LINES:
-            with self._text.open() as file:
-                head = file.read(texts.LINE_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+            try:
+                with self._text.open() as file:
+                    head = file.read(texts.LINE_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+            except texts.BROKEN:
+                head = b""  # whatever it is: reading its rows says where it is damaged
             self._kind = ARRAY if head.startswith(b"[") else LINES
         return None if self._text.packed else self.size, "B"
 
@@ -198,7 +206,7 @@ class File:
             for rows, after in read(size, start):
                 yield rows, after
                 at = after
-        except _BROKEN_FILE as error:
+        except texts.BROKEN as error:
             raise errors.InvalidInput(
                 self.path.name, f"cannot be read behind row {at.rows}: {error}"
             ) from error

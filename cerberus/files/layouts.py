@@ -36,10 +36,14 @@ _DECIMAL = re.compile(r"[+-]?(\d{1,20}(\.\d{1,12})?|\.\d{1,12})", re.ASCII)
 _PLAIN = re.compile(r"\d{1,12}(\.\d\d?)?", re.ASCII)
 _SCIENTIFIC = re.compile(r"[+-]?\d+([.,]\d+)?[eE][+-]?\d+", re.ASCII)
 _GROUPED = re.compile(r"\d{1,3}(?:([,'’\u00a0\u202f ])\d{3})(?:\1\d{3})*")
-_NOTHING = {each.lower() for each in transactions.NO_VALUE}
+_NOTHING = {each.lower() for each in transactions.NO_VALUE} | {
+    *("nil", "na", "nat", "-nan", "undefined", "inf", "-inf"),
+    *("#num!", "#value!", "#ref!", "#name?", "#null!", "#div/0!"),
+}
 _SUSPECT = re.compile(  # matches all that `_judged` may refuse, and nothing common
-    r"[+-]?\d[\d.,'’\u00a0\u202f ]*[eE.,'’\u00a0\u202f ][+-]?\d+|"
-    + "|".join(map(re.escape, transactions.NO_VALUE)),
+    r"\s*(?:#+|[+-]?\d[\d.,'’\u00a0\u202f ]*[eE.,'’\u00a0\u202f ][+-]?\d+|"
+    + "|".join(map(re.escape, sorted(_NOTHING)))
+    + r")\s*",
     re.IGNORECASE,
 )
 _MOMENT = re.compile(
@@ -216,11 +220,12 @@ def whole(value: Any, field: str) -> Any:
 
 def _judged(value: str, field: str) -> str:
     """Return the text of an id; pandas writes `325.0` if the column has empty cells."""
-    if value.lower() in _NOTHING:
+    bare = value.strip()
+    if bare.lower() in _NOTHING or (bare and not bare.strip("#")):
         raise errors.InvalidInput(
             field, f"{value} stands for no value: NULLIF in --select says what is empty"
         )
-    transactions.check_id(field, value)
+    transactions.check_id(field, bare)
     if _GROUPED.fullmatch(value):
         raise errors.InvalidInput(field, "has separators between its digits: export it without")
     if (found := _WHOLE.fullmatch(value)) and found[2]:

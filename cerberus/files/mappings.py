@@ -22,10 +22,18 @@ from cerberus.files.rows import FILE_NAME, ROW_NUMBER, Ms, Row, Single
 _PROBE = "TRY({'v': __item}) IS NULL"  # what fails is NULL, and what is NULL is within a struct
 _TIMES = ("DATE", "TIMESTAMP")
 _MARK = "__inexact_"
+_UNREPEATABLE = frozenset(
+    "now today get_current_timestamp get_current_time transaction_timestamp current_date "
+    "current_localtime current_localtimestamp txid_current current_setting unnest unlist "
+    "generate_subscripts".split()
+)
+_MOMENTS = ("current_timestamp", "current_date", "current_time", "localtime", "localtimestamp")
 _INEXACT = {
     "DOUBLE": "abs({}) >= 9007199254740992",
     "FLOAT": "abs({}) >= 16777216",
-    "VARCHAR": r"regexp_full_match({}, '[+-]?\d+(\.\d+)?[eE][+-]?\d+')",
+    "VARCHAR": r"(regexp_full_match({0}, '\s*[+-]?\d+([.,]\d+)?[eE][+-]?\d+\s*') OR "
+    r"regexp_full_match({0}, '\s*[+-]?\d{{16,}}[.,]0+\s*') "
+    r"AND abs(TRY_CAST(replace({0}, ',', '.') AS DOUBLE)) >= 9007199254740992)",
 }
 IDS = ("transaction_id", "user_id", "merchant_id")
 """Fields whose digits must be those that were written."""
@@ -91,13 +99,18 @@ class Mapping:
         volatile = self._database.execute(
             "SELECT DISTINCT function_name FROM duckdb_functions() WHERE stability = 'VOLATILE'"
         )
-        known = {name for (name,) in volatile.fetchall()}
+        known = {name for (name,) in volatile.fetchall()} | _UNREPEATABLE
         for each in _walk(node):
-            if each.get("class") == "WINDOW" or each.get("function_name") in known:
+            columns = each.get("column_names") or ("",)
+            if (
+                each.get("class") in ("WINDOW", "SUBQUERY")
+                or each.get("function_name") in known
+                or columns[0].lower() in _MOMENTS
+            ):
                 raise errors.InvalidInput(
                     "--select",
-                    "maps each row by itself: use row_number and file_name for ids, and no "
-                    "window or random function",
+                    "maps each row by itself, and always alike: use row_number and file_name for "
+                    "ids, and no window, query, random function or time of the clock",
                 )
         return tree
 
@@ -256,10 +269,10 @@ def table(lines: Sequence[int], columns: Mapping_[str, Sequence[Any]]) -> Any:
     return pyarrow.table({engine.LINE: pyarrow.array(lines, "int64"), **made})
 
 
-def complete(rows: Any, told: Mapping_[str, str], name: str, numbers: Any = None) -> Any:
+def complete(rows: Any, told: Mapping_[str, str | None], name: str, numbers: Any = None) -> Any:
     """Add to a table what its folder's and file's names say, and each row's number."""
     numbers = rows[engine.LINE] if numbers is None else pyarrow.array(numbers, "int64")
-    known = {key: pyarrow.repeat(value, rows.num_rows) for key, value in told.items()}
+    known = {k: pyarrow.repeat(pyarrow.scalar(v, "string"), rows.num_rows) for k, v in told.items()}
     known = {ROW_NUMBER: numbers, FILE_NAME: pyarrow.repeat(name, rows.num_rows)} | known
     for column, values in known.items():
         if column not in rows.column_names:

@@ -9,6 +9,7 @@ import gzip
 import io
 import pathlib
 import re
+import zlib
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from cerberus import errors
 from cerberus.files.rows import START, Position
 
 LINE_BYTES, ROW_LINES = 1 << 20, 100
+BROKEN = (EOFError, OSError, zlib.error)
+"""What reading raises where a file is damaged."""
 _CHUNK_BYTES, _HEADER_LINES = 1 << 16, 30
 _DELIMITERS = (",", ";", "\t", "|")
 _GZIP = b"\x1f\x8b"
@@ -48,13 +51,16 @@ class Text:
         self._path = path
         with path.open("rb") as file:
             self.packed = file.read(2) == _GZIP
-        with self._unpacked() as file:
-            head = file.read(4)
+        try:
+            with self._unpacked() as file:
+                head = file.read(4)
+        except BROKEN as error:
+            raise errors.InvalidInput(path.name, f"cannot be read: {error}") from error
         marked = (name for mark, name in _MARKS if head.startswith(mark))
         try:
-            "".encode(encoding or "utf-8")  # it refuses codecs that are not text encodings
+            b"a".decode(encoding or "utf-8", "replace")  # it refuses what is no encoding of texts
             self.encoding = codecs.lookup(next(marked, encoding or "utf-8")).name
-        except LookupError as error:
+        except (LookupError, ValueError) as error:
             raise errors.InvalidInput("--encoding", str(error)) from error
 
     def open(self, skip_bytes: int = 0) -> Any:
