@@ -261,3 +261,12 @@ def test_a_folder_s_name_is_read_as_spark_writes_it(tmp_path):
         for row in rows
     ]
     assert found == [None, None, "a/b", "a/b"]
+
+
+def test_what_a_folder_has_besides_is_said(tmp_path):
+    names = ("a.csv", "b.csv.zst", "part-0", "_SUCCESS", ".a.csv.crc", "a.csv.rejects.jsonl")
+    for name in names:
+        (tmp_path / name).write_text("")
+    said = datafiles.left_out(tmp_path)
+    assert said.endswith("has 2 files of other suffixes, left out: b.csv.zst, part-0")
+    assert not datafiles.left_out(tmp_path / "a.csv")

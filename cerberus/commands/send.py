@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 from cerberus import clock, errors, printable, settings, window
-from cerberus.files import capacity, layouts, sending
+from cerberus.files import capacity, datafiles, layouts, sending
 
 _SLOWEST = 0.001
 
@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     layout = layouts.Layout(arguments.select, arguments.encoding)
     config = settings.load(os.environ)
     sender = sending.Sender(config, arguments.file, layout, pace)
+    if others := datafiles.left_out(arguments.file):
+        printable.say(others, file=sys.stderr)
     topic = asyncio.run(capacity.ask(config))
     found = sender.check(topic.partitions)
     if not arguments.anyway:

@@ -28,6 +28,7 @@ SUFFIXES = (
 REJECTS = ".rejects.jsonl"
 """How the name of a file of rejected rows ends."""
 _PIECE_BYTES, _HEAD_BYTES = 8 << 20, 1 << 20
+_SHOWN = 5
 _PARTITION = re.compile(r"([^=/]+)=([^=/]*)")
 
 
@@ -56,6 +57,19 @@ def parts(path: pathlib.Path) -> list[pathlib.Path]:
     if not found:
         raise errors.InvalidInput(str(path), "does not exist, or holds no data file")
     return found
+
+
+def left_out(path: pathlib.Path) -> str:
+    """Say which files below a folder `parts` leaves out for their suffix; empty if none."""
+    files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else []
+    others = sorted(
+        str(below)
+        for each in files
+        if not kind_of(below := each.relative_to(path))
+        and not any(part.startswith(("_", ".")) for part in below.parts)
+    )
+    shown = ", ".join(others[:_SHOWN]) + ", …" * (len(others) > _SHOWN)
+    return f"{path} has {len(others)} files of other suffixes, left out: {shown}" if others else ""
 
 
 def root_of(path: pathlib.Path) -> pathlib.Path | None:

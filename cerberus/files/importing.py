@@ -100,6 +100,8 @@ class Importer:
         """
         asked = self._plan.files[kind]
         root = datafiles.root_of(asked)
+        if others := datafiles.left_out(asked):
+            self._say(others)
         done, before = imports.Progress(), imports.Progress()
         for path in datafiles.parts(asked):
             file = self._plan.layouts[kind].open(path, *FIELDS[kind], root)
