@@ -216,7 +216,7 @@ async def test_a_wrong_or_unknown_name_is_told_apart(http):
     is_problem(await http.get(f"/decisions/{uuid.uuid4()}"), "unknown_decision")
     for name in ("-1", "x", "9223372036854775808", "0" * 20 + "9" * 20):
         is_problem(await http.get(f"/users/{name}"), "invalid", "user_id")
-    for query in ({"user_id": 5}, {"transaction_id": "none"}):
+    for query in ({"user_id": 5}, {"transaction_id": "unknown"}):
         page = (await http.get("/decisions", params=query)).json()
         assert page == {"decisions": [], "next": None}
 

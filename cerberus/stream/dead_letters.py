@@ -179,9 +179,13 @@ async def _seek(
         number, offset = place
         tps = [tp for tp in tps if tp.partition == number and begins[tp] <= offset < ends[tp]]
         if not tps:
-            held = ", ".join(f"{tp.partition}: {begins[tp]} to {ends[tp] - 1}" for tp in begins)
+            held = ", ".join(
+                f"partition {tp.partition} holds {begins[tp]} to {ends[tp] - 1}"
+                for tp in sorted(begins)
+                if begins[tp] < ends[tp]
+            )
             raise errors.InvalidInput(
-                "offset", f"there is no such letter; the partitions hold {held}"
+                "offset", f"there is no such letter; {held or 'the topic holds none'}"
             )
         begins, ends = dict.fromkeys(tps, offset), dict.fromkeys(tps, offset + 1)
     found = await client.offsets_for_times(dict.fromkeys(tps, since_ms))
