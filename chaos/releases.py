@@ -28,6 +28,7 @@ files = [pathlib.Path(m.__file__).resolve() for m in modules if getattr(m, "__fi
 strays = [str(file) for file in files if not file.is_relative_to(tree)]
 print(json.dumps({{"action": "imported", "tree": str(tree.parent), "strays": strays}}), flush=True)
 """
+_LOOK_BACK = 10  # records that a replay reads before the first one that matters
 _START = re.compile(r"partition (\d+): epoch (\d+), reads from (\d+), silent below (\d+)")
 
 
@@ -170,7 +171,7 @@ def moves(found: Sequence[Start]) -> Iterator[tuple[Start, Start]]:
 
 
 def needless(start: Start, log: compare.Log, stamps_ms: Mapping[int, Sequence[int]]) -> str | None:
-    """Say which records a start reads although no window at its commit can need them, if any.
+    """Say if a start reads more than ten records that no window at its commit can need.
 
     Args:
         start: An assignment.
@@ -182,7 +183,7 @@ def needless(start: Start, log: compare.Log, stamps_ms: Mapping[int, Sequence[in
     since_ms = log[number].frontier_ms(start.silent_below) - reach_ms
     below = enumerate(stamps_ms[number][: start.silent_below])
     due = next((offset for offset, at_ms in below if at_ms >= since_ms), start.silent_below)
-    if start.reads_from >= due:
+    if start.reads_from >= due - _LOOK_BACK:
         return None
     return (
         f"{start.owner} reads partition {number} from offset {start.reads_from}, but {due} would "

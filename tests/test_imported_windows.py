@@ -7,11 +7,12 @@ import random
 import oracle
 import orjson
 import pytest
+from faults import set_topic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import live, now_ms, payment, running, trained, until, world
 
-from cerberus import partition, transactions, window
+from cerberus import kafka, partition, transactions, window
 from cerberus.features import packed as packed_windows
 from cerberus.postgres import facts, imports
 from cerberus.stream import liveness
@@ -199,6 +200,11 @@ async def test_windows_start_from_what_was_imported(here):
         assert await assert_rows_equal(here, imported) == counted
 
 
+async def keep_old_records(here):
+    """Let the topic keep records that bear old event times."""
+    await set_topic(here, here.config.kafka.topic(kafka.TRANSACTIONS), "retention.ms", "-1")
+
+
 @pytest.mark.anyio
 async def test_a_log_of_old_times_goes_on_where_the_import_ended(here):
     rng = random.Random(9)
@@ -208,6 +214,7 @@ async def test_a_log_of_old_times_goes_on_where_the_import_ended(here):
     async with running(one := here.consumer()):
         await until(lambda: live(one, partitions=2), "an empty log is read to its end")
         after = sorted(past(rng, 100, then_ms, then_ms + 600_000, 1_000), key=lambda p: p.event_ms)
+        await keep_old_records(here)
         await here.publish([record(p) for p in after])
         await until(
             lambda: one.counts["accepted"] == len(after) and drained(here, one), "all is read"
@@ -235,6 +242,7 @@ async def test_a_first_record_older_than_expected_finds_what_was_imported_before
         after = sorted(past(rng, 60, then_ms, then_ms + 60_000, 1_000), key=lambda p: p.event_ms)
         # Half of the users are known from the import alone.
         after = [p for p in after if p.user_id < 1005]
+        await keep_old_records(here)
         await here.publish([record(p) for p in after])
         await until(lambda: one.counts["accepted"] == len(after), "all is read")
         monkeypatch.setattr(liveness, "_SEED_S", 0.25)

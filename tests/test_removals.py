@@ -62,7 +62,7 @@ async def test_what_compaction_removed_is_doubted_after_a_restart(here, policy):
     for _ in range(2):
         async with running(one := here.consumer()):
             await drained(here, one)
-            assert await doubted(here)
+            await until(lambda: doubted(here), "every row is doubted")
             assert f"cleanup.policy={policy}" in one.problems["cleanup"]
             assert "set cleanup.policy=delete" in one.problems["cleanup"]
             assert "lost records from inside partition 0 (offsets 0 to" in one.problems["removed"]
@@ -70,7 +70,7 @@ async def test_what_compaction_removed_is_doubted_after_a_restart(here, policy):
     await set_topics(here, topic_of(here), {"cleanup.policy": "delete"})
     async with running(one := here.consumer()):
         await drained(here, one)
-        assert await doubted(here)
+        await until(lambda: doubted(here), "every row is doubted")
         assert "cleanup" not in one.problems
         assert "lost records" in one.problems["removed"]
 
@@ -103,7 +103,7 @@ async def test_what_was_deleted_up_to_the_middle_is_doubted_by_the_next_owner(he
         await delete_up_to(here, await middles(here))
     async with running(one := here.consumer()):
         await drained(here, one)
-        assert await doubted(here)
+        await until(lambda: doubted(here), "every row is doubted")
 
 
 async def test_what_is_deleted_though_it_was_never_read_is_doubted(here):
@@ -114,7 +114,7 @@ async def test_what_is_deleted_though_it_was_never_read_is_doubted(here):
     await delete_up_to(here, await middles(here))
     async with running(one := here.consumer()):
         await drained(here, one)
-        assert await doubted(here)
+        await until(lambda: doubted(here), "every row is doubted")
 
 
 async def test_a_first_record_that_is_expired_does_not_say_from_when_on_all_is_known(here):

@@ -30,7 +30,7 @@ _TIME: Mapping[str, Any] = {
     "format": "date-time",
     "examples": ["2026-01-31T12:00:00.000Z"],
 }
-_GIVEN_TIME: Mapping[str, Any] = {**_TIME, "pattern": "^(19[7-9]|2[01][0-9])[0-9]-"}
+_GIVEN_TIME: Mapping[str, Any] = {**_TIME, "pattern": "^(197[1-9]|19[89][0-9]|2[01][0-9]{2})-"}
 _AMOUNT: Mapping[str, Any] = {
     **NUMBER,
     "minimum": 0,
