@@ -151,6 +151,7 @@ async def test_a_decision_that_postgres_refuses_is_counted_and_the_others_are_st
         await until(stored_all, "the others are stored")
         await until(lambda: log.report()["postgres"]["waiting"] == 0, "nothing waits")
         assert log.report()["postgres"]["dropped"] == 1
+    await log.close()
 
 
 @pytest.mark.parametrize(
