@@ -287,14 +287,19 @@ def parse_timestamp(document: Mapping[str, Any]) -> int:
     Raises:
         InvalidInput: naming the field; also for 1970, where a wrong unit puts today's times.
     """
-    event_ms = parse_moment("timestamp", document.get("timestamp"))
+    event_ms = parse_moment("timestamp", document.get("timestamp"), first_year=1971)
     if event_ms < _YEAR_1971_MS:
         raise errors.InvalidInput("timestamp", f"must lie between 1971 and 2200{_likely(event_ms)}")
     return event_ms
 
 
-def parse_moment(field: str, value: Any) -> int:
+def parse_moment(field: str, value: Any, first_year: int = 1970) -> int:
     """Read RFC 3339 with an offset, from 1970 on, as ms since the Unix epoch (finer is cut off).
+
+    Args:
+        field: Its name.
+        value: As it came.
+        first_year: Of those that the caller takes, for the refusal.
 
     Raises:
         InvalidInput: naming the field.
@@ -308,7 +313,7 @@ def parse_moment(field: str, value: Any) -> int:
     except (ValueError, OverflowError, TypeError) as error:
         raise errors.InvalidInput(field, "must be RFC 3339 with Z or an offset") from error
     if not 0 <= moment_ms < _YEAR_2200_MS:
-        raise errors.InvalidInput(field, "must lie between 1970 and 2200")
+        raise errors.InvalidInput(field, f"must lie between {first_year} and 2200")
     return moment_ms
 
 
