@@ -93,9 +93,10 @@ def test_an_owner_does_not_take_over_a_stamp_from_the_future():
 
 async def test_a_mark_of_claims_from_the_future_is_waited_for_once(environ):
     async with world(environ | {"CERBERUS_DECISION_FLUSH_MS": "2000"}) as here:
+        ahead_ms = now_ms() + HOUR_MS  # one loss marks all at the same time
         for bucket in range(64):
             name = f"cerberus:claim:{here.config.kafka.prefix}{{{bucket}}}"
-            await here.redis.set(name, now_ms() + HOUR_MS)
+            await here.redis.set(name, ahead_ms)
         claimed = here.another().claims
         records = [decided(n, now_ms() - 1_000, "1") for n in range(10)]
         async with asyncio.timeout(20):  # each of them would wait for four seconds
