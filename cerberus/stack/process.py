@@ -135,6 +135,8 @@ class Process:
         while not done():
             now = time.monotonic()
             if self.status is not None:
+                if done():  # it ended since the question above
+                    break
                 raise errors.ServerUnavailable(self.account(ending(self.status)))
             if now - began > within_s:
                 raise errors.ServerUnavailable(self.account(f"still {doing} after {within_s:g} s"))
