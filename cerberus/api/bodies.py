@@ -49,10 +49,9 @@ def _check_values(body: bytes) -> None:
 
 
 async def _read(request: Request, most_bytes: int) -> bytes:
-    too_large = problems.Refusal("too_large", f"The body has more than {most_bytes} bytes.")
     # Known before a byte is read; the parser lets only digits pass.
     if int(request.headers.get("content-length", 0)) > most_bytes:
-        raise too_large
+        raise _too_large(most_bytes)
     body = bytearray()
     deadline_s = request.app.state.parts.service.config.connections.body_s
     try:
@@ -60,9 +59,13 @@ async def _read(request: Request, most_bytes: int) -> bytes:
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > most_bytes:
-                    raise too_large
+                    raise _too_large(most_bytes)
     except TimeoutError as error:
         raise problems.Refusal(
             "body_timeout", f"The body did not arrive within {deadline_s:g} s."
         ) from error
     return bytes(body)
+
+
+def _too_large(most_bytes: int) -> problems.Refusal:
+    return problems.Refusal("too_large", f"The body has more than {most_bytes} bytes.")
