@@ -26,11 +26,9 @@ import yaml
 from cerberus import environment, errors, settings
 from cerberus.addresses import postgres as addresses
 from cerberus.features import declared
+from cerberus.jobs import feast_stores
 from cerberus.online import layout, partition_states
 from cerberus.online import pool as redis_pool
-from cerberus.postgres import pool as postgres_pool
-from cerberus.postgres import refusals
-from cerberus.postgres import schema as postgres_schema
 
 REPO = settings.FEATURE_REPO
 _SERVED = (declared.STATS_VIEW, declared.WINDOW_VIEW, declared.CREDIT_VIEW)
@@ -131,7 +129,7 @@ def apply(
 
 
 def _apply(config: settings.Settings, directory: pathlib.Path, deadline_s: float) -> str:
-    _check_postgres(config, applies=True)
+    feast_stores.check_postgres(config, applies=True)
     render(config, directory)
     command = [sys.executable, "-c", "from feast.cli.cli import cli; cli()", "apply"]
     try:
@@ -152,7 +150,7 @@ def _apply(config: settings.Settings, directory: pathlib.Path, deadline_s: float
         # The line of the exception; the failed statement may follow it.
         said = re.findall(r"^[A-Za-z_][\w.]*: .+$", done.stdout + done.stderr, re.MULTILINE)
         reason = said[-1] if said else "silently"
-        _raise_refusal(config, reason, applies=True)
+        feast_stores.raise_refusal(config, reason, applies=True)
         raise errors.StoreUnavailable(f"feast apply failed: {reason}")
     return done.stdout
 
@@ -363,7 +361,7 @@ def _opened(config: settings.Settings) -> Iterator[Any]:
     )
     for name in filter(_of_libpq, list(os.environ)):
         del os.environ[name]
-    _check_postgres(config)
+    feast_stores.check_postgres(config)
     try:
         store: Any = feast.FeatureStore(config=feast.RepoConfig(**repo_config(config)))
         with contextlib.ExitStack() as stack:
@@ -371,34 +369,5 @@ def _opened(config: settings.Settings) -> Iterator[Any]:
             yield store
     except failures as error:
         reason = str(error).partition("\n")[0]
-        _raise_refusal(config, reason)
+        feast_stores.raise_refusal(config, reason)
         raise errors.StoreUnavailable(f"Feast could not use a store: {reason}") from error
-
-
-def _raise_refusal(config: settings.Settings, reason: str, *, applies: bool = False) -> None:
-    """Raise an error if a store refuses this process: Feast's errors hide the cause.
-
-    Raises:
-        ConfigError: It refuses an address, a user or a permission.
-    """
-    if denied := re.search(r"InsufficientPrivilege\) (.+)", reason):
-        raise refusals.denied(denied[1])
-    _check_postgres(config, applies=applies)
-    with contextlib.suppress(errors.FeaturesUnavailable):
-        asyncio.run(redis_pool.check(config))
-
-
-def _check_postgres(config: settings.Settings, *, applies: bool = False) -> None:
-    """Ask Postgres whether it takes this process: Feast would use a database of any encoding.
-
-    Raises:
-        ConfigError: It refuses the address, the user or a permission, or is not UTF-8.
-    """
-
-    async def ask() -> None:
-        async with postgres_pool.connect(config) as pool:
-            schema = postgres_schema.Schema(pool, config.windows.spans)
-            await schema.check(makes_tables=applies)
-
-    with contextlib.suppress(errors.StoreUnavailable):
-        asyncio.run(ask())
