@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 from cerberus import (  # noqa: E402
     assembly,
     clock,
+    judging,
     kafka,
-    partition,
     settings,
     stack,
     supervision,
@@ -86,7 +86,7 @@ async def drain(config, spans, tps, total):
     while seen < total:
         for records in (await client.getmany(timeout_ms=200, max_records=1000)).values():
             for record in records:
-                partition.judge(record, config.currency, spans)
+                judging.judge(record, config.currency, spans)
             seen += len(records)
     took_s = time.perf_counter() - began_s
     await client.stop()

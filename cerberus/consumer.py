@@ -14,7 +14,7 @@ from typing import Any
 import aiokafka
 from aiokafka.errors import KafkaConnectionError, KafkaError, OffsetOutOfRangeError
 
-from cerberus import errors, kafka, partition, supervision, transactions
+from cerberus import errors, judging, kafka, partition, supervision, transactions
 from cerberus.features import fences
 from cerberus.stream import (
     assignment,
@@ -235,9 +235,9 @@ class Consumer:
             for at in range(0, len(records), _CHUNK_RECORDS):
                 chunk = records[at : at + _CHUNK_RECORDS]
                 await asyncio.sleep(0)  # others on the loop wait for a chunk, not for a poll
-                verdicts = [partition.judge(r, self._config.currency, self._spans) for r in chunk]
+                verdicts = [judging.judge(r, self._config.currency, self._spans) for r in chunk]
                 for place, reason in self._client.fetches.reasons(chunk):
-                    verdicts[place] = partition.Rejected(chunk[place].offset, reason)
+                    verdicts[place] = judging.Rejected(chunk[place].offset, reason)
                 if not await self._seed(owned, verdicts, generation, progress):
                     return None
                 if generation != self._generation:
@@ -256,13 +256,13 @@ class Consumer:
         self,
         part: partition.Partition,
         record: aiokafka.ConsumerRecord,
-        verdict: transactions.Transaction | partition.Rejected,
+        verdict: transactions.Transaction | judging.Rejected,
         batch: sink.Batch,
     ) -> None:
         seen = part.take(record, verdict)
         if seen is None:
             self.counts["replayed"] += 1
-        elif isinstance(seen, partition.Rejected):
+        elif isinstance(seen, judging.Rejected):
             batch.rejected.append(sink.Refused(record, seen.reason, len(batch.observed)))
             self.counts["rejected"] += 1
         else:
@@ -276,7 +276,7 @@ class Consumer:
     async def _seed(
         self,
         owned: ownership.Owned,
-        verdicts: Sequence[transactions.Transaction | partition.Rejected],
+        verdicts: Sequence[transactions.Transaction | judging.Rejected],
         generation: int,
         progress: supervision.Progress,
     ) -> bool:

@@ -5,29 +5,12 @@ Pure: a record's fate depends on the prefix before it and on its own bytes and t
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
-from cerberus import errors, transactions, window
+from cerberus import judging, transactions, window
 from cerberus.features import evaluation, fences
 from cerberus.features import packed as packed_windows
 
 _WITNESSES = 3
-
-
-class Record(Protocol):
-    """What is read of a Kafka record."""
-
-    @property
-    def offset(self) -> int:
-        """Its place in the log."""
-
-    @property
-    def timestamp(self) -> int:
-        """Its own time, ms."""
-
-    @property
-    def value(self) -> bytes | None:
-        """Its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +30,6 @@ class Observed:
     fence: fences.Fence
     rank: int
     row: evaluation.FeatureRow | None
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A record for the dead-letter topic, and the reason."""
-
-    offset: int
-    reason: str
-
-
-def judge(
-    record: Record, currency: str, spans: window.Spans
-) -> transactions.Transaction | Rejected:
-    """Read a record; what is refused is refused at every replay."""
-    try:
-        transaction = transactions.decode(record.value, currency)
-    except errors.InvalidInput as error:
-        return Rejected(record.offset, str(error))
-    ahead_ms = transaction.event_ms - record.timestamp
-    if ahead_ms > spans.max_future_skew_ms:
-        return Rejected(record.offset, f"timestamp: lies {ahead_ms} ms ahead of the record's own")
-    return transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,8 +238,8 @@ class Partition:
                 self.split_ms = max(self.split_ms, event_ms)
 
     def take(
-        self, record: Record, verdict: transactions.Transaction | Rejected
-    ) -> Observed | Rejected | None:
+        self, record: judging.Record, verdict: transactions.Transaction | judging.Rejected
+    ) -> Observed | judging.Rejected | None:
         """Apply the next record of the log, in the same way at every door and every replay.
 
         Args:
@@ -292,7 +253,7 @@ class Partition:
             self._witness(record)
         silent = self.replaying
         self.offset = record.offset + 1
-        if isinstance(verdict, Rejected):
+        if isinstance(verdict, judging.Rejected):
             return None if silent else verdict
         self._meet(verdict)
         rank = 0 if silent else self.windows.rank(verdict.user_id, verdict.event_ms)
@@ -329,7 +290,7 @@ class Partition:
         gone_ms = now_ms + self.windows.spans.max_future_skew_ms
         self.known_from_ms = max(self.known_from_ms, gone_ms)
 
-    def _witness(self, record: Record) -> None:
+    def _witness(self, record: judging.Record) -> None:
         """Use the next record as a bound on how late the lost events before it may be.
 
         They may be later than it by the slack, unless it was itself too late: so several are used.

@@ -13,7 +13,7 @@ from asking import Validator
 from starlette.routing import Route
 
 import cerberus.__main__
-from cerberus import app, environment, partition, settings, transactions, window
+from cerberus import app, environment, judging, settings, transactions, window
 from cerberus.api import codes, openapi
 from cerberus.decisions import models
 from cerberus.features import evaluation, fences
@@ -281,7 +281,7 @@ class Timeline:
         )
         self.paid[name, event_time] = paid
         record = Record(int(offset), at_ms(record_time), transactions.encode(paid))
-        verdict = partition.judge(record, "USD", self.windows.spans)
+        verdict = judging.judge(record, "USD", self.windows.spans)
         outcome = "dead letter"
         if isinstance(verdict, transactions.Transaction):
             outcome = self.windows.observe(verdict).value

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from cerberus import errors, partition, settings, synthetic, transactions, window
+from cerberus import errors, judging, partition, settings, synthetic, transactions, window
 from cerberus.decisions import models, records
 from cerberus.features import declared, evaluation, matrix
 from cerberus.features import packed as packed_windows
@@ -259,7 +259,7 @@ def _population_alone(rates, seed):
                 break
             value = transactions.encode(paid.transaction)
             record = Record(log.offset, paid.transaction.event_ms, value)
-            log.take(record, partition.judge(record, "USD", SPANS))
+            log.take(record, judging.judge(record, "USD", SPANS))
         start_ms += 720_000
     state = dataclasses.replace(log.state(), caught_up_ms=start_ms)
     packed = {user_id: value for user_id, value, _ in log.rows(set(people.user_ids))}

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from cerberus import partition, transactions, window
+from cerberus import judging, partition, transactions, window
 from cerberus.features import packed
 
 SPANS = window.Spans(names=("1m",), allowed_lateness_ms=5_000, max_future_skew_ms=2_000)
@@ -39,7 +39,7 @@ class PartitionLife(RuleBasedStateMachine):
         self.log.append(record)
         self.told.add(record.offset, record.timestamp, record.value)
         self.frontiers.append(self.told.frontier)
-        seen = self.part.take(record, partition.judge(record, "USD", SPANS))
+        seen = self.part.take(record, judging.judge(record, "USD", SPANS))
         if isinstance(seen, partition.Observed) and seen.row is not None:
             event = self.told.accepted[-1]
             assert event["offset"] == record.offset
@@ -99,7 +99,7 @@ class PartitionLife(RuleBasedStateMachine):
         for record in self.log[start:]:
             replaying = record.offset < commit
             assert self.part.state().state == ("replaying" if replaying else "live")
-            left = self.part.take(record, partition.judge(record, "USD", SPANS))
+            left = self.part.take(record, judging.judge(record, "USD", SPANS))
             assert (left is None) == replaying
 
     @invariant()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from cerberus import partition, synthetic, transactions, window
+from cerberus import judging, partition, synthetic, transactions, window
 from cerberus.features import evaluation
 from cerberus.features import packed as packed_windows
 
@@ -113,7 +113,7 @@ class _Simulation:
     def _pay(self, labelled: synthetic.Labelled) -> evaluation.FeatureRow:
         paid = labelled.transaction
         record = _Record(self._log.offset, paid.event_ms, transactions.encode(paid))
-        seen = self._log.take(record, partition.judge(record, "USD", self._spans))
+        seen = self._log.take(record, judging.judge(record, "USD", self._spans))
         if not isinstance(seen, partition.Observed) or seen.row is None:
             raise AssertionError(f"the stream rejects its own traffic: {seen}")
         self._latest[paid.user_id] = labelled.fraud

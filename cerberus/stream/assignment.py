@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError, LeaderNotAvailableError
 
-from cerberus import batches, kafka, partition
+from cerberus import batches, judging, kafka, partition
 from cerberus.postgres import facts, stores
 from cerberus.stream import dependencies, ownership, starts
 
@@ -76,9 +76,7 @@ class Resolver:
         self.firsts |= {tp: first for tp, first in firsts.items() if first and tp not in over}
         return over
 
-    def begins(
-        self, tp: TopicPartition, part: partition.Partition, record: partition.Record
-    ) -> None:
+    def begins(self, tp: TopicPartition, part: partition.Partition, record: judging.Record) -> None:
         """Take a record as the first one of a log that was empty when it was resolved.
 
         Only where reading began: an aborted record before it is found only by asking.
